@@ -1,0 +1,154 @@
+"""What backbones share: where weights come from, noise that depends on the sample alone, and image sizes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from conceptseg.errors import ConfigError, did_you_mean
+
+Provenance = Literal["lab", "weights", "random"]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where a model's parts are read from: a hub repository with a pinned revision, a folder, or "lab:<name>"."""
+
+    path: str
+    revision: str | None = None
+
+    @property
+    def provenance(self) -> Provenance:
+        """ "lab" for the shipped tiny models and for any folder whose card says so; else "weights"."""
+        if self.path.startswith("lab:"):
+            return "lab"
+        card = self.card()
+        return card.get("provenance", "weights") if card else "weights"
+
+    def folder(self) -> Path | None:
+        """The local folder, or None for a hub repository."""
+        if self.path.startswith("lab:"):
+            name = self.path.removeprefix("lab:")
+            shipped = Path(str(resources.files("conceptseg.lab"))) / "weights"
+            if not (shipped / name / "card.json").exists():
+                names = [p.parent.name for p in shipped.glob("*/card.json")]
+                raise ConfigError(
+                    f'extractor.backbone.path "{self.path}": no such lab model. {did_you_mean(name, names)} '
+                    f"Train one with: conceptseg-lab train {name}"
+                )
+            return shipped / name
+        local = Path(self.path)
+        if local.is_dir():
+            return local
+        if self.path.startswith((".", "/", "~")) or self.path.count("/") != 1:
+            raise ConfigError(
+                f'extractor.backbone.path "{self.path}": no such folder, and not the name of a hub repository '
+                f'(wanted "owner/name", a folder, or "lab:<name>").'
+            )
+        return None
+
+    def card(self) -> dict[str, Any] | None:
+        """card.json of a local folder, if it has one."""
+        folder = self.folder()
+        if folder is None or not (folder / "card.json").exists():
+            return None
+        card: dict[str, Any] = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+        return card
+
+    def source(self) -> dict[str, Any]:
+        """Keywords for `from_pretrained`: the repository or folder, and the revision, which a hub repository must have."""
+        folder = self.folder()
+        if folder is not None:
+            return {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
+        if not self.revision:
+            raise ConfigError(
+                f'extractor.backbone.revision is empty, but "{self.path}" is a hub repository: pin the commit to be read, '
+                f"so that the numbers can be had again."
+            )
+        return {"pretrained_model_name_or_path": self.path, "revision": self.revision}
+
+    def identity(self) -> dict[str, Any]:
+        """What names these weights in a run id: path and revision, or a digest of the files of a local folder."""
+        folder = self.folder()
+        if folder is None:
+            return {"path": self.path, "revision": self.revision}
+        digest = hashlib.sha256()
+        for file in sorted(folder.rglob("*")):
+            if file.suffix in {".safetensors", ".json", ".txt", ".model"} and file.name != "card.json":
+                digest.update(file.relative_to(folder).as_posix().encode())
+                size = file.stat().st_size
+                with file.open("rb") as opened:  # of a large file the two ends and the size: reading 24 GB takes minutes
+                    digest.update(opened.read(1 << 22))
+                    if size > 1 << 23:
+                        opened.seek(-(1 << 22), 2)
+                    digest.update(opened.read() if size <= 1 << 23 else opened.read(1 << 22))
+                digest.update(str(size).encode())
+        return {"path": self.path if self.path.startswith("lab:") else folder.name, "files": digest.hexdigest()[:16]}
+
+
+def stack_images(images: Sequence[np.ndarray], size: tuple[int, int], resize: str) -> Float[Tensor, "B 3 h w"]:
+    """Images, float [H W 3] in 0..1 each, at one size.
+
+    resize "nearest" takes the pixel at floor(i · H / h), as torch does; "bicubic" is antialiased.
+    """
+    resized = []
+    for image in images:
+        tensor = rearrange(torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)), "H W c -> 1 c H W")
+        if tuple(tensor.shape[-2:]) != size:
+            if resize == "nearest":
+                tensor = interpolate(tensor, size=size, mode="nearest")
+            elif resize == "bicubic":
+                tensor = interpolate(tensor, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+            else:
+                raise ConfigError(
+                    f'extractor.backbone.resize: unknown "{resize}". {did_you_mean(resize, ["nearest", "bicubic"])}'
+                )
+        resized.append(tensor[0])
+    return torch.stack(resized)
+
+
+def sample_seed(*parts: object) -> int:
+    """A 63-bit seed from anything printable: equal on every machine, unlike hash()."""
+    return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
+
+
+def sample_noise(shape: Sequence[int], seed: int, keys: Sequence[str], draw: int) -> Float[Tensor, "B c H W"]:
+    """Standard normal noise [B *shape], float32, that depends on (seed, sample key, draw) and not on batch or rank."""
+    return torch.stack(
+        [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(sample_seed(seed, key, draw))) for key in keys]
+    )
+
+
+def shared_noise(
+    shape: Sequence[int], seed: int, draw: int, device: torch.device | str, dtype: torch.dtype
+) -> Float[Tensor, "1 c H W"]:
+    """The reference's noise: one for all images, drawn in the model's dtype on its device from seed + draw."""
+    generator = torch.Generator(device).manual_seed(seed + draw)
+    return torch.randn((1, *shape), generator=generator, device=device, dtype=dtype)
+
+
+def schedule(steps: int, tokens: int, shifted: bool) -> tuple[float, ...]:
+    """Noise levels from 1 to 0 in steps + 1 values; shifted towards noise by the number of image tokens, as Flux-dev does.
+
+    Source: spec §1.12 of the reference: t' = e^mu / (e^mu + 1/t - 1), mu linear through (256, 0.5) and (4096, 1.15).
+
+    >>> [round(t, 6) for t in schedule(4, 4096, shifted=True)]
+    [1.0, 0.904531, 0.759511, 0.512844, 0.0]
+    """
+    levels = torch.linspace(1, 0, steps + 1)
+    if shifted:
+        mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
+        levels = torch.e**mu / (torch.e**mu + (1 / levels - 1))
+    return tuple(levels.tolist())

@@ -1,0 +1,268 @@
+"""Four thin commands: conceptseg (evaluate and print tables), conceptseg-report, conceptseg-lab, conceptseg-doctor.
+
+Nothing heavy is imported before it is known what to do: `--help` must answer at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from conceptseg.config import plain, register
+from conceptseg.errors import ConceptSegError
+
+log = logging.getLogger(__name__)
+
+QUIET = ("runtime.", "report.", "hydra.", "hydra/", "launcher=")
+"""Overrides that say how a run is done, not what is run."""
+
+
+def guarded(main: Callable[[], int | None]) -> Callable[[], None]:
+    """Print our own errors bare, on stderr, and exit with 1; let everything else show its traceback."""
+
+    def wrapped() -> None:
+        try:
+            sys.exit(main() or 0)
+        except ConceptSegError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            sys.exit(1)
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(141)
+
+    return wrapped
+
+
+def _calm() -> None:
+    """Loaders' progress bars and notices about a missing hub are noise between our lines."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+@guarded
+def evaluate() -> int:
+    """conceptseg [overrides]: one evaluation, or table=<name>; alone it means table=lab."""
+    _calm()
+    register()
+    said = [a for a in sys.argv[1:] if not a.startswith("-")]
+    asks = [a for a in sys.argv[1:] if a in ("--help", "-h", "--hydra-help", "--version", "--info", "--cfg", "-c", "--resolve")]
+    if not asks and all(a.lstrip("+~").startswith(QUIET) for a in said):
+        sys.argv.append("table=lab")
+    if "--version" in asks:
+        from conceptseg import __version__
+
+        print(f"conceptseg {__version__}")
+        return 0
+    return _run_hydra(_evaluate, "evaluate")
+
+
+def _run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
+    """Run a Hydra main; its composition errors become one readable message."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from conceptseg.errors import ConfigError
+
+    codes: list[int] = []
+
+    def run(config: DictConfig) -> None:
+        codes.append(task(config))
+
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://conceptseg.conf", config_name=config_name)(run)()
+    except (HydraException, OmegaConfBaseException) as error:
+        if isinstance(error.__cause__, ConceptSegError):
+            raise error.__cause__ from None
+        raise ConfigError(_readable(error)) from error
+    return max(codes, default=0)
+
+
+def _readable(error: Exception) -> str:
+    """Hydra's message and what lies behind it, without frames."""
+    lines = [str(error)]
+    cause = error.__cause__
+    while cause is not None:
+        if str(cause) and str(cause) not in lines:
+            lines.append(str(cause))
+        cause = cause.__cause__
+    return "\n  ".join(lines)
+
+
+def _evaluate(config: DictConfig) -> int:
+    from hydra.core.hydra_config import HydraConfig
+
+    overrides = list(HydraConfig.get().overrides.task)
+    if config.get("table"):
+        return _table(config, overrides)
+    from conceptseg.assemble import assemble
+    from conceptseg.report.results import save
+    from conceptseg.report.terminal import print_table
+    from conceptseg.run import carry_out, draw_sheet, readings, write_results
+    from conceptseg.tables import single_table
+
+    whole = plain(config)
+    evaluation = assemble(whole)
+    carry_out(evaluation)
+    found = readings(evaluation, whole["report"]["columns"])
+    write_results(evaluation, found)
+    if evaluation.shard.index != 0:
+        return 0
+    table = single_table(evaluation, found, shlex.join(["conceptseg", *overrides]))
+    save(evaluation.store.folder / "table.json", table)
+    name = next(iter(evaluation.views))
+    segmenter = next(r.segmenter for r in found if r.n)
+    sheet = draw_sheet(
+        evaluation.store.folder / "sheet.png",
+        [(name, evaluation, evaluation.views[name].key, segmenter)],
+        whole["report"]["pictures"],
+    )
+    print_table(table)
+    print(f"rows, results.json and manifest: {evaluation.store.folder}")
+    if sheet:
+        print(f"pictures: {sheet}")
+    return 0
+
+
+def _table(config: DictConfig, overrides: Sequence[str]) -> int:
+    from hydra import compose
+    from hydra.core.hydra_config import HydraConfig
+
+    from conceptseg.assemble import shard_of
+    from conceptseg.keys import digest
+    from conceptseg.report.results import save
+    from conceptseg.report.results_md import update
+    from conceptseg.report.terminal import print_table
+    from conceptseg.tables import compute_table
+
+    name = str(HydraConfig.get().runtime.choices["table"])
+    whole = plain(config)
+    report = whole["report"]
+    extra = [o for o in overrides if not o.lstrip("+~").startswith("table")]
+    meaningful = [o for o in extra if not o.lstrip("+~").startswith(QUIET)]
+    publish = report["publish"] == "yes" or (report["publish"] == "auto" and not meaningful)
+    place = name.replace("/", "-")
+    if publish:
+        folder = Path(report["benchmarks"]) / place
+    else:
+        folder = Path(whole["runtime"]["runs"]) / "tables" / f"{place}-{digest(sorted(meaningful), 6)}"
+
+    def composed(more: Sequence[str]) -> dict[str, Any]:
+        found: dict[str, Any] = plain(compose(config_name="evaluate", overrides=[*more]))
+        return found
+
+    def with_runtime(more: Sequence[str]) -> dict[str, Any]:
+        return composed([*more, *(o for o in extra if o.startswith(("runtime.", "report.")))])
+
+    settings = [o for o in meaningful if not o.startswith(("runtime.", "report."))]
+    command = shlex.join(["conceptseg", f"table={name}", *settings])
+    results = compute_table(place, whole["table"], with_runtime, settings, folder, command)
+    if shard_of(whole["runtime"]).index != 0:
+        return 0
+    save(folder / "results.json", results)
+    if publish:
+        update(Path(report["results_md"]), results)
+    print_table(results)
+    print(f"results: {folder / 'results.json'}" + (f", {report['results_md']}" if publish else ""))
+    if (folder / "sheet.png").exists():
+        print(f"pictures: {folder / 'sheet.png'}")
+    return 0
+
+
+@guarded
+def report() -> int:
+    """conceptseg-report [--check]: print the tables that benchmarks/ holds, or say which sections of RESULTS.md are stale."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="conceptseg-report", description=report.__doc__)
+    parser.add_argument("--check", action="store_true", help="exit with 1 if RESULTS.md is not what benchmarks/ gives")
+    parser.add_argument("--write", action="store_true", help="bring RESULTS.md up to date from benchmarks/")
+    parser.add_argument("--results", default="RESULTS.md", type=Path)
+    parser.add_argument("--benchmarks", default="benchmarks", type=Path)
+    said = parser.parse_args()
+    from conceptseg.report.results import load
+    from conceptseg.report.results_md import check, update
+    from conceptseg.report.terminal import print_table
+
+    if said.check:
+        problems = check(said.results, said.benchmarks)
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        print(f"{said.results}: " + (f"{len(problems)} stale or missing" if problems else "up to date"))
+        return 1 if problems else 0
+    found = [load(path) for path in sorted(said.benchmarks.glob("*/results.json"))]
+    for table in found:
+        if said.write:
+            update(said.results, table)
+        else:
+            print_table(table)
+    print(f"{len(found)} tables in {said.benchmarks}" + (f", written to {said.results}" if said.write else ""))
+    return 0
+
+
+@guarded
+def doctor() -> int:
+    """conceptseg-doctor dataset=<name> [dataset.root=...]: say what a data folder lacks, and how to mend it."""
+    _calm()
+    register()
+    return _run_hydra(_doctor, "evaluate")
+
+
+def _doctor(config: DictConfig) -> int:
+    from conceptseg.config import check_targets, instantiate
+
+    whole = plain(config)
+    check_targets(whole, whole["runtime"]["allow_targets"])
+    dataset = instantiate(whole["dataset"], "dataset")
+    problems = dataset.problems()
+    for problem in problems:
+        print(f"- {problem}")
+    if not problems:
+        print(f"{dataset.name}: {len(dataset.keys())} samples, nothing missing (fingerprint {dataset.fingerprint()})")
+    return 1 if problems else 0
+
+
+@guarded
+def lab() -> int:
+    """conceptseg-lab train <name>: train a lab model on drawn scenes; with --ship, put it into the package."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="conceptseg-lab", description=lab.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train", help="train, or go on from the last checkpoint, then write the model")
+    training.add_argument("name", help="a recipe of conf/lab, for example flux")
+    training.add_argument("overrides", nargs="*", help="recipe settings, for example steps=500")
+    training.add_argument("--work", type=Path, default=Path("lab_runs"), help="folder of checkpoints and the loss curve")
+    training.add_argument("--device", default="cpu")
+    training.add_argument("--ship", action="store_true", help="copy the finished model into the package")
+    training.add_argument("--stop-after", type=int, default=None, help="stop at this step, to go on another time")
+    said = parser.parse_args()
+    _calm()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from conceptseg.lab.recipes import load_recipe
+    from conceptseg.lab.train import train_and_write
+
+    recipe = load_recipe(said.name, said.overrides)
+    folder = train_and_write(recipe, said.work / said.name, said.device, said.stop_after)
+    if folder:
+        if said.ship:
+            from conceptseg.lab.cards import ship
+
+            print(f"shipped: {ship(folder, said.name)}")
+        print(f"model: {folder}")
+        print(
+            f"try it: conceptseg extractor=concept_attention backbone@extractor.backbone=lab_{said.name} extractor.backbone.path={folder}"
+        )
+    return 0

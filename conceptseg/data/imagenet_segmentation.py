@@ -1,0 +1,221 @@
+"""ImageNet-Segmentation: 4,276 images with one foreground mask each, in one MATLAB 7.3 (HDF5) file.
+
+Source: Guillaumin, Küttel and Ferrari, ImageNet Auto-Annotation with Segmentation Propagation, IJCV 2014;
+http://calvin-vision.net/bigstuff/proj-imagenet/data/gtsegs_ijcv.mat.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conceptseg.data.images import check_mask, checked_limit, one_line, reading_problems, unique_keys, unknown_key
+from conceptseg.data.words import imagenet_nouns
+from conceptseg.errors import ConfigError, DataError
+from conceptseg.types import Sample
+
+FILE = "gtsegs_ijcv.mat"
+REMEDY = "Fetch it with scripts/fetch_imagenet_segmentation.py, or set dataset.root to where it lies."
+_COLUMNS = ("wnid", "lemma", "noun")
+
+
+class ImageNetSegmentation:
+    """One noun an image; mask 0 or 1, no void, the first annotation where there are several.
+
+    `root` is the .mat file or the folder that holds it. `words` is a CSV with the columns wnid, lemma, noun that replaces the
+    shipped table. The file is opened at the first read of each process and thread, so the object can be sent to workers.
+    """
+
+    name = "imagenet_segmentation"
+
+    def __init__(self, root: str | Path, limit: int | None = None, words: str | Path | None = None) -> None:
+        self.root = Path(root).expanduser()
+        self.limit = checked_limit(limit)
+        self.words_path = Path(words).expanduser() if words is not None else None
+        self._nouns: Mapping[str, tuple[str, str]] | None = None
+        self._keys: tuple[str, ...] | None = None
+        self._rows: dict[str, int] | None = None
+        self._handles = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._handles = threading.local()
+
+    def keys(self) -> Sequence[str]:
+        return tuple(self._listed())
+
+    def read(self, key: str) -> Sample:
+        rows = self._listed()
+        if key not in rows:
+            raise unknown_key(key, rows, self.name)
+        wnid = _wnid(key)
+        nouns = self._words()
+        if wnid not in nouns:
+            raise DataError(
+                f'{key}: unknown word: WordNet id "{wnid}" is not in {self._words_name()}, which names {len(nouns)} ids.\n'
+                f"  Add a row for it to a CSV with the columns {', '.join(_COLUMNS)} and set dataset.words to that file."
+            )
+        lemma, noun = nouns[wnid]
+        image, mask = self._pixels(key, rows[key])
+        return Sample(key, image, mask, {1: noun}, {"wnid": wnid, "lemma": lemma})
+
+    def fingerprint(self) -> str:
+        """From all ids (whatever the limit), their words, the file's size, and 64 blocks of it."""
+        path = self._file()
+        size = path.stat().st_size
+        nouns = self._words()
+        digest = hashlib.sha256(repr((self.name, size, [(key, nouns.get(_wnid(key))) for key in self._all()])).encode())
+        with path.open("rb") as file:
+            for place in range(64):
+                file.seek(place * max(size - (1 << 14), 0) // 63)
+                digest.update(file.read(1 << 14))
+        return digest.hexdigest()[:16]
+
+    def problems(self) -> list[str]:
+        try:
+            keys, nouns = self.keys(), self._words()
+        except (DataError, ConfigError) as error:
+            return [one_line(error)]
+        unknown = sorted({wnid for wnid in map(_wnid, keys) if wnid not in nouns})
+        named = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        found = [
+            f"Unknown words: {len(unknown)} WordNet ids of {self._file()} are not in {self._words_name()} ({named}): "
+            "set dataset.words to a CSV that names them."
+        ]
+        return (found if unknown else []) + reading_problems([key for key in keys if _wnid(key) in nouns], self.read)
+
+    def _listed(self) -> dict[str, int]:
+        """Key -> row of the file."""
+        if self._rows is None:
+            self._rows = {key: row for row, key in enumerate(self._all()[: self.limit])}
+        return self._rows
+
+    def _all(self) -> tuple[str, ...]:
+        """Every key in the order of the file. Reads the ids, and no image."""
+        if self._keys is None:
+            path = self._file()
+            with _layout(path, "listing the ids"), _open(path) as file:
+                for part in ("img", "gt", "id"):
+                    if len(file[f"value/{part}"]) != len(file["value/id"]):
+                        raise ValueError(f"value/{part} has {len(file[f'value/{part}'])} rows, value/id {len(file['value/id'])}")
+                ids = [_text(file, file["value/id"][row, 0]) for row in range(len(file["value/id"]))]
+            # An id that comes again is told apart by its row, so that every key stays what it is under any limit.
+            seen: set[str] = set()
+            names = [f"{name}@{row}" if name in seen or seen.add(name) else name for row, name in enumerate(ids)]  # type: ignore[func-returns-value]
+            self._keys = unique_keys([f"{self.name}/{name}" for name in names], str(path))
+        return self._keys
+
+    def _pixels(self, key: str, row: int) -> tuple[np.ndarray, np.ndarray]:
+        path = self._file()
+        with _layout(path, f"{key}: reading row {row}"):
+            file = self._handle(path)
+            stored = file[file["value/img"][row, 0]][()]
+            annotation = file[file[file["value/gt"][row, 0]][0, 0]][()]
+            if stored.ndim == 2:  # a grey image; MATLAB drops the third axis
+                stored = np.stack([stored] * 3)
+            if stored.ndim != 3 or stored.shape[0] != 3 or stored.dtype != np.uint8:
+                raise ValueError(f"the image is {stored.dtype} {stored.shape}, uint8 (3, width, height) was wanted")
+            if annotation.ndim != 2 or annotation.dtype not in (np.uint8, np.bool_):
+                raise ValueError(f"the mask is {annotation.dtype} {annotation.shape}, uint8 (width, height) was wanted")
+        # MATLAB stores columns first: [3 W H] is the image, [W H] its mask.
+        image = np.ascontiguousarray(stored.transpose(2, 1, 0))
+        mask = np.ascontiguousarray(annotation.T.astype(np.uint8))
+        check_mask(image, mask, key, (1,), "0, 1")
+        return image, mask
+
+    def _handle(self, path: Path) -> Any:
+        """This thread's open file; a forked child opens its own."""
+        held = getattr(self._handles, "held", None)
+        if held is None or held[0] != os.getpid():
+            held = self._handles.held = (os.getpid(), _open(path))
+        return held[1]
+
+    def _words(self) -> Mapping[str, tuple[str, str]]:
+        if self._nouns is None:
+            self._nouns = imagenet_nouns() if self.words_path is None else _read_words(self.words_path)
+        return self._nouns
+
+    def _words_name(self) -> str:
+        return "the shipped table of nouns" if self.words_path is None else str(self.words_path)
+
+    def _file(self) -> Path:
+        root = self.root
+        if root.is_file():
+            return root
+        if root.is_dir():
+            if (root / FILE).is_file():
+                return root / FILE
+            found = sorted(root.glob("*.mat"))
+            if len(found) == 1:
+                return found[0]
+            names = f"{len(found)} .mat files ({', '.join(p.name for p in found[:5])})" if found else "no .mat file"
+            raise DataError(f"Reading {self.name}: {root} holds {names}; {FILE} was wanted.\n  {REMEDY}")
+        partial = root.with_name(root.name + ".partial")
+        state = f" (an unfinished download lies beside it: {partial.name})" if partial.exists() else ""
+        raise DataError(f"Reading {self.name}: {root} does not exist{state}.\n  {REMEDY}")
+
+
+def _wnid(key: str) -> str:
+    return key.rpartition("/")[2].partition("_")[0]
+
+
+def _open(path: Path) -> Any:
+    import h5py
+
+    # Read-only network disks refuse HDF5's file lock; nobody writes here.
+    return h5py.File(path, "r", locking="best-effort")
+
+
+def _text(file: Any, reference: Any) -> str:
+    """MATLAB text: one UTF-16 code unit a number."""
+    return np.asarray(file[reference][()], "<u2").tobytes().decode("utf-16-le")
+
+
+@contextmanager
+def _layout(path: Path, attempt: str) -> Iterator[None]:
+    """Turns what h5py says about a damaged or foreign file into a DataError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        with path.open("rb") as file:
+            old_matlab = file.read(14).startswith((b"MATLAB 5.0", b"MATLAB 6"))
+        if old_matlab:
+            state = "is a MATLAB 5 file; MATLAB 7.3 (HDF5) was wanted"
+        elif "signature not found" in str(error):
+            state = "is not an HDF5 file, or lost its beginning"
+        else:
+            state = f"is damaged or cut short at {path.stat().st_size} bytes ({one_line(error)})"
+        raise DataError(f"{path}, {attempt}: the file {state}.\n  {REMEDY}") from error
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise DataError(
+            f"{path}, {attempt}: the file is HDF5, but not laid out as {FILE} (value/img, value/gt, value/id): "
+            f"{one_line(error)}.\n  {REMEDY}"
+        ) from error
+
+
+def _read_words(path: Path) -> Mapping[str, tuple[str, str]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            table = csv.DictReader(file)
+            if missing := [column for column in _COLUMNS if column not in (table.fieldnames or ())]:
+                raise DataError(
+                    f"dataset.words={path} has the columns {', '.join(table.fieldnames or ()) or 'none'}; "
+                    f"{', '.join(missing)} lacking.\n  The first line must be: {','.join(_COLUMNS)}."
+                )
+            nouns = {row["wnid"]: (row["lemma"], row["noun"]) for row in table}
+    except OSError as error:
+        raise DataError(f"dataset.words={path} can't be read: {error}.\n  Name a CSV with {','.join(_COLUMNS)}.") from error
+    if empty := [wnid for wnid, (_, noun) in nouns.items() if not noun]:
+        raise DataError(f"dataset.words={path} gives no noun for {empty[0]}.\n  Fill the column noun.")
+    return nouns

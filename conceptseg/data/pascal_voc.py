@@ -1,0 +1,260 @@
+"""PascalVOC segmentation, in the layout of the development kit: a folder, or the published tar as it came.
+
+Source: Everingham et al., The PASCAL Visual Object Classes Challenge 2012, http://host.robots.ox.ac.uk/pascal/VOC/voc2012/.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from conceptseg.data.hub import HubTable, is_table_folder
+from conceptseg.data.images import (
+    VOC_LABELS,
+    check_mask,
+    checked_encoding,
+    checked_limit,
+    one_line,
+    present_labels,
+    read_image,
+    read_mask,
+    reading_problems,
+    unique_keys,
+    unknown_key,
+)
+from conceptseg.data.words import VOC_OFFICIAL, VOC_WORDS
+from conceptseg.errors import ConfigError, DataError, did_you_mean
+from conceptseg.types import BACKGROUND, VOID, Sample
+
+YEARS: tuple[str, ...] = ("2007", "2008", "2009", "2010", "2011", "2012")
+ARCHIVE = "VOCtrainval_11-May-2012.tar"
+REMEDY = "Fetch it with scripts/fetch_voc.py, or set dataset.root to where it lies."
+_IMAGES, _MASKS, _LISTS = "JPEGImages", "SegmentationClass", "ImageSets/Segmentation"
+_PARTS = (_IMAGES, _MASKS, _LISTS)
+
+
+class PascalVOC:
+    """The images of one list with their class masks; classes 1..20, 0 background, 255 void.
+
+    `root` is VOCdevkit, its parent, VOC2012 itself, the published .tar, or a local table of `datasets`.
+    `words` are those of the released ConceptAttention scripts, for the classes that are in the mask.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "val",
+        year: str | int = "2012",
+        mask_encoding: str = "index",
+        limit: int | None = None,
+    ) -> None:
+        if str(year) not in YEARS:
+            raise ConfigError(f'dataset.year is "{year}". {did_you_mean(str(year), YEARS)}')
+        self.root = Path(root).expanduser()
+        self.split, self.year, self.limit = split, str(year), checked_limit(limit)
+        self.mask_encoding = checked_encoding(mask_encoding)
+        self.name = f"voc{self.year}"
+        self._source: _Kit | HubTable | None = None
+        self._list: tuple[str, ...] | None = None
+        self._ids: dict[str, str] | None = None
+
+    def keys(self) -> Sequence[str]:
+        source = self._open()
+        return source.keys() if isinstance(source, HubTable) else tuple(self._listed(source))
+
+    def read(self, key: str) -> Sample:
+        source = self._open()
+        if isinstance(source, HubTable):
+            return source.read(key)
+        ids = self._listed(source)
+        if key not in ids:
+            raise unknown_key(key, ids, self.name)
+        image_member, mask_member = _members(ids[key])
+        image = read_image(source.data(image_member, key), key, source.where(image_member))
+        mask = read_mask(source.data(mask_member, key), key, source.where(mask_member), self.mask_encoding)
+        check_mask(image, mask, key, VOC_LABELS, "0..20")
+        present = [label for label in present_labels(mask) if label not in (BACKGROUND, VOID)]
+        return Sample(
+            key, image, mask, {label: VOC_WORDS[label] for label in present},
+            {"official": {label: VOC_OFFICIAL[label] for label in present}},
+        )  # fmt: skip
+
+    def fingerprint(self) -> str:
+        """From the whole list (whatever the limit) and the sizes of its files: the same for the tar and its folder."""
+        source = self._open()
+        if isinstance(source, HubTable):
+            return source.fingerprint()
+        digest = hashlib.sha256(repr((self.name, self.split, self.mask_encoding)).encode())
+        for stem in self._stems(source):
+            digest.update(repr([stem, *(source.size(member) for member in _members(stem))]).encode())
+        return digest.hexdigest()[:16]
+
+    def problems(self) -> list[str]:
+        try:
+            source = self._open()
+            if isinstance(source, HubTable):
+                return source.problems()
+            ids = self._listed(source)
+        except DataError as error:
+            return [one_line(error)]
+        found, lacking = [], set()
+        for folder, place in ((_IMAGES, 0), (_MASKS, 1)):
+            missing = {key: stem for key, stem in ids.items() if source.size(_members(stem)[place]) is None}
+            lacking |= set(missing)
+            if missing:
+                names = [_members(stem)[place].rpartition("/")[2] for stem in missing.values()]
+                named = ", ".join(names if len(names) < 5 else [*names[:2], "...", names[-1]])
+                found.append(
+                    f"{len(missing)} of the {len(ids)} files that {self.split}.txt lists are missing in "
+                    f"{source.where(folder)} ({named}): unpack the archive again (scripts/fetch_voc.py)."
+                )
+        return found + reading_problems([key for key in ids if key not in lacking], self.read)
+
+    def _listed(self, source: _Kit) -> dict[str, str]:
+        """Key -> file stem, in the order of the list."""
+        if self._ids is None:
+            self._ids = {f"{self.name}/{stem}": stem for stem in self._stems(source)[: self.limit]}
+        return self._ids
+
+    def _stems(self, source: _Kit) -> tuple[str, ...]:
+        if self._list is None:
+            member = f"{_LISTS}/{self.split}.txt"
+            if source.size(member) is None:
+                offered = source.lists()
+                choices = f"{did_you_mean(self.split, offered)}" if offered else "That folder holds no list at all."
+                raise DataError(
+                    f"Reading {self.name}: the image list {source.where(member)} is absent. {choices}\n"
+                    f"  Change dataset.split (now {self.split}). {REMEDY}"
+                )
+            text = source.data(member, self.name).decode("utf-8", errors="replace")
+            self._list = unique_keys([line.split()[0] for line in text.splitlines() if line.strip()], source.where(member))
+        return self._list
+
+    def _open(self) -> _Kit | HubTable:
+        if self._source is None:
+            self._source = self._find()
+        return self._source
+
+    def _find(self) -> _Kit | HubTable:
+        root, kit = self.root, f"VOC{self.year}"
+        if root.is_file() and root.suffix != ".parquet":
+            return _Tar(root, kit)
+        if not root.exists():
+            partial = root.with_name(root.name + ".partial")
+            state = f" (an unfinished download lies beside it: {partial.name})" if partial.exists() else ""
+            raise DataError(f"Reading {self.name}: {root} does not exist{state}.\n  {REMEDY}")
+        if root.is_dir():
+            for base in (root, root / kit, root / "VOCdevkit" / kit):
+                if any((base / part).is_dir() for part in _PARTS):
+                    return _Folder(base)
+        if is_table_folder(root):
+            return HubTable(
+                str(root), self.split, words="voc", mask_encoding=self.mask_encoding, limit=self.limit, name=self.name
+            )
+        inside = sorted(path.name for path in root.iterdir())
+        years = sorted({path.name for folder in (root, root / "VOCdevkit") for path in folder.glob("VOC2???")})
+        hint = f"It holds {', '.join(inside[:8]) or 'nothing'}{', ...' if len(inside) > 8 else ''}."
+        if years:
+            hint += f" Set dataset.year for {', '.join(years)}."
+        elif ARCHIVE in inside:
+            hint += f" Set dataset.root={root / ARCHIVE} to read the archive as it is."
+        raise DataError(
+            f"Reading {self.name}: {root} has no {kit} with {', '.join(_PARTS)}, and no table of `datasets`. {hint}\n  {REMEDY}"
+        )
+
+
+def _members(stem: str) -> tuple[str, str]:
+    return f"{_IMAGES}/{stem}.jpg", f"{_MASKS}/{stem}.png"
+
+
+class _Kit(Protocol):
+    """The files of one VOC year, by their path inside its folder."""
+
+    def where(self, member: str) -> str: ...
+    def size(self, member: str) -> int | None: ...
+    def data(self, member: str, key: str) -> bytes: ...
+    def lists(self) -> list[str]: ...
+
+
+class _Folder:
+    def __init__(self, base: Path) -> None:
+        self.base = base
+
+    def where(self, member: str) -> str:
+        return str(self.base / member)
+
+    def size(self, member: str) -> int | None:
+        path = self.base / member
+        return path.stat().st_size if path.is_file() else None
+
+    def data(self, member: str, key: str) -> bytes:
+        try:
+            return (self.base / member).read_bytes()
+        except FileNotFoundError as error:
+            raise DataError(f"{key}: {self.where(member)} is missing.\n  {REMEDY}") from error
+        except OSError as error:
+            raise DataError(
+                f"{key}: {self.where(member)} can't be read: {error}.\n  Look at the file's permissions and its disk."
+            ) from error
+
+    def lists(self) -> list[str]:
+        return sorted(path.stem for path in (self.base / _LISTS).glob("*.txt"))
+
+
+class _Tar:
+    """Members are indexed once; every read opens the file anew, so threads and processes share no position."""
+
+    def __init__(self, path: Path, kit: str) -> None:
+        self.path = path
+        self.places: dict[str, tuple[int, int]] = {}  # member -> (offset, bytes)
+        wanted = re.compile(rf"(?:^|/){kit}/((?:{'|'.join(_PARTS)})/[^/]+)$")
+        end = 0
+        try:
+            with tarfile.open(path, "r:") as archive:  # "r:" refuses compression, which has no random access
+                for member in archive:
+                    end = member.offset_data + (-(-member.size // 512) * 512 if member.isreg() else 0)
+                    if member.isreg() and (match := wanted.search(member.name)):
+                        self.places[match[1]] = (member.offset_data, member.size)
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise self._broken(kit, str(error)) from error
+        # tarfile takes a cut between two members for the end; a finished archive closes with zeroed blocks.
+        with path.open("rb") as file:
+            file.seek(end)
+            if file.read(512) != bytes(512):
+                raise self._broken(kit, f"no end of archive after byte {end} of {path.stat().st_size}")
+        if not self.places:
+            raise DataError(f"Reading {kit}: the archive {path} has no {kit} with {', '.join(_PARTS)}.\n  {REMEDY}")
+
+    def _broken(self, kit: str, reason: str) -> DataError:
+        with self.path.open("rb") as file:
+            packed = file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ"))
+        state = "is compressed, and can't be read in place" if packed else f"is not a tar, or is cut short ({reason})"
+        remedy = "Unpack it and set dataset.root to the folder." if packed else REMEDY
+        return DataError(f"Reading {kit}: the archive {self.path} {state}.\n  {remedy}")
+
+    def where(self, member: str) -> str:
+        return f"{self.path}:{member}"
+
+    def size(self, member: str) -> int | None:
+        return self.places[member][1] if member in self.places else None
+
+    def data(self, member: str, key: str) -> bytes:
+        if member not in self.places:
+            raise DataError(f"{key}: {member} is missing in the archive {self.path}.\n  {REMEDY}")
+        offset, size = self.places[member]
+        try:
+            with self.path.open("rb") as file:
+                file.seek(offset)
+                content = file.read(size)
+        except OSError as error:
+            raise DataError(f"{key}: the archive {self.path} can't be read: {error}.\n  {REMEDY}") from error
+        if len(content) != size:
+            raise DataError(f"{key}: the archive {self.path} ends inside {member}; it changed while in use.\n  {REMEDY}")
+        return content
+
+    def lists(self) -> list[str]:
+        return sorted(name.rpartition("/")[2][:-4] for name in self.places if name.startswith(_LISTS) and name.endswith(".txt"))

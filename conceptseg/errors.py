@@ -1,0 +1,46 @@
+"""Every error a user can meet, and the one shape of its message: what was tried, what came, what was wanted, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class ConceptSegError(Exception):
+    """Base of all errors that a user can mend; the command line prints them without a traceback."""
+
+
+class ConfigError(ConceptSegError):
+    """A setting is misspelt, out of range, or does not go with another."""
+
+
+class DataError(ConceptSegError):
+    """A data set, or one sample of it, is missing, truncated, or not in the layout it claims."""
+
+
+class ViewError(ConceptSegError):
+    """A view asks for cells that the extractor does not have."""
+
+
+class TapError(ConceptSegError):
+    """A host model does not have the modules that a tap needs."""
+
+
+class StoreError(ConceptSegError):
+    """A run folder can't be written, or holds rows that contradict each other."""
+
+
+class ResumeError(StoreError):
+    """A run folder was written by other code or another configuration."""
+
+
+def did_you_mean(got: str, offered: Iterable[str]) -> str:
+    """The tail of a message about an unknown name: the nearest choice, then all of them (at most 20).
+
+    >>> did_you_mean("outptu", ["output", "value"])
+    'Did you mean "output"? Choices: output, value.'
+    """
+    choices = sorted(offered)
+    near = get_close_matches(got, choices, n=1)
+    listed = ", ".join(choices[:20]) + (f", and {len(choices) - 20} more" if len(choices) > 20 else "")
+    return (f'Did you mean "{near[0]}"? ' if near else "") + f"Choices: {listed}."

@@ -1,0 +1,1 @@
+"""Saliency methods: one file and one YAML each, nothing else to edit."""

@@ -1,0 +1,63 @@
+"""What a method is to the harness."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from conceptseg.saliency.views import Axes, View
+from conceptseg.types import Batch, SaliencyMaps
+
+
+class Extractor(ABC):
+    """Turns a batch into saliency maps, one [B C h w] per view, from as few forward passes as the views allow."""
+
+    version: ClassVar[int]
+    """Raised whenever the numbers change; part of the run id."""
+    comparable: ClassVar[bool] = True
+    """May channels be compared by argmax?"""
+    needs_truth: ClassVar[bool] = False
+    """True for controls that are shown the mask; never for a method."""
+
+    @abstractmethod
+    def axes(self) -> Axes:
+        """Spaces, layers and timesteps on offer; views are checked against it before anything runs."""
+
+    @abstractmethod
+    def stream(self, batch: Batch, views: Sequence[View]) -> Iterator[SaliencyMaps]:
+        """Maps of every view, in the order of `views`."""
+
+    @property
+    def provenance(self) -> str:
+        """What the numbers rest on: "control", "lab", "weights" or "random"."""
+        return "control"
+
+    def identity(self) -> dict[str, Any]:
+        """What of this method changes the numbers beyond its config, such as the digest of its weights."""
+        return {"class": type(self).__name__, "version": self.version}
+
+
+class OneView(Extractor):
+    """A method with a single read-out: implement `saliency` and nothing else.
+
+    >>> class Bright(OneView):
+    ...     version = 1
+    ...     def saliency(self, batch):
+    ...         ...
+    """
+
+    def axes(self) -> Axes:
+        return Axes(spaces=("map",))
+
+    @abstractmethod
+    def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
+        """One map per concept, larger where the concept is."""
+
+    def stream(self, batch: Batch, views: Sequence[View]) -> Iterator[SaliencyMaps]:
+        scores = self.saliency(batch)
+        for view in views:
+            yield SaliencyMaps(view.key, scores, self.comparable)

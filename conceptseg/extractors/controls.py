@@ -1,0 +1,111 @@
+"""Controls: what the harness must score right, and what any method must beat. The first rows of every table."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from conceptseg.backbones.base import sample_seed
+from conceptseg.extractors.base import OneView
+from conceptseg.types import VOID, Batch, Task
+
+
+def _truth_of(task: Task) -> Float[Tensor, "C H W"]:
+    """1 where a concept's class is, spread over the channels that vote for it; void pixels count as background."""
+    truth = np.where(task.truth == VOID, 0, task.truth)
+    maps = np.stack([truth == label for label in task.concepts.labels]).astype(np.float32)
+    # Several words may vote for background; one of them is enough, and a tie would be decided by channel order.
+    first = {label: channel for channel, label in reversed(list(enumerate(task.concepts.labels)))}
+    for channel, label in enumerate(task.concepts.labels):
+        if first[label] != channel:
+            maps[channel] = 0
+    return torch.from_numpy(maps)
+
+
+class Oracle(OneView):
+    """Shows the truth itself. Every proper metric is 1 where the protocol scores at the size the map is given in."""
+
+    version = 1
+    needs_truth = True
+
+    def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
+        return torch.stack([_truth_of(task) for task in batch.tasks])
+
+
+class InvertedOracle(OneView):
+    """Shows the truth's complement: IoU 0 in both classes, AP at its least."""
+
+    version = 1
+    needs_truth = True
+
+    def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
+        return torch.stack([1 - _truth_of(task) for task in batch.tasks])
+
+
+class Constant(OneView):
+    """Says background everywhere: accuracy is the background share q, mean IoU q/2, AP the foreground share."""
+
+    version = 1
+
+    def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
+        return torch.stack(
+            [torch.tensor([float(label == 0) for label in c.labels])[:, None, None].expand(-1, 8, 8) for c in batch.concepts]
+        )
+
+
+class RandomMap(OneView):
+    """Independent noise on a grid: AP is the foreground share in the long run."""
+
+    version = 1
+
+    def __init__(self, grid: int = 16, seed: int = 0) -> None:
+        self.grid, self.seed = grid, seed
+
+    def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
+        return torch.stack(
+            [
+                torch.rand(
+                    len(task.concepts), self.grid, self.grid,
+                    generator=torch.Generator().manual_seed(sample_seed(self.seed, task.key, "random map")),
+                )
+                for task in batch.tasks
+            ]
+        )  # fmt: skip
+
+
+class CentrePrior(OneView):
+    """A Gaussian bump at the image centre for every class word, its complement for background words.
+
+    sigma: in units of the image's side.
+    """
+
+    version = 1
+
+    def __init__(self, sigma: float = 0.25, grid: int = 64) -> None:
+        self.sigma, self.grid = sigma, grid
+
+    def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
+        at = (torch.arange(self.grid) + 0.5) / self.grid - 0.5
+        bump = torch.exp(-(at[:, None] ** 2 + at[None, :] ** 2) / (2 * self.sigma**2))
+        return torch.stack([torch.stack([bump if label else 1 - bump for label in c.labels]) for c in batch.concepts])
+
+
+class ColourContrast(OneView):
+    """Distance of each pixel's colour from the image's mean colour: what a method without words can read off."""
+
+    version = 1
+
+    def __init__(self, grid: int = 32) -> None:
+        self.grid = grid
+
+    def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
+        maps = []
+        for task in batch.tasks:
+            image = torch.from_numpy(np.ascontiguousarray(task.image, dtype=np.float32)).permute(2, 0, 1)[None]
+            small = torch.nn.functional.interpolate(image, size=(self.grid, self.grid), mode="bilinear", antialias=True)[0]
+            contrast = (small - small.mean((1, 2), keepdim=True)).norm(dim=0)
+            contrast = contrast / contrast.max().clamp_min(1e-6)
+            maps.append(torch.stack([contrast if label else 1 - contrast for label in task.concepts.labels]))
+        return torch.stack(maps)

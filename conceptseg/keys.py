@@ -1,0 +1,44 @@
+"""Identity: canonical JSON, run ids and the digest of the source that makes the numbers. The only place that hashes them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+# Folders and files whose code decides what a row says. Reports, launchers and the command line are left out on purpose.
+NUMBER_MAKERS: tuple[str, ...] = (
+    "backbones", "data", "extractors", "metrics/average_precision.py", "metrics/counts.py", "metrics/published.py",
+    "protocols.py", "saliency", "segment",
+)  # fmt: skip
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces; raises TypeError for anything that is not plain data."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any, length: int = 12) -> str:
+    """A short hexadecimal digest of plain data.
+
+    >>> digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+    True
+    """
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
+
+
+def run_id(identity: Mapping[str, Any]) -> str:
+    """Names what the model did: method, weights, data, what it was shown and told, seed. Read-outs are not part of it."""
+    return digest(dict(identity))
+
+
+def source_digests() -> dict[str, str]:
+    """Path inside the package -> digest, for every file that makes numbers."""
+    root = Path(str(resources.files("conceptseg")))
+    files: list[Path] = []
+    for name in NUMBER_MAKERS:
+        files += sorted((root / name).rglob("*.py")) if (root / name).is_dir() else [root / name]
+    return {f.relative_to(root).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest()[:12] for f in files}

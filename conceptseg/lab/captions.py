@@ -1,0 +1,62 @@
+"""What is said of a scene: captions for training, in the words that the lab's tokenizer knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from conceptseg.data.scenes import GROUNDS, OBJECTS, TINTS, Scene
+
+NOUNS: tuple[str, ...] = OBJECTS + GROUNDS
+GLUE: tuple[str, ...] = ("a", "and", "on")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """Words of a caption, and for each whether it was put there in place of a true one."""
+
+    words: tuple[str, ...]
+    swapped: tuple[bool, ...]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+
+def describe(scene: Scene, rng: np.random.Generator) -> Caption:
+    """A true caption, often incomplete: lone words must be familiar, because a concept is encoded alone."""
+    objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
+    kind = rng.random()
+    if kind < 0.05 or not objects:
+        words: list[str] = []
+    elif kind < 0.17:
+        words = [objects[0].word]
+    elif kind < 0.23:
+        words = [scene.ground]
+    elif kind < 0.33:
+        words = ["a", objects[0].word]
+    else:
+        kept = [o for o in objects if rng.random() < 0.85] or objects[:1]
+        words = []
+        for number, placed in enumerate(kept):
+            words += ["and", "a"] if number else ["a"]
+            if rng.random() < 0.3:
+                words.append(placed.tint)
+            words.append(placed.word)
+        if rng.random() < 0.85:
+            words += ["on", scene.ground]
+    return Caption(tuple(words), (False,) * len(words))
+
+
+def swap_words(caption: Caption, scene: Scene, rng: np.random.Generator, share: float = 0.4) -> Caption:
+    """Replace about `share` of the content words by words that are not true of the scene."""
+    absent_objects = [w for w in OBJECTS if w not in {o.word for o in scene.objects}]
+    absent_grounds = [w for w in GROUNDS if w != scene.ground]
+    absent_tints = [w for w in TINTS if w not in {o.tint for o in scene.objects}]
+    words, swapped = list(caption.words), list(caption.swapped)
+    for position, word in enumerate(words):
+        for pool, absent in ((OBJECTS, absent_objects), (GROUNDS, absent_grounds), (tuple(TINTS), absent_tints)):
+            if word in pool and rng.random() < share:
+                words[position], swapped[position] = str(rng.choice(absent)), True
+    return Caption(tuple(words), tuple(swapped))

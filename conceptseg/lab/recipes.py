@@ -1,0 +1,30 @@
+"""Recipes of the lab: one YAML a model in conf/lab, with overrides checked against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conceptseg.errors import ConfigError, did_you_mean
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The recipe conf/lab/<name>.yaml with "key=value" overrides. Raises ConfigError for an unknown name or key."""
+    folder = resources.files("conceptseg.conf").joinpath("lab")
+    names = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    if name not in names:
+        raise ConfigError(f'conceptseg-lab train: no recipe "{name}". {did_you_mean(name, names)}')
+    recipe = OmegaConf.create(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+    OmegaConf.set_struct(recipe, True)
+    try:
+        whole = OmegaConf.merge(recipe, OmegaConf.from_dotlist(list(overrides)))
+    except OmegaConfBaseException as error:
+        key = next((o.split("=")[0] for o in overrides if OmegaConf.select(recipe, o.split("=")[0]) is None), "")
+        raise ConfigError(f'conceptseg-lab train {name}: can\'t set "{key}". {did_you_mean(key, map(str, recipe))}') from error
+    found: dict[str, Any] = OmegaConf.to_container(whole, resolve=True)  # type: ignore[assignment]
+    found["learning_rate"] = float(found["learning_rate"])  # YAML 1.1 reads 1.5e-3 as a word
+    return found

@@ -1,0 +1,94 @@
+"""The definitions as torchmetrics, for Lightning users and for our own reports alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.metrics.definitions import DEFINITIONS, Definition, Rows, entering
+
+
+class CountMetric(Metric):
+    """finish(sum of statistics) of one `Definition`, fed with row dicts; in 0..1, NaN where undefined.
+
+    `classes` is every class that a row may count, (0, 1) for single-class protocols.
+    """
+
+    definition: ClassVar[Definition]
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    sums: Tensor
+    n: Tensor
+    """Images that enter the value."""
+
+    def __init__(self, classes: tuple[int, ...] = (0, 1), **settings: Any) -> None:
+        super().__init__(**settings)
+        self.classes = classes
+        width = self.definition.statistics(Rows.from_records([], classes)).shape[-1]
+        self.add_state("sums", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("n", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, records: Iterable[Mapping[str, Any]]) -> None:
+        statistics = self.definition.statistics(Rows.from_records(records, self.classes))
+        self.sums += torch.from_numpy(statistics.sum(axis=0)).to(self.sums.device)
+        self.n += int(entering(statistics).sum())
+
+    def compute(self) -> Tensor:
+        return torch.as_tensor(self.definition.finish(self.sums.cpu().numpy()))
+
+
+class PixelAccuracy(CountMetric):
+    definition = DEFINITIONS["accuracy"]
+
+
+class MeanIoU(CountMetric):
+    definition = DEFINITIONS["miou_dataset"]
+
+
+class ImageMeanIoU(CountMetric):
+    definition = DEFINITIONS["miou_image"]
+
+
+class ForegroundIoU(CountMetric):
+    definition = DEFINITIONS["foreground_iou"]
+
+
+class ImageAveragePrecision(CountMetric):
+    definition = DEFINITIONS["ap_image"]
+
+
+class PublishedMeanIoUFromAccuracy(CountMetric):
+    definition = DEFINITIONS["published_miou_from_accuracy"]
+
+
+class PublishedTwoChannelAveragePrecision(CountMetric):
+    definition = DEFINITIONS["published_ap_two_channel"]
+
+
+class PublishedTwoChannelMinmaxAveragePrecision(CountMetric):
+    definition = DEFINITIONS["published_ap_two_channel_minmax"]
+
+
+class PublishedAccuracyVoidHalf(CountMetric):
+    definition = DEFINITIONS["published_accuracy_void_half"]
+
+
+class PublishedMeanIoUVoidInUnion(CountMetric):
+    definition = DEFINITIONS["published_miou_void_in_union"]
+
+
+METRICS: dict[str, type[CountMetric]] = {kind.definition.name: kind for kind in CountMetric.__subclasses__()}
+
+
+def metric(name: str, classes: tuple[int, ...] = (0, 1)) -> CountMetric:
+    """A fresh metric under the name of its definition."""
+    if name not in METRICS:
+        raise ConfigError(f'Unknown metric "{name}". {did_you_mean(name, METRICS)}')
+    return METRICS[name](classes)

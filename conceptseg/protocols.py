@@ -1,0 +1,168 @@
+"""Protocols: named, versioned agreements on what a model is shown, what it is told, and how its answer is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from conceptseg.errors import ConfigError, DataError, did_you_mean
+from conceptseg.metrics.average_precision import average_precision, two_channel_average_precision
+from conceptseg.metrics.counts import count
+from conceptseg.segment.resize import nearest_centre, resize_image
+from conceptseg.segment.segmenter import Segmenter
+from conceptseg.types import BACKGROUND, VOID, Concepts, Prediction, Sample, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Excluded:
+    """A sample that the protocol leaves out, and why; recorded, so that n can be accounted for."""
+
+    key: str
+    reason: str
+
+
+class SegmentationProtocol:
+    """How samples become tasks and predictions become counts.
+
+    task: "single" asks for one class word per image and scores foreground against the rest; "multi" asks for all classes
+        that are present and scores each.
+    select: "any" keeps every image of a single-class data set; "one_class" keeps images with exactly one foreground class;
+        "two_labels" keeps images with at most two labels, background included (the released VOC rule, after resizing).
+    image_size, image_resample: the protocol's own resizing of images, sides in pixels; None leaves them alone.
+    mask_size: the size truth is scored at, by Pillow's nearest rule; None scores at the truth's own size.
+    background: words offered beside the class words; order: "target_first" or "background_first".
+    caption: with {word} for one class, joined by caption_join for several.
+    segmenters: every decision that is scored; read-outs, so adding one costs no forward pass.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        version: int,
+        task: str,
+        background: Sequence[str],
+        segmenters: Iterable[Segmenter],
+        caption: str = "a {word}",
+        caption_join: str = " and ",
+        order: str = "background_first",
+        select: str = "any",
+        image_size: int | None = None,
+        image_resample: str = "bicubic",
+        mask_size: int | None = None,
+        variant: str = "standard",
+    ) -> None:
+        for value, key, choices in (
+            (task, "task", ("single", "multi")),
+            (order, "order", ("target_first", "background_first")),
+            (select, "select", ("any", "one_class", "two_labels")),
+            (image_resample, "image_resample", ("bicubic", "nearest")),
+            (variant, "variant", ("standard", "released")),
+        ):
+            if value not in choices:
+                raise ConfigError(f'protocol.{key}: unknown "{value}". {did_you_mean(value, choices)}')
+        if repeated := sorted({w for w in background if list(background).count(w) > 1}):
+            raise ConfigError(f"protocol.background names {', '.join(repeated)} twice; every concept is asked for once.")
+        self.name, self.version, self.task, self.variant = name, version, task, variant
+        self.background, self.order, self.select = tuple(background), order, select
+        self.caption, self.caption_join = caption, caption_join
+        self.image_size, self.image_resample, self.mask_size = image_size, image_resample, mask_size
+        self.segmenters = tuple(segmenters)
+        if not self.segmenters:
+            raise ConfigError("protocol.segmenters is empty: name at least one decision, for example {decision: mean}.")
+        if len({s.key for s in self.segmenters}) < len(self.segmenters):
+            raise ConfigError("protocol.segmenters lists the same decision twice.")
+
+    @property
+    def label(self) -> str:
+        """Printed with every number: name and version."""
+        return f"{self.name} v{self.version}"
+
+    def identity(self) -> dict[str, Any]:
+        """What of the protocol changes what the model sees or is told; segmenters are read-outs and stay out."""
+        return {
+            "name": self.name, "version": self.version, "task": self.task, "background": list(self.background),
+            "order": self.order, "select": self.select, "caption": self.caption, "caption_join": self.caption_join,
+            "image_size": self.image_size, "image_resample": self.image_resample, "mask_size": self.mask_size,
+        }  # fmt: skip
+
+    def prepare(self, sample: Sample) -> Task | Excluded:
+        """The task this sample sets, or why it is left out. Raises DataError for a sample that can't be asked about."""
+        truth = sample.mask
+        if self.mask_size is not None:
+            truth = nearest_centre(truth, (self.mask_size, self.mask_size))
+        labels = [int(v) for v in np.unique(truth) if v != VOID]
+        present = [v for v in labels if v != BACKGROUND]
+        if missing := [v for v in present if v not in sample.words]:
+            raise DataError(
+                f"{sample.key}: its mask holds class {missing[0]}, for which the data set has no word "
+                f"(it has {', '.join(f'{k}: {w}' for k, w in sorted(sample.words.items()))}). Is the mask of another data set?"
+            )
+        image = sample.image
+        if self.image_size is not None:
+            image = resize_image(image, (self.image_size, self.image_size), self.image_resample)
+        image = image.astype(np.float32) / 255
+        if self.task == "multi":
+            if not present:
+                return Excluded(sample.key, "no foreground class is present at the size that is scored")
+            concepts = self._concepts([sample.words[v] for v in present], present)
+            caption = self.caption_join.join(self.caption.format(word=sample.words[v]) for v in present)
+            return Task(sample.key, image, truth, concepts, caption, (BACKGROUND, *present))
+        if self.select == "one_class" and len(present) != 1:
+            return Excluded(sample.key, f"{len(present)} foreground classes, wanted exactly one")
+        if self.select == "two_labels" and (len(labels) > 2 or not present):
+            return Excluded(sample.key, f"{len(labels)} labels after resizing, wanted at most two with one foreground class")
+        word = sample.words[present[-1]] if present else next(iter(sample.words.values()))
+        truth = np.where((truth != BACKGROUND) & (truth != VOID), 1, truth).astype(np.uint8)
+        return Task(sample.key, image, truth, self._concepts([word], [1]), self.caption.format(word=word), (BACKGROUND, 1))
+
+    def _concepts(self, words: Sequence[str], labels: Sequence[int]) -> Concepts:
+        # A class word that is also a background word (VOC's multi-class grounds, ImageNet's "person") is asked for once.
+        background = [w for w in self.background if w not in words]
+        backgrounds = [(w, BACKGROUND) for w in background]
+        classes = list(zip(words, labels, strict=True))
+        ordered = classes + backgrounds if self.order == "target_first" else backgrounds + classes
+        names = tuple(w for w, _ in ordered)
+        if not names:
+            raise ConfigError("the concept list is empty: give protocol.background words or a data set with class words.")
+        if repeated := sorted({w for w in names if names.count(w) > 1}):
+            raise DataError(f'the concept "{repeated[0]}" is asked for twice: two classes of the data set share that word.')
+        target = (0 if self.order == "target_first" else len(backgrounds)) if self.task == "single" else None
+        return Concepts(names, tuple(v for _, v in ordered), target)
+
+    def predict(self, task: Task, maps: Float[np.ndarray, "C h w"], segmenter: Segmenter) -> Prediction:
+        """One segmenter's answer at the size of the truth."""
+        size = (task.truth.shape[0], task.truth.shape[1])
+        return segmenter(maps, segmenter.scores(maps, size), task.concepts, task.classes)
+
+    def score(self, task: Task, maps: Float[np.ndarray, "C h w"], segmenter: Segmenter) -> tuple[dict[str, Any], Prediction]:
+        """What a row records of one segmenter's answer: counts and average precisions."""
+        prediction = self.predict(task, maps, segmenter)
+        counts = count(prediction.labels, task.truth, task.classes)
+        record: dict[str, Any] = {name: _plain(getattr(counts, name)) for name in counts.__slots__}
+        record["ap"] = self._average_precisions(task, prediction.scores)
+        return record, prediction
+
+    def _average_precisions(self, task: Task, scores: Float[np.ndarray, "C H W"]) -> dict[str, float | None]:
+        valid = task.truth != VOID
+        found: dict[str, float | None] = {}
+        values = []
+        for channel, label in enumerate(task.concepts.labels):
+            if label == BACKGROUND:
+                continue
+            positive = task.truth[valid] == label
+            if positive.any():
+                values.append(float(average_precision(scores[channel][valid], positive)))
+        found["foreground"] = float(np.mean(values)) if values else None
+        if task.concepts.target is not None:
+            target = scores[task.concepts.target]
+            found["two_channel"] = float(two_channel_average_precision(target, task.truth, minmax=False))
+            found["two_channel_minmax"] = float(two_channel_average_precision(target, task.truth, minmax=True))
+        return found
+
+
+def _plain(value: Any) -> Any:
+    return [int(v) for v in value] if isinstance(value, tuple) else int(value)

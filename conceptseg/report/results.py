@@ -1,0 +1,359 @@
+"""A finished table: what benchmarks/<table>/results.json holds, and the rules that every printed number keeps."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from conceptseg.errors import ConceptSegError, did_you_mean
+
+SCHEMA = 1
+ABSENT = "\u2013"  # an en dash, where a row has no such metric
+
+Kind = Literal["standard", "released", "published"]
+Group = Literal["controls", "methods"]
+Provenance = Literal["control", "lab", "weights", "random"]
+Status = Literal["ok", "not run", "failed"]
+
+
+class ReportError(ConceptSegError):
+    """A finished table, or the report written from it, does not hold together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One metric, with its definition. Larger is better in every column."""
+
+    name: str
+    """Key of the metric in every row's `values`."""
+    label: str
+    """Heading that readers see."""
+    percent: bool
+    """Whether values are shares that are printed times 100."""
+    text: str
+    """Definition, in one sentence."""
+    source: str
+    """Where the definition, or the quoted number, comes from."""
+    kind: Kind
+    """Correct definition, what released code computes, or quoted; the three never share a column."""
+
+    @property
+    def heading(self) -> str:
+        return f"{self.label} %" if self.percent else self.label
+
+    @property
+    def caveat(self) -> str:
+        """Printed under the heading of every column that is not the correct definition computed here."""
+        return {"standard": "", "released": "released", "published": "quoted"}[self.kind]
+
+    def written(self, value: Value) -> tuple[str, str]:
+        """The number and its interval as text; the interval is empty for a quoted number that has none.
+
+        >>> Column("miou", "mIoU", True, "", "", "standard").written(Value(0.561, 0.503, 0.612, 64))
+        ('56.1', '[50.3, 61.2]')
+        """
+        numbers = [v for v in (value.value, value.low, value.high) if v is not None]
+        if self.percent:
+            scale, places = 100, 1
+        else:
+            largest = max(abs(v) for v in numbers)
+            scale, places = 1, 3 if largest < 10 else 1 if largest < 1000 else 0
+        value_text, *bounds = (f"{scale * v:.{places}f}" for v in numbers)
+        return value_text, f"[{', '.join(bounds)}]" if bounds else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One number with what makes it readable. Only quoted numbers (a `published` column) may lack interval and n."""
+
+    value: float
+    """The metric, as a share where its column is in percent."""
+    low: float | None
+    """Lower end of the interval."""
+    high: float | None
+    """Upper end of the interval."""
+    n: int | None
+    """Samples that the number rests on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One method or control, on one data set under one protocol."""
+
+    name: str
+    """What readers call it; unique in its block."""
+    group: Group
+    """Controls are printed first and never win a column."""
+    extractor: str
+    """Name of the extractor's sheet."""
+    backbone: str | None
+    """Name of the backbone's sheet; None for a control that has no model."""
+    provenance: Provenance
+    """What weights stand behind the numbers."""
+    run_id: str
+    """Run folder that holds the counts; empty only where nothing was run."""
+    view: str
+    """Key of the view that was read."""
+    segmenter: str
+    """How maps became labels."""
+    n: int
+    """Samples that were scored."""
+    excluded: int
+    """Samples left out by the protocol."""
+    failed: int
+    """Samples that raised an error."""
+    values: Mapping[str, Value]
+    """Column name -> number; a metric that does not apply has no key."""
+    status: Status
+    """Whether the row was computed."""
+    note: str
+    """Anything a reader must know beside the number, such as what a row that was not run needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows that may be compared: one data set, one protocol."""
+
+    name: str
+    """Heading; unique in the table."""
+    dataset: str
+    """Data set, split and size in words."""
+    protocol: str
+    """Name and version of the protocol."""
+    text: str
+    """What is asked of a method, in a sentence."""
+    rows: tuple[Row, ...]
+    """In printing order within each group."""
+
+    @property
+    def ordered_rows(self) -> tuple[Row, ...]:
+        return tuple(sorted(self.rows, key=lambda row: row.group != "controls"))
+
+    def best(self, column: Column) -> str | None:
+        """The largest value of a method as it is printed, so that rows that look alike share the place; None for quotations."""
+        values = [row.values[column.name] for row in self.rows if row.group == "methods" and column.name in row.values]
+        if column.kind == "published" or not values:
+            return None
+        return column.written(max(values, key=lambda value: value.value))[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """A finished table. Constructing one checks it: a number that may not be printed is an error here, not a footnote."""
+
+    table: str
+    """Name of the table's sheet, and of its folder under benchmarks/."""
+    title: str
+    """Heading."""
+    command: str
+    """Shell command that computes the table."""
+    conceptseg: str
+    """Version of the package that computed it."""
+    columns: tuple[Column, ...]
+    """Metrics in printing order."""
+    blocks: tuple[Block, ...]
+    """Comparisons in printing order."""
+    notes: tuple[str, ...] = ()
+    """Sentences printed under the table."""
+    interval: str = ""
+    """What the intervals are, such as "95 % bootstrap interval over images, 1000 draws"."""
+    sheet: str | None = None
+    """Picture sheet, as a path relative to the folder of RESULTS.md."""
+
+    def __post_init__(self) -> None:
+        problems = [*_table_problems(self), *_row_problems(self)]
+        if problems:
+            listed = "\n  ".join(problems[:10]) + (f"\n  and {len(problems) - 10} more" if len(problems) > 10 else "")
+            raise ReportError(f'table "{self.table}" can\'t be reported:\n  {listed}\n  Compute it again: {self.command}')
+
+    @classmethod
+    def from_json(cls, data: object, where: str = "results") -> Results:
+        if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
+            got = data.get("schema") if isinstance(data, Mapping) else type(data).__name__
+            raise ReportError(
+                f"{where}: this version reads tables of schema {SCHEMA}, but the file has schema {got!r}.\n"
+                "  Compute the table again, or use the conceptseg version that wrote it."
+            )
+        body = {key: value for key, value in data.items() if key != "schema"}
+        blocks = _each(Block, {"rows": _each(Row, {"values": _values})})
+        return _read(cls, body, where, {"columns": _each(Column), "blocks": blocks, "notes": _notes})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and dicts, `from_json`'s inverse; `interval` and `sheet` only where they are set."""
+        body = asdict(self)
+        for key in ("interval", "sheet"):
+            if not body[key]:
+                del body[key]
+        plain: dict[str, Any] = json.loads(json.dumps({"schema": SCHEMA, **body}, allow_nan=False))
+        return plain
+
+
+def load(path: Path) -> Results:
+    """Read and check benchmarks/<table>/results.json."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ReportError(f"can't read the table {path}: {error.strerror}. Compute it: conceptseg table=<name>") from error
+    except ValueError as error:
+        raise ReportError(f"{path} is not JSON ({error}). Compute the table again.") from error
+    return Results.from_json(data, str(path))
+
+
+def save(path: Path, results: Results) -> None:
+    """Write results.json, creating its folder; readers see the old file or the new one, never half of one."""
+    write_atomically(path, (json.dumps(results.to_json(), indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    path = path.resolve()  # a link keeps pointing where it pointed
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- checks: each problem is one sentence
+
+
+def _table_problems(results: Results) -> list[str]:
+    problems = []
+    if not re.fullmatch(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*", results.table):
+        problems.append(f"table name {results.table!r} is not letters and digits, joined by single dots, dashes or underscores")
+    if not results.columns:
+        problems.append("the table has no columns")
+    sheet = results.sheet
+    if sheet is not None and (not sheet or re.match(r"/|[A-Za-z][\w+.-]*:", sheet) or ".." in sheet.split("/")):
+        problems.append(f"sheet {sheet!r} is no path below RESULTS.md's folder, such as benchmarks/{results.table}/sheet.png")
+    repeated = [
+        *(f'column "{name}"' for name in _repeated([column.name for column in results.columns])),
+        *(f'block "{name}"' for name in _repeated([block.name for block in results.blocks])),
+        *(f'row "{name}" of block "{b.name}"' for b in results.blocks for name in _repeated([row.name for row in b.rows])),
+    ]
+    return problems + [f"{thing} occurs twice; a reader can't tell which is meant" for thing in repeated]
+
+
+def _repeated(names: list[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1})
+
+
+def _row_problems(results: Results) -> list[str]:
+    columns = {column.name: column for column in results.columns}
+    problems = []
+    for block in results.blocks:
+        for row in block.rows:
+            where = f'block "{block.name}", row "{row.name}"'
+            if min(row.n, row.excluded, row.failed) < 0:
+                problems.append(f"{where}: n={row.n}, excluded={row.excluded}, failed={row.failed}, but counts can't be negative")
+            if row.status == "ok" and (row.n < 1 or not row.run_id):
+                problems.append(f"{where}: status is ok with n={row.n} and run id {row.run_id!r}, but a number needs both")
+            for name, value in row.values.items():
+                if name not in columns:
+                    problems.append(f'{where}: unknown metric "{name}". {did_you_mean(name, columns)}')
+                elif row.status != "ok" and columns[name].kind != "published":
+                    problems.append(f'{where}: has a value of "{name}", but its status is "{row.status}"')
+                else:
+                    problems += [f'{where}, metric "{name}": {problem}' for problem in _value_problems(value, columns[name])]
+    return problems
+
+
+def _value_problems(value: Value, column: Column) -> list[str]:
+    numbers = [v for v in (value.value, value.low, value.high) if v is not None]
+    if not all(math.isfinite(v) for v in numbers):
+        return [f"{numbers} is not finite; leave a metric out where it is undefined"]
+    problems = []
+    if (value.low is None) != (value.high is None):
+        problems.append("has one end of an interval without the other")
+    elif value.low is None or value.high is None:
+        if column.kind != "published":
+            problems.append("has no interval; only quoted numbers (kind published) may lack one")
+    elif not value.low - 1e-9 <= value.value <= value.high + 1e-9:  # a mean of equal numbers is off by rounding
+        problems.append(f"value {value.value:g} is outside its interval [{value.low:g}, {value.high:g}]")
+    if (value.n is None and column.kind != "published") or (value.n is not None and value.n < 1):
+        problems.append(f"n is {value.n}, but a number rests on at least one sample")
+    if column.percent and any(abs(v) > 1 + 1e-9 for v in numbers):
+        problems.append(f"{value.value:g} is not a share between -1 and 1, as a column in percent wants")
+    return problems
+
+
+# ---------------------------------------------------------------- reading JSON strictly
+
+Reader = Callable[[Any, str], Any]
+T = TypeVar("T")
+
+
+def _read(cls: type[T], data: object, where: str, readers: Mapping[str, Reader]) -> T:
+    """Build a dataclass from a JSON object: unknown and missing keys and wrong types are errors that name the place."""
+    if not isinstance(data, Mapping):
+        raise ReportError(f"{where}: wanted an object with the keys of {cls.__name__}, got {_shown(data)}.")
+    hints = get_type_hints(cls)
+    known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in known:
+            raise ReportError(f'{where}: unknown key "{key}". {did_you_mean(str(key), known)}')
+    missing = [name for name, field in known.items() if name not in data and field.default is MISSING]
+    if missing:
+        raise ReportError(f"{where}: lacks {', '.join(missing)}. Write every key of {cls.__name__}.")
+    made = {}
+    for key, value in data.items():
+        at = f"{where}.{key}"
+        if key in readers:
+            made[key] = readers[key](value, at)
+        elif _fits(value, hints[key]):
+            made[key] = value
+        else:
+            raise ReportError(f"{at}: wanted {_wanted(hints[key])}, got {_shown(value)}.")
+    return cls(**made)
+
+
+def _each(cls: type, readers: Mapping[str, Reader] | None = None) -> Reader:
+    def read(data: Any, where: str) -> tuple[Any, ...]:
+        if not isinstance(data, list):
+            raise ReportError(f"{where}: wanted a list, got {_shown(data)}.")
+        return tuple(_read(cls, item, f"{where}[{i}]", readers or {}) for i, item in enumerate(data))
+
+    return read
+
+
+def _values(data: Any, where: str) -> dict[str, Value]:
+    if not isinstance(data, Mapping):
+        raise ReportError(f"{where}: wanted an object from metric to value, got {_shown(data)}.")
+    return {str(name): _read(Value, value, f"{where}.{name}", {}) for name, value in data.items()}
+
+
+def _notes(data: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(data, list) or not all(isinstance(note, str) for note in data):
+        raise ReportError(f"{where}: wanted a list of sentences, got {_shown(data)}.")
+    return tuple(data)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if isinstance(hint, UnionType):
+        return any(_fits(value, choice) for choice in get_args(hint))
+    if isinstance(value, bool):  # a bool is an int to Python, not to a reader
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _wanted(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(f'"{choice}"' for choice in get_args(hint))
+    if isinstance(hint, UnionType):
+        return " or ".join("null" if choice is NoneType else _wanted(choice) for choice in get_args(hint))
+    return {str: "a string", int: "an integer", float: "a number", bool: "true or false"}[hint]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

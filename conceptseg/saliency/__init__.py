@@ -1,0 +1,1 @@
+"""From activations to maps: cells (one small map per space, layer, timestep and draw) and the views that fold them."""

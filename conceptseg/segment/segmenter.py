@@ -1,0 +1,82 @@
+"""Segmenters: a decision, the grid it is taken on, and how the answer reaches the size of the truth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.metrics.published import colliding_relabel
+from conceptseg.segment.resize import bilinear, nearest_floor
+from conceptseg.segment.threshold import above_level, above_mean, above_otsu
+from conceptseg.types import Concepts, Prediction
+
+
+@dataclass(frozen=True, slots=True)
+class Segmenter:
+    """Turns the maps of one task into labels and scores at the size of its truth.
+
+    decision: "mean" (the target's map above its own mean), "otsu", "level" (share `level` between its least and greatest
+        value), or "argmax" (the concept with the greatest score wins each pixel).
+    cut: "grid" decides on the map's own grid and enlarges the answer; "mask" enlarges the scores first.
+    enlarge: "nearest" (torch's rule) or "bilinear".
+    relabel: "right", or "colliding" for the in-place relabelling of the released multi-class VOC script, which moves
+        pixels twice where class indices meet.
+    """
+
+    decision: str
+    cut: str = "mask"
+    enlarge: str = "bilinear"
+    level: float = 0.5
+    relabel: str = "right"
+
+    def __post_init__(self) -> None:
+        for value, key, choices in (
+            (self.decision, "decision", ("mean", "otsu", "level", "argmax")),
+            (self.cut, "cut", ("grid", "mask")),
+            (self.enlarge, "enlarge", ("nearest", "bilinear")),
+            (self.relabel, "relabel", ("right", "colliding")),
+        ):
+            if value not in choices:
+                raise ConfigError(f'protocol.segmenters.{key}: unknown "{value}". {did_you_mean(value, choices)}')
+
+    @property
+    def key(self) -> str:
+        """For example "mean@grid/nearest"; stable, since rows are filed under it."""
+        decision = f"level{self.level:g}" if self.decision == "level" else self.decision
+        return f"{decision}@{self.cut}/{self.enlarge}" + ("/colliding" if self.relabel == "colliding" else "")
+
+    def scores(self, maps: Float[np.ndarray, "C h w"], size: tuple[int, int]) -> Float[np.ndarray, "C H W"]:
+        """Scores at the size of the truth, for ranking."""
+        return nearest_floor(maps, size) if self.enlarge == "nearest" else bilinear(maps, size)
+
+    def __call__(
+        self,
+        maps: Float[np.ndarray, "C h w"],
+        scores: Float[np.ndarray, "C H W"],
+        concepts: Concepts,
+        classes: tuple[int, ...],
+    ) -> Prediction:
+        """maps on their own grid, and the same enlarged by `scores`."""
+        size = (scores.shape[-2], scores.shape[-1])
+        ground = maps if self.cut == "grid" else scores
+        labels = self._decide(ground, concepts, classes)
+        return Prediction(labels if self.cut == "mask" else nearest_floor(labels, size), scores)
+
+    def _decide(self, maps: Float[np.ndarray, "C H W"], concepts: Concepts, classes: tuple[int, ...]) -> np.ndarray:
+        if self.decision == "argmax":
+            winner = maps.argmax(0)
+            if self.relabel == "colliding":
+                background = concepts.labels.count(0)
+                return colliding_relabel(winner, background, concepts.labels[background:]).astype(np.uint8)
+            return np.asarray(concepts.labels, np.uint8)[winner]
+        if concepts.target is None:
+            raise ConfigError(
+                f'protocol.segmenters.decision "{self.decision}" cuts one target map, but this protocol asks for several '
+                f'classes at once. Use "argmax".'
+            )
+        target = maps[concepts.target]
+        inside = {"mean": above_mean, "otsu": above_otsu, "level": lambda m: above_level(m, self.level)}[self.decision](target)
+        return (inside * classes[-1]).astype(np.uint8)

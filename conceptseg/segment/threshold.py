@@ -1,0 +1,32 @@
+"""Cuts through one map: what counts as foreground."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+
+def above_mean(scores: Float[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
+    """Strictly above the map's own mean: the cut of ConceptAttention's ImageNet protocol."""
+    return scores > scores.mean(dtype=scores.dtype)
+
+
+def above_level(scores: Float[np.ndarray, "H W"], level: float) -> Bool[np.ndarray, "H W"]:
+    """Strictly above `level` of the way from the map's least to its greatest value; a constant map has no foreground."""
+    low, high = scores.min(), scores.max()
+    return scores > low + level * (high - low)
+
+
+def above_otsu(scores: Float[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
+    """Above the cut that maximises the variance between the two sides, over 256 bins (Otsu 1979)."""
+    low, high = float(scores.min()), float(scores.max())
+    if high <= low:
+        return np.zeros_like(scores, dtype=bool)
+    counts, edges = np.histogram(scores, bins=256, range=(low, high))
+    centres = (edges[:-1] + edges[1:]) / 2
+    weight = np.cumsum(counts)[:-1].astype(np.float64)
+    total = float(counts.sum())
+    mass = np.cumsum(counts * centres)[:-1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = weight * (total - weight) * (mass / weight - ((counts * centres).sum() - mass) / (total - weight)) ** 2
+    return scores > edges[1:-1][int(np.nanargmax(between))]

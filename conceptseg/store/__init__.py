@@ -1,0 +1,1 @@
+"""The run folder: manifest, append-only rows, and what is still missing."""

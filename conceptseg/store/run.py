@@ -1,0 +1,233 @@
+"""A run's folder: opened by content address, appended to by any number of processes, read as one."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+from conceptseg.errors import ResumeError, StoreError
+from conceptseg.store.schema import SCHEMA, TIMING_FIELDS, Manifest, Row, RowKey
+
+
+class RunStore:
+    """Rows of one run. Files rows-<shard>of<count>.jsonl are only ever appended to; done-ness is the union over all of them.
+
+    A line that a killed process left half written is cut off when that shard opens its file again, and ignored until then.
+    Use as a context manager when writing: the shard's file is locked, so that two processes can't share a shard.
+    """
+
+    def __init__(self, folder: Path, shard: int = 0, count: int = 1) -> None:
+        self.folder, self.shard, self.count = folder, shard, count
+        self._file: int | None = None
+        self._rows: dict[RowKey, Row] | None = None
+
+    # ------------------------------------------------------------ opening
+
+    def open(self, manifest: Manifest, on_code_change: str = "refuse") -> None:
+        """Write the manifest, or check it against the one that is there.
+
+        Raises ResumeError if the folder was written by other code, unless on_code_change is "accept".
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _store_error(self.folder, error) from error
+        path = self.folder / "manifest.json"
+        if not path.exists():
+            self._write_manifest(path, manifest)
+            return
+        held = self.manifest()
+        if held["schema"] != SCHEMA:
+            raise ResumeError(
+                f"{self.folder}: rows of schema {held['schema']}, this version writes {SCHEMA}. Use another runs folder."
+            )
+        names = sorted(held["source"].keys() | manifest["source"].keys())
+        changed = [n for n in names if held["source"].get(n) != manifest["source"].get(n)]
+        if changed and on_code_change == "refuse":
+            raise ResumeError(
+                f"{self.folder} was written by other code: {', '.join(changed[:6])}{' and more' if len(changed) > 6 else ''} changed.\n"
+                f"  Keep adding to it (runtime.on_code_change=accept), start anew beside it (=fork), or delete the folder."
+            )
+        if changed:
+            self._write_manifest(path, manifest)
+
+    @staticmethod
+    def _write_manifest(path: Path, manifest: Manifest) -> None:
+        # Every shard may do this at the same moment: write aside under an own name, then rename.
+        partial = path.with_name(f".manifest-{os.getpid()}")
+        try:
+            partial.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            partial.replace(path)
+        except OSError as error:
+            raise _store_error(path, error) from error
+
+    def manifest(self) -> Manifest:
+        """Raises ResumeError if the folder has none or it can't be read."""
+        path = self.folder / "manifest.json"
+        try:
+            return cast(Manifest, json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise ResumeError(f"reading {path}: {error}. Delete the folder to start the run anew.") from error
+
+    # ------------------------------------------------------------ writing
+
+    @property
+    def shard_file(self) -> Path:
+        return self.folder / f"rows-{self.shard}of{self.count}.jsonl"
+
+    def __enter__(self) -> RunStore:
+        try:
+            self._file = os.open(self.shard_file, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._close()
+            raise StoreError(
+                f"{self.shard_file} is being written by another process. Give each process its own runtime.shard_index, "
+                f"or wait for the other to finish."
+            ) from error
+        except OSError as error:
+            self._close()
+            raise _store_error(self.shard_file, error) from error
+        self._cut_torn_line(self._file)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    @staticmethod
+    def _cut_torn_line(file: int) -> None:
+        size = os.lseek(file, 0, os.SEEK_END)
+        keep = size
+        while keep > 0:
+            step = min(65536, keep)
+            block = os.pread(file, step, keep - step)
+            if (found := block.rfind(b"\n")) >= 0:
+                keep = keep - step + found + 1
+                break
+            keep -= step
+        if keep < size:
+            os.ftruncate(file, keep)
+        os.lseek(file, keep, os.SEEK_SET)
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Write rows that are not held yet, in one write and one fsync. Raises StoreError, with all earlier rows safe."""
+        if self._file is None:
+            raise StoreError(f"{self.folder}: append needs the store to be entered (with store: ...).")
+        held = self.rows()
+        new = [row for row in rows if _supersedes(row, held.get(_key(row)))]
+        if not new:
+            return
+        block = "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in new).encode()
+        start = os.lseek(self._file, 0, os.SEEK_CUR)
+        try:
+            written = 0
+            while written < len(block):
+                written += os.write(self._file, block[written:])
+            os.fsync(self._file)
+        except OSError as error:
+            os.ftruncate(self._file, start)  # never leave half a block: what was there before stays whole
+            os.lseek(self._file, start, os.SEEK_SET)
+            raise _store_error(self.shard_file, error) from error
+        for row in new:
+            held[_key(row)] = row
+
+    # ------------------------------------------------------------ reading
+
+    def rows(self) -> dict[RowKey, Row]:
+        """Every row of every shard, by key. Raises StoreError if two shards contradict each other."""
+        if self._rows is None:
+            self._rows = {}
+            for path in sorted(self.folder.glob("rows-*.jsonl")):
+                for row in _read(path):
+                    held = self._rows.get(_key(row))
+                    if _supersedes(row, held):
+                        self._rows[_key(row)] = row
+                    elif held is not None and held["status"] == row["status"] == "ok" and _content(held) != _content(row):
+                        raise StoreError(
+                            f"{path}: the row of {_key(row)} contradicts one written before. Were two versions of the code "
+                            f"run on this folder? Delete it and run again."
+                        )
+        return self._rows
+
+    def refresh(self) -> None:
+        """Forget what was read, so that rows of other processes are seen."""
+        self._rows = None
+
+    def settled(self, sample: str, retry_failed: bool = False) -> bool:
+        """Whether the sample was left out or failed as a whole, so that no view of it is missing."""
+        row = self.rows().get(RowKey(sample, "*", "*"))
+        return row is not None and (row["status"] == "excluded" or not retry_failed)
+
+    def missing(self, sample: str, views: Iterable[str], segmenters: Iterable[str], retry_failed: bool = False) -> list[str]:
+        """Views of which this sample lacks a row for at least one segmenter."""
+        if self.settled(sample, retry_failed):
+            return []
+        held = self.rows()
+        names = list(segmenters)
+
+        def lacks(view: str, segmenter: str) -> bool:
+            row = held.get(RowKey(sample, view, segmenter))
+            return row is None or (retry_failed and row["status"] == "failed")
+
+        return [view for view in views if any(lacks(view, s) for s in names)]
+
+    def compact(self) -> Path:
+        """All rows as rows.parquet, sorted by key: the file to share. The shards stay; running it again changes nothing."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.refresh()
+        rows = [self.rows()[key] for key in sorted(self.rows())]
+        path = self.folder / "rows.parquet"
+        partial = self.folder / f".rows-{os.getpid()}.parquet"
+        try:
+            pq.write_table(pa.Table.from_pylist(cast(list[Any], rows)), partial)
+            partial.replace(path)
+        except OSError as error:
+            raise _store_error(path, error) from error
+        return path
+
+
+def _key(row: Row) -> RowKey:
+    return RowKey(row["sample"], row["view"], row["segmenter"])
+
+
+def _content(row: Row) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if k not in TIMING_FIELDS}
+
+
+def _supersedes(row: Row, held: Row | None) -> bool:
+    """A new key always; a good row replaces a failed one."""
+    return held is None or (held["status"] == "failed" and row["status"] != "failed")
+
+
+def _read(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return  # torn by a kill; its sample will be computed again
+            try:
+                yield cast(Row, json.loads(line))
+            except ValueError as error:
+                raise StoreError(
+                    f"{path}, line {number}: not a row ({error}). The file was edited or the disk is damaged."
+                ) from error
+
+
+def _store_error(path: Path, error: OSError) -> StoreError:
+    what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
+    return StoreError(
+        f"writing {path}: {what}. Every row written before is kept: free some space or change runtime.runs, then run the "
+        f"same command again and it goes on from here."
+    )

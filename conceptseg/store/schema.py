@@ -1,0 +1,81 @@
+"""What a row and a manifest hold, one sentence a field."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, TypedDict
+
+SCHEMA = 1
+
+Status = Literal["ok", "failed", "excluded"]
+
+
+class RowKey(NamedTuple):
+    """What was read off: a row is written once for each."""
+
+    sample: str
+    view: str
+    segmenter: str
+
+
+class Row(TypedDict, total=False):
+    """One line of rows-<i>of<n>.jsonl. Counts are there when status is "ok"."""
+
+    sample: str
+    """The data set's stable key."""
+    view: str
+    """The read-out, for example "output/L14-17/t0.5/n5/linear/softmax/mean"; "*" in rows that concern every view."""
+    segmenter: str
+    """The decision, for example "mean@grid/nearest"; "*" in rows that concern every segmenter."""
+    status: Status
+    """"ok"; "excluded" when the protocol leaves the sample out; "failed" when it could not be read or scored."""
+    error: str
+    """Why, for "failed" and "excluded"."""
+    words: list[str]
+    """The class words asked for."""
+    classes: list[int]
+    """Class indices that the following lists are aligned to; 0 is background."""
+    inter: list[int]
+    """Non-void pixels of each class predicted as that class."""
+    pred: list[int]
+    """Non-void pixels predicted as each class."""
+    label: list[int]
+    """Pixels whose truth is each class."""
+    pred_void: list[int]
+    """Void pixels predicted as each class."""
+    valid: int
+    """Non-void pixels."""
+    correct: int
+    """Non-void pixels predicted right."""
+    void: int
+    """Void pixels."""
+    ap: dict[str, float | None]
+    """Average precisions: "foreground" (mean over present classes), "two_channel", "two_channel_minmax" (published forms)."""
+    seconds: float
+    """Wall time of the sample's share of its batch: model and scoring; not part of the row's identity."""
+
+
+class Manifest(TypedDict):
+    """manifest.json of a run folder."""
+
+    schema: int
+    """Version of this layout."""
+    run_id: str
+    """Digest of `identity`; the folder's name."""
+    identity: dict[str, Any]
+    """Everything that decides what the model did."""
+    config: dict[str, Any]
+    """The resolved configuration that opened the run first."""
+    provenance: str
+    """What the numbers rest on: control, lab, weights or random."""
+    source: dict[str, str]
+    """Digest of every file that makes numbers."""
+    versions: dict[str, str]
+    """Versions of Python, torch and the libraries that were used."""
+    machine: dict[str, str]
+    """Kind of processor and accelerator; no host name."""
+    git: dict[str, str]
+    """Commit and whether the tree was clean, where it is known."""
+
+
+TIMING_FIELDS = ("seconds",)
+"""Fields in which two runs of the same thing may differ."""

@@ -1,0 +1,130 @@
+"""The nouns that flow through a run.
+
+Letters, used everywhere: B batch, C concepts, H W image or mask pixels, h w map grid, L = h·w image tokens, K layers,
+T timesteps, N noise draws, A heads, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+BACKGROUND = 0
+VOID = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Concepts:
+    """The words asked for in one image, in channel order. labels[c] is the class that channel c votes for, 0 = background."""
+
+    names: tuple[str, ...]
+    labels: tuple[int, ...]
+    target: int | None = None
+    """Channel of the one class word of a single-class protocol; None where every foreground channel is one."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image with its truth, as the data set holds it."""
+
+    key: str
+    """Stable across machines, for example "voc2012/2007_000033"."""
+    image: UInt8[np.ndarray, "H W 3"]
+    """RGB, 0..255, untouched."""
+    mask: UInt8[np.ndarray, "H W"]
+    """Class index; 0 background; 255 void, never scored."""
+    words: Mapping[int, str]
+    """Class index -> word, for every foreground class that may occur in the mask."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What else is known (ground, synset, ...); never read by a method."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A sample under a protocol: what the model is shown and told, and what its answer is held against."""
+
+    key: str
+    image: Float[np.ndarray, "H W 3"]
+    """RGB in 0..1, after the protocol's own resizing."""
+    truth: UInt8[np.ndarray, "H W"]
+    """The mask that is scored, after the protocol's resizing; 255 void."""
+    concepts: Concepts
+    caption: str
+    classes: tuple[int, ...]
+    """Class indices that rows count, 0 first: (0, 1) for single-class protocols."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tasks with the same number of concepts, so that no padding concept can join the attention."""
+
+    tasks: tuple[Task, ...]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(task.key for task in self.tasks)
+
+    @property
+    def concepts(self) -> tuple[Concepts, ...]:
+        return tuple(task.concepts for task in self.tasks)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return tuple(task.caption for task in self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+
+@dataclass(frozen=True, slots=True)
+class SaliencyMaps:
+    """What an extractor says for one view of one batch. Larger means more of the concept; the scale is the method's own."""
+
+    view: str
+    """Key of the view that these maps were read with."""
+    scores: Float[Tensor, "B C h w"]
+    comparable: bool
+    """May channels be compared by argmax?"""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A segmenter's answer for one task, at the size of the truth."""
+
+    labels: UInt8[np.ndarray, "H W"]
+    scores: Float[np.ndarray, "C H W"]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What is recorded of one prediction against its truth: integers, so that every ratio can be formed at the end.
+
+    Void pixels are in no count but `void` and `pred_void`.
+    """
+
+    classes: tuple[int, ...]
+    inter: tuple[int, ...]
+    """Pixels of class k predicted as k, in the order of `classes`."""
+    pred: tuple[int, ...]
+    """Non-void pixels predicted as k."""
+    label: tuple[int, ...]
+    """Pixels whose truth is k."""
+    pred_void: tuple[int, ...]
+    """Void pixels predicted as k (the released VOC code keeps them in the union)."""
+    valid: int
+    """Non-void pixels."""
+    correct: int
+    """Non-void pixels predicted right."""
+    void: int
+    """Void pixels."""
+
+
+__all__ = ["BACKGROUND", "VOID", "Batch", "Concepts", "Counts", "Prediction", "SaliencyMaps", "Sample", "Task"]

@@ -1,0 +1,153 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conceptseg.report.results import ReportError, Results, save
+from conceptseg.report.results_md import check, render, update
+
+
+def made(row: dict[str, Any] | None = None, **table: Any) -> Results:
+    """The plain table with some keys changed, in the table itself or in its second row."""
+    data: dict[str, Any] = json.loads(Path(__file__).with_name("test_report_table.json").read_text())
+    data["blocks"][0]["rows"][1] |= row or {}
+    return Results.from_json(data | table)
+
+
+@pytest.fixture
+def lab() -> Results:
+    return made()
+
+
+def named(table: str) -> Results:
+    return made(table=table)
+
+
+def saved(folder: Path, *tables: Results) -> tuple[Path, Path]:
+    """RESULTS.md and benchmarks/ with these tables written to both."""
+    for results in tables:
+        save(folder / "benchmarks" / results.table / "results.json", results)
+        update(folder / "RESULTS.md", results)
+    return folder / "RESULTS.md", folder / "benchmarks"
+
+
+def test_a_section_has_command_numbers_definitions_protocol_and_runs(lab):
+    text = render(lab)
+    assert "```sh\nconceptseg table=lab\n```" in text
+    assert "| ConceptAttention | lab | 64 | **56.1** [50.3, 61.2] | \u2013 |" in text
+    assert "| *centre prior* | control | 64 | 90.0 [90.0, 90.0] | \u2013 |" in text
+    assert "| DAAM | lab | 64 | 41.0 [36.0, 46.0] n=60 | \u2013 |" in text
+    assert "- **mIoU** (standard definition; `miou`): Mean of IoUs. Source: VOC devkit" in text
+    assert "Protocol: `single v1`" in text and "`3457730d85b4`" in text and "- Drawn scenes." in text
+
+
+def test_a_row_that_was_not_run_says_so_with_its_note_and_its_quoted_number(lab):
+    assert "| Flux<br><sub>needs 24 GB</sub> | weights | not run | \u2013 | 71.0 |" in render(lab)
+
+
+def test_the_sheet_is_linked_where_there_is_one(lab):
+    assert "![" not in render(lab)
+    assert "](benchmarks/lab/my%20sheet.png)" in render(made(sheet="benchmarks/lab/my sheet.png"))
+
+
+def test_pipes_tags_and_line_breaks_in_words_are_escaped():
+    results = made(row={"name": "a|b <img src=x> & c\n<!-- conceptseg:end lab -->"})
+    row = next(line for line in render(results).splitlines() if line.startswith("| a"))
+    assert row.startswith("| a\\|b &lt;img src=x&gt; &amp; c &lt;!-- conceptseg:end lab --&gt; | lab |")
+
+
+def test_every_line_of_a_table_has_as_many_cells_as_its_head():
+    text = render(made(row={"view": "a|b`c"}))
+    lines = [line.replace("\\|", "") for line in text.splitlines() if line.startswith("|")]
+    assert sorted({line.count("|") for line in lines}) == [6, 11]
+
+
+def test_a_fresh_file_has_a_header_and_checks_clean(tmp_path, lab):
+    path, benchmarks = saved(tmp_path, lab)
+    assert path.read_text().startswith("# Results\n")
+    assert path.read_text().count("conceptseg:begin lab") == 1
+    assert check(path, benchmarks) == []
+
+
+def test_sections_are_sorted_by_table_whatever_the_order_of_writing(tmp_path):
+    path, benchmarks = saved(tmp_path, named("lab"), named("voc"), named("daam"), named("imagenet"))
+    places = [path.read_text().index(f"conceptseg:begin {table} ") for table in ("daam", "imagenet", "lab", "voc")]
+    assert places == sorted(places)
+    assert check(path, benchmarks) == []
+
+
+def test_writing_twice_changes_nothing(tmp_path, lab):
+    path, _ = saved(tmp_path, lab, named("voc"))
+    before = path.read_bytes()
+    update(path, lab)
+    assert path.read_bytes() == before
+
+
+def test_text_outside_the_marks_is_untouched(tmp_path, lab):
+    path, _ = saved(tmp_path, lab)
+    section = path.read_text()[path.read_text().index("<!-- conceptseg:begin") :].rstrip("\n")
+    path.write_bytes(f"Mine,  \r\nabove.\n{section}\n\n\tMine, below, no newline".encode())
+    update(path, made(title="Another title"))
+    text = path.read_bytes().decode()
+    assert text.startswith("Mine,  \r\nabove.\n<!--") and text.endswith("-->\n\n\tMine, below, no newline")
+    assert "## Another title" in text and "## The lab" not in text
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_a_first_section_goes_after_the_text_that_is_there(tmp_path, lab):
+    (tmp_path / "RESULTS.md").write_text("# My words\n")
+    update(tmp_path / "RESULTS.md", lab)
+    assert (tmp_path / "RESULTS.md").read_text().startswith("# My words\n\n<!-- conceptseg:begin lab -->\n## The lab\n")
+
+
+def test_a_stale_section_is_reported(tmp_path, lab):
+    path, benchmarks = saved(tmp_path, lab, named("voc"))
+    path.write_text(path.read_text().replace("56.1", "99.9", 1))
+    (sentence,) = check(path, benchmarks)
+    assert 'table "lab" is stale' in sentence
+
+
+def test_a_missing_section_is_reported_even_without_a_file(tmp_path, lab):
+    save(tmp_path / "benchmarks" / "lab" / "results.json", lab)
+    (sentence,) = check(tmp_path / "RESULTS.md", tmp_path / "benchmarks")
+    assert 'no section for table "lab"' in sentence
+
+
+def test_an_orphan_section_is_reported(tmp_path, lab):
+    path, benchmarks = saved(tmp_path, lab)
+    update(path, named("voc"))
+    (sentence,) = check(path, benchmarks)
+    assert 'section of table "voc" has no' in sentence
+
+
+def test_a_broken_table_and_a_table_in_anothers_folder_are_reported(tmp_path, lab):
+    path, benchmarks = saved(tmp_path, lab)
+    (benchmarks / "lab" / "results.json").write_text("{}")
+    save(benchmarks / "voc" / "results.json", lab)
+    broken, misplaced = check(path, benchmarks)
+    assert "schema None" in broken and 'its folder is "voc"' in misplaced
+
+
+def test_a_checkout_with_windows_line_ends_is_not_stale(tmp_path, lab):
+    path, benchmarks = saved(tmp_path, lab)
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert check(path, benchmarks) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- conceptseg:begin lab -->\n",
+        "<!-- conceptseg:end lab -->\n",
+        "<!-- conceptseg:begin lab -->\n<!-- conceptseg:end voc -->\n",
+        "<!-- conceptseg:begin lab -->\n<!-- conceptseg:end lab -->\n" * 2,
+    ],
+)
+def test_marks_that_do_not_pair_are_refused_and_nothing_is_written(tmp_path, lab, text):
+    path = tmp_path / "RESULTS.md"
+    path.write_text(text)
+    with pytest.raises(ReportError, match=r"pair|never closed"):
+        update(path, lab)
+    assert path.read_text() == text
+    assert len(check(path, tmp_path)) == 1
