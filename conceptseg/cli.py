@@ -262,7 +262,5 @@ def lab() -> int:
 
             print(f"shipped: {ship(folder, said.name)}")
         print(f"model: {folder}")
-        print(
-            f"try it: conceptseg extractor=concept_attention backbone@extractor.backbone=lab_{said.name} extractor.backbone.path={folder}"
-        )
+        print(f"try it: conceptseg backbone@extractor.backbone=lab_{said.name} extractor.backbone.path={folder}")
     return 0

@@ -18,6 +18,7 @@ from conceptseg.errors import ConceptSegError, DataError, StoreError
 from conceptseg.extractors.base import Extractor
 from conceptseg.protocols import Excluded, SegmentationProtocol
 from conceptseg.saliency.views import View
+from conceptseg.segment.segmenter import Segmenter
 from conceptseg.store.maps import MapKeeper
 from conceptseg.store.run import RunStore
 from conceptseg.store.schema import Row
@@ -91,7 +92,7 @@ def evaluate(
                 reason = one.reason if isinstance(one, Excluded) else str(one)
                 rows.append(cast(Row, {"sample": key, "view": "*", "segmenter": "*", "status": status, "error": reason}))
         for batch in _same_shape(tasks):
-            rows += _batch_rows(batch, asked, extractor, protocol, list(segmenters), maps)
+            rows += _batch_rows(batch, asked, extractor, protocol, segmenters, maps)
         share = seconds() / max(1, len(tasks))
         for row in rows:
             row["seconds"] = round(share, 4)
@@ -158,7 +159,7 @@ def _batch_rows(
     views: Sequence[View],
     extractor: Extractor,
     protocol: SegmentationProtocol,
-    segmenters: Sequence[str],
+    segmenters: Mapping[str, Segmenter],
     keeper: MapKeeper | None,
 ) -> list[Row]:
     """Rows of one batch. A sample that breaks its batch is found by running each alone, and gets a failed row."""
@@ -184,7 +185,11 @@ def _batch_rows(
 
 
 def _view_rows(
-    batch: Batch, maps: SaliencyMaps, protocol: SegmentationProtocol, segmenters: Sequence[str], keeper: MapKeeper | None
+    batch: Batch,
+    maps: SaliencyMaps,
+    protocol: SegmentationProtocol,
+    segmenters: Mapping[str, Segmenter],
+    keeper: MapKeeper | None,
 ) -> Iterator[Row]:
     scores = maps.scores.detach().float().cpu().numpy()
     for task, one in zip(batch.tasks, scores, strict=True):
@@ -196,11 +201,8 @@ def _view_rows(
             for name in segmenters:
                 yield cast(Row, {**known, "segmenter": name, "status": "failed", "error": reason})
             continue
-        for segmenter in protocol.segmenters:
-            if segmenter.key not in segmenters:
-                continue
-            record, prediction = protocol.score(task, one, segmenter)
-            words = [w for w, label in zip(task.concepts.names, task.concepts.labels, strict=True) if label]
+        words = [w for w, label in zip(task.concepts.names, task.concepts.labels, strict=True) if label]
+        for segmenter, record, prediction in protocol.score(task, one, segmenters.values()):
             if keeper is not None:
                 keeper.keep(task, maps.view, segmenter.key, one, prediction)
             yield cast(Row, {**known, "segmenter": segmenter.key, "status": "ok", "words": words, **record})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,18 +133,24 @@ class SegmentationProtocol:
         target = (0 if self.order == "target_first" else len(backgrounds)) if self.task == "single" else None
         return Concepts(names, tuple(v for _, v in ordered), target)
 
-    def predict(self, task: Task, maps: Float[np.ndarray, "C h w"], segmenter: Segmenter) -> Prediction:
-        """One segmenter's answer at the size of the truth."""
-        size = (task.truth.shape[0], task.truth.shape[1])
-        return segmenter(maps, segmenter.scores(maps, size), task.concepts, task.classes)
+    def score(
+        self, task: Task, maps: Float[np.ndarray, "C h w"], segmenters: Iterable[Segmenter] | None = None
+    ) -> Iterator[tuple[Segmenter, dict[str, Any], Prediction]]:
+        """What rows record of each segmenter's answer: counts and average precisions.
 
-    def score(self, task: Task, maps: Float[np.ndarray, "C h w"], segmenter: Segmenter) -> tuple[dict[str, Any], Prediction]:
-        """What a row records of one segmenter's answer: counts and average precisions."""
-        prediction = self.predict(task, maps, segmenter)
-        counts = count(prediction.labels, task.truth, task.classes)
-        record: dict[str, Any] = {name: _plain(getattr(counts, name)) for name in counts.__slots__}
-        record["ap"] = self._average_precisions(task, prediction.scores)
-        return record, prediction
+        Ranking does not depend on a decision, so scores and their average precisions are formed once per way of enlarging.
+        """
+        size = (task.truth.shape[0], task.truth.shape[1])
+        enlarged: dict[str, tuple[np.ndarray, dict[str, float | None]]] = {}
+        for segmenter in self.segmenters if segmenters is None else segmenters:
+            if segmenter.enlarge not in enlarged:
+                scores = segmenter.scores(maps, size)
+                enlarged[segmenter.enlarge] = scores, self._average_precisions(task, scores)
+            scores, precisions = enlarged[segmenter.enlarge]
+            prediction = segmenter(maps, scores, task.concepts, task.classes)
+            counts = count(prediction.labels, task.truth, task.classes)
+            record: dict[str, Any] = {name: _plain(getattr(counts, name)) for name in counts.__slots__}
+            yield segmenter, {**record, "ap": precisions}, prediction
 
     def _average_precisions(self, task: Task, scores: Float[np.ndarray, "C H W"]) -> dict[str, float | None]:
         valid = task.truth != VOID

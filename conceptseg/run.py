@@ -152,7 +152,7 @@ def draw_sheet(path: Path, named: Sequence[tuple[str, Evaluation, str, str]], co
     """A picture sheet of `count` samples spread over the data set; None when no maps were kept."""
     first = named[0][1]
     settled = first.store.rows()
-    scored = [k for k in first.dataset.keys() if RowKey(k, named[0][2], named[0][3]) in settled]
+    scored = [k for k in tuple(first.dataset.keys()) if RowKey(k, named[0][2], named[0][3]) in settled]
     chosen = [scored[i * len(scored) // count] for i in range(min(count, len(scored)))] if scored else []
     rows = panel_rows([(e, v, s) for _, e, v, s in named], list(dict.fromkeys(chosen)))
     if not rows:

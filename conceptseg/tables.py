@@ -128,8 +128,9 @@ def _row(row: Mapping[str, Any], evaluation: Evaluation, reading: Reading, overr
     note = row.get("note", "")
     if reading.waiting:
         note = (note + " " if note else "") + f"{reading.waiting} samples are not computed yet"
+    extractor = named.get("extractor", type(evaluation.extractor).__name__)
     return Row(
-        name=row["name"], group=row.get("group", "methods"), extractor=named.get("extractor", type(evaluation.extractor).__name__),
+        name=row["name"], group=row.get("group", "methods"), extractor=extractor,
         backbone=backbone.path if backbone else None, provenance=evaluation.extractor.provenance, run_id=evaluation.run_id,
         view=reading.view, segmenter=reading.segmenter, n=reading.n, excluded=reading.excluded, failed=reading.failed,
         values={m: value_of(i) for m, i in reading.values.items()}, status="ok" if reading.n else "failed",

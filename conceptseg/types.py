@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from torch import Tensor
+
+if TYPE_CHECKING:  # data and reports must not pay for torch
+    from torch import Tensor
 
 BACKGROUND = 0
 VOID = 255

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -78,6 +79,19 @@ class Checkpoint:
                 f"so that the numbers can be had again."
             )
         return {"pretrained_model_name_or_path": self.path, "revision": self.revision}
+
+    @contextmanager
+    def loading(self, part: str) -> Iterator[None]:
+        """Turns whatever a loader raises into one message: what was tried, and where the files should be."""
+        try:
+            yield
+        except (OSError, KeyError, ValueError) as error:
+            where = self.folder() or f"the hub, {self.path} at {self.revision}"
+            raise ConfigError(
+                f'extractor.backbone.path "{self.path}": reading its {part} from {where} failed: {str(error).splitlines()[0]}\n'
+                f"  Wanted a complete checkpoint in diffusers layout. Download it first (some ask for a licence to be accepted), "
+                f"or use the lab: backbone@extractor.backbone=lab_flux."
+            ) from error
 
     def identity(self) -> dict[str, Any]:
         """What names these weights in a run id: path and revision, or a digest of the files of a local folder."""

@@ -16,7 +16,7 @@ class PatchCodec(ModelMixin, ConfigMixin):
     The posterior has (numerically) no spread, so `sample()` and `mode()` agree to 1e-6.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, patch: int = 2, scaling_factor: float = 1.0, shift_factor: float = 0.0) -> None:
         super().__init__()
         self.anchor = torch.nn.Parameter(torch.zeros(1), requires_grad=False)  # gives the model a dtype and a device

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from conceptseg.backbones.base import Checkpoint
+from conceptseg.backbones.base import Checkpoint, Provenance
 from conceptseg.backbones.latents import image_ids, pack
 from conceptseg.backbones.taps import StopForward, TapSet
 from conceptseg.errors import ConfigError, DataError, TapError, did_you_mean
@@ -67,7 +67,7 @@ class FluxBackbone:
     # ------------------------------------------------------------ what it is
 
     @property
-    def provenance(self) -> str:
+    def provenance(self) -> Provenance:
         return self.checkpoint.provenance
 
     def identity(self) -> dict[str, Any]:
@@ -89,7 +89,8 @@ class FluxBackbone:
             return dict(json.loads(file.read_text(encoding="utf-8")))
         from diffusers import FluxTransformer2DModel
 
-        return dict(FluxTransformer2DModel.load_config(subfolder="transformer", **self.checkpoint.source()))
+        with self.checkpoint.loading("transformer/config.json"):
+            return dict(FluxTransformer2DModel.load_config(subfolder="transformer", **self.checkpoint.source()))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -102,9 +103,10 @@ class FluxBackbone:
     def transformer(self) -> nn.Module:
         from diffusers import FluxTransformer2DModel
 
-        model = FluxTransformer2DModel.from_pretrained(
-            subfolder="transformer", torch_dtype=self.dtype, **self.checkpoint.source()
-        )
+        with self.checkpoint.loading("transformer"):
+            model = FluxTransformer2DModel.from_pretrained(
+                subfolder="transformer", torch_dtype=self.dtype, **self.checkpoint.source()
+            )
         return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
@@ -114,24 +116,28 @@ class FluxBackbone:
         from conceptseg.backbones.codec import PatchCodec
 
         source = self.checkpoint.source()
-        kind = AutoencoderKL.load_config(subfolder="vae", **source)["_class_name"]
+        with self.checkpoint.loading("vae/config.json"):
+            kind = AutoencoderKL.load_config(subfolder="vae", **source)["_class_name"]
         codecs = {"AutoencoderKL": AutoencoderKL, "PatchCodec": PatchCodec}
         if kind not in codecs:
             raise ConfigError(f'extractor.backbone.path: its vae is a "{kind}". {did_you_mean(kind, codecs)}')
-        model = codecs[kind].from_pretrained(subfolder="vae", torch_dtype=self.vae_dtype, **source)
+        with self.checkpoint.loading("vae"):
+            model = codecs[kind].from_pretrained(subfolder="vae", torch_dtype=self.vae_dtype, **source)
         return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(subfolder="tokenizer_2", **self.checkpoint.source())
+        with self.checkpoint.loading("tokenizer_2"):
+            return AutoTokenizer.from_pretrained(subfolder="tokenizer_2", **self.checkpoint.source())
 
     @cached_property
     def text_encoder(self) -> Any:
         from transformers import T5EncoderModel
 
-        model = T5EncoderModel.from_pretrained(subfolder="text_encoder_2", torch_dtype=self.dtype, **self.checkpoint.source())
+        with self.checkpoint.loading("text_encoder_2"):
+            model = T5EncoderModel.from_pretrained(subfolder="text_encoder_2", torch_dtype=self.dtype, **self.checkpoint.source())
         return model.to(self.device).eval().requires_grad_(False)
 
     # ------------------------------------------------------------ text
@@ -390,7 +396,7 @@ class ConceptStream:
         seen_values = [v for v, on in ((values, self.self_attention), (image_values, self.cross_attention)) if on]
         if seen_keys:
             outputs = scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in (queries, torch.cat(seen_keys, 1), torch.cat(seen_values, 1)))
+                queries.transpose(1, 2), torch.cat(seen_keys, 1).transpose(1, 2), torch.cat(seen_values, 1).transpose(1, 2)
             ).transpose(1, 2)
         else:
             outputs = values  # neither: a concept sees only itself

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from conceptseg.saliency.views import Axes, View
 from conceptseg.types import Batch, SaliencyMaps
+
+Provenance = Literal["control", "lab", "weights", "random"]
+"""What numbers rest on: no model, a shipped tiny model, real weights, or random ones."""
 
 
 class Extractor(ABC):
@@ -32,7 +35,7 @@ class Extractor(ABC):
         """Maps of every view, in the order of `views`."""
 
     @property
-    def provenance(self) -> str:
+    def provenance(self) -> Provenance:
         """What the numbers rest on: "control", "lab", "weights" or "random"."""
         return "control"
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from conceptseg.backbones.base import sample_noise, sample_seed, shared_noise, stack_images
 from conceptseg.backbones.flux import SPACES, BlockActivations, ConceptStream, FluxBackbone
 from conceptseg.errors import ConfigError, did_you_mean
-from conceptseg.extractors.base import Extractor
+from conceptseg.extractors.base import Extractor, Provenance
 from conceptseg.saliency.cells import CellStore, cell_scores, kinds_by_layer
 from conceptseg.saliency.normalize import linear_over_concepts, unit_length
 from conceptseg.saliency.views import Axes, CellKind, Normalize, View
@@ -59,7 +59,7 @@ class ConceptAttention(Extractor):
         return Axes(spaces=tuple(SPACES), layers=self.backbone.layers, has_timesteps=True)
 
     @property
-    def provenance(self) -> str:
+    def provenance(self) -> Provenance:
         return self.backbone.provenance
 
     def identity(self) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from conceptseg.backbones.codec import PatchCodec
 from conceptseg.data.scenes import TINTS
 from conceptseg.data.words import OTHER_WORDS
 from conceptseg.lab.captions import GLUE, NOUNS
-from conceptseg.backbones.codec import PatchCodec
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
@@ -56,8 +56,11 @@ def build_flux(sizes: dict[str, Any]) -> dict[str, Any]:
             if module.bias is not None:
                 torch.nn.init.zeros_(module.bias)
     for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
-        for norm in (getattr(block, name) for name in ("norm", "norm1", "norm1_context") if hasattr(block, name)):
-            torch.nn.init.zeros_(norm.linear.weight)  # adaLN-zero: every block starts as the identity
+        for name in ("norm", "norm1", "norm1_context"):
+            if hasattr(block, name):
+                torch.nn.init.zeros_(
+                    block.get_parameter(f"{name}.linear.weight")
+                )  # adaLN-zero: every block starts as the identity
     torch.nn.init.zeros_(transformer.norm_out.linear.weight)
     torch.nn.init.zeros_(transformer.proj_out.weight)
     return {
@@ -69,4 +72,6 @@ def build_flux(sizes: dict[str, Any]) -> dict[str, Any]:
 def save(parts: dict[str, Any], folder: Path) -> None:
     """Write every part as fp16 safetensors in the sub-folder that real checkpoints use."""
     for name, part in parts.items():
-        (part.half() if isinstance(part, torch.nn.Module) else part).save_pretrained(folder / name)
+        if isinstance(part, torch.nn.Module):
+            part.to(torch.float16)
+        part.save_pretrained(folder / name)

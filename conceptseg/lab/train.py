@@ -21,9 +21,9 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
 from conceptseg.backbones.latents import image_ids, pack
-from conceptseg.data.scenes import DRAWING_VERSION, Scene, draw_scene
+from conceptseg.data.scenes import DRAWING_VERSION, Placed, Scene, draw_scene
 from conceptseg.lab import models
-from conceptseg.lab.captions import Caption, describe, swap_words
+from conceptseg.lab.captions import GLUE, Caption, describe, swap_words
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class FluxTrainer:
         for row, caption in enumerate(captions[flow:]):
             for position, (word, swapped) in enumerate(zip(caption.words, caption.swapped, strict=True)):
                 truth[row, position] = float(swapped)
-                counted[row, position] = word not in models.GLUE
+                counted[row, position] = word not in GLUE
         swap_loss = binary_cross_entropy_with_logits(logits.float()[counted], truth[counted])
         return flow_loss, swap_loss
 
@@ -160,8 +160,27 @@ class FluxTrainer:
         return self.parts
 
 
-def draw_training_scenes(recipe: dict[str, Any]) -> list[Scene]:
-    return [draw_scene("train", recipe["seed"], i, recipe["scene_size"]) for i in range(recipe["scenes"])]
+def draw_training_scenes(recipe: dict[str, Any], work: Path) -> list[Scene]:
+    """The training split, drawn once and kept in the work folder, since drawing takes minutes."""
+    wanted = {k: recipe[k] for k in ("seed", "scenes", "scene_size")} | {"drawing": DRAWING_VERSION}
+    about, pixels = work / "scenes.json", work / "scenes.npy"
+    if about.exists() and pixels.exists() and json.loads(about.read_text())["of"] == wanted:
+        images = np.load(pixels, mmap_mode="r", allow_pickle=False)
+        rows = json.loads(about.read_text())["scenes"]
+        return [
+            Scene(
+                image,
+                np.zeros((0, 0), np.uint8),
+                row["ground"],
+                tuple(Placed(word, tint, tuple(box)) for word, tint, box in row["objects"]),
+            )
+            for image, row in zip(images, rows, strict=True)
+        ]
+    scenes = [draw_scene("train", recipe["seed"], i, recipe["scene_size"]) for i in range(recipe["scenes"])]
+    np.save(pixels, np.stack([s.image for s in scenes]), allow_pickle=False)
+    rows = [{"ground": s.ground, "objects": [[o.word, o.tint, list(o.box)] for o in s.objects]} for s in scenes]
+    about.write_text(json.dumps({"of": wanted, "scenes": rows}))
+    return scenes
 
 
 def train(recipe: dict[str, Any], work: Path, device: str = "cpu", stop_after: int | None = None) -> FluxTrainer:
@@ -173,8 +192,8 @@ def train(recipe: dict[str, Any], work: Path, device: str = "cpu", stop_after: i
         trainer.restore(load_file(checkpoint))
         log.info("resumed at step %d", trainer.step)
     started = time.monotonic()
-    scenes = draw_training_scenes(recipe)
-    log.info("drew %d scenes in %.0f s (drawing version %d)", len(scenes), time.monotonic() - started, DRAWING_VERSION)
+    scenes = draw_training_scenes(recipe, work)
+    log.info("drew or read %d scenes in %.0f s (drawing version %d)", len(scenes), time.monotonic() - started, DRAWING_VERSION)
     curve = work / "losses.jsonl"
     recent: list[dict[str, float]] = []
     started = time.monotonic()

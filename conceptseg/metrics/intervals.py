@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float
@@ -79,15 +80,24 @@ def _resampled(
     return np.concatenate(chunks, axis=-1)
 
 
-def _weights(n: int, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "chunk n"]]:
+def _weights(n: int, resamples: int, seed: int) -> Iterable[Float[np.ndarray, "chunk n"]]:
     """How often each image is drawn: multinomial, by counting draws, which is ten times faster than drawing multinomials."""
-    generator = np.random.default_rng(seed)
+    if n * resamples <= CELLS_AT_ONCE:
+        return (_drawn_once(n, resamples, seed),)  # a small table asks for the same draws for every metric and row
     step = max(1, CELLS_AT_ONCE // max(n, 1))
-    for start in range(0, resamples, step):
-        chunk = min(step, resamples - start)
-        draws = generator.integers(n, size=(chunk, n)) if n else np.zeros((chunk, 0), np.int64)
-        draws += n * np.arange(chunk)[:, None]
-        yield np.bincount(draws.ravel(), minlength=chunk * n).reshape(chunk, n).astype(np.float64)
+    generator = np.random.default_rng(seed)
+    return (_drawn(n, min(step, resamples - start), generator) for start in range(0, resamples, step))
+
+
+@lru_cache(maxsize=2)
+def _drawn_once(n: int, resamples: int, seed: int) -> Float[np.ndarray, "resamples n"]:
+    return _drawn(n, resamples, np.random.default_rng(seed))
+
+
+def _drawn(n: int, chunk: int, generator: np.random.Generator) -> Float[np.ndarray, "chunk n"]:
+    draws = generator.integers(n, size=(chunk, n)) if n else np.zeros((chunk, 0), np.int64)
+    draws += n * np.arange(chunk)[:, None]
+    return np.bincount(draws.ravel(), minlength=chunk * n).reshape(chunk, n).astype(np.float64)
 
 
 def _interval(value: float, values: Float[np.ndarray, " resamples"], n: int, level: float) -> Interval:

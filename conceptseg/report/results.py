@@ -274,10 +274,10 @@ def _value_problems(value: Value, column: Column) -> list[str]:
     if (value.low is None) != (value.high is None):
         problems.append("has one end of an interval without the other")
     elif value.low is None or value.high is None:
-        if column.kind != "published":
-            problems.append("has no interval; only quoted numbers (kind published) may lack one")
-    elif not value.low - 1e-9 <= value.value <= value.high + 1e-9:  # a mean of equal numbers is off by rounding
-        problems.append(f"value {value.value:g} is outside its interval [{value.low:g}, {value.high:g}]")
+        if column.kind != "published" and value.n != 1:
+            problems.append("has no interval; only quoted numbers (kind published) and single images may lack one")
+    elif value.low > value.high:  # the value itself may lie outside: percentile intervals of skewed statistics do that
+        problems.append(f"its interval [{value.low:g}, {value.high:g}] is upside down")
     if (value.n is None and column.kind != "published") or (value.n is not None and value.n < 1):
         problems.append(f"n is {value.n}, but a number rests on at least one sample")
     if column.percent and any(abs(v) > 1 + 1e-9 for v in numbers):

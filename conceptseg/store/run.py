@@ -50,9 +50,10 @@ class RunStore:
         names = sorted(held["source"].keys() | manifest["source"].keys())
         changed = [n for n in names if held["source"].get(n) != manifest["source"].get(n)]
         if changed and on_code_change == "refuse":
+            more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
             raise ResumeError(
-                f"{self.folder} was written by other code: {', '.join(changed[:6])}{' and more' if len(changed) > 6 else ''} changed.\n"
-                f"  Keep adding to it (runtime.on_code_change=accept), start anew beside it (=fork), or delete the folder."
+                f"{self.folder} was written by other code: {', '.join(changed[:6])}{more} changed.\n  Keep adding to it "
+                f"(runtime.on_code_change=accept), start anew beside it (runtime.on_code_change=fork), or delete the folder."
             )
         if changed:
             self._write_manifest(path, manifest)

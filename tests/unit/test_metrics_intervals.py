@@ -143,3 +143,12 @@ def test_a_whole_data_set_takes_a_few_seconds():
     start = time.process_time()
     assert bootstrap(MIOU, rows).n == 4276
     assert time.process_time() - start < 10
+
+
+def test_an_image_on_which_only_one_method_says_something_is_a_pair():
+    silent, false_alarm = records(3), records(3)
+    silent[1] |= {"inter": [100, 0], "pred": [100, 0], "label": [100, 0]}
+    false_alarm[1] |= {"inter": [60, 0], "pred": [60, 40], "label": [100, 0]}
+    for pair in ((silent, false_alarm), (false_alarm, silent)):
+        difference = paired_difference(DEFINITIONS["foreground_iou"], *map(Rows.from_records, pair), resamples=50)
+        assert difference.interval.n == 3
