@@ -77,9 +77,13 @@ def _run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
     from conceptseg.errors import ConfigError
 
     codes: list[int] = []
+    errors: list[ConceptSegError] = []
 
     def run(config: DictConfig) -> None:
-        codes.append(task(config))
+        try:
+            codes.append(task(config))
+        except ConceptSegError as error:  # carried out of Hydra, which would print it a second time
+            errors.append(error)
 
     try:
         hydra.main(version_base="1.3", config_path="pkg://conceptseg.conf", config_name=config_name)(run)()
@@ -87,6 +91,8 @@ def _run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
         if isinstance(error.__cause__, ConceptSegError):
             raise error.__cause__ from None
         raise ConfigError(_readable(error)) from error
+    if errors:
+        raise errors[0]
     return max(codes, default=0)
 
 
@@ -119,6 +125,10 @@ def _evaluate(config: DictConfig) -> int:
     found = readings(evaluation, whole["report"]["columns"])
     write_results(evaluation, found)
     if evaluation.shard.index != 0:
+        return 0
+    if not any(r.n or r.failed or r.waiting for r in found):
+        reason = next(row["error"] for row in evaluation.store.rows().values() if row["status"] == "excluded")
+        print(f"protocol {evaluation.protocol.label} left out all {found[0].excluded} samples; the first because: {reason}")
         return 0
     table = single_table(evaluation, found, shlex.join(["conceptseg", *overrides]))
     save(evaluation.store.folder / "table.json", table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -167,10 +168,10 @@ class FluxBackbone:
                 raise DataError(
                     f'the text "{string}": "{word}" is unknown to this backbone\'s tokenizer. {did_you_mean(word, known)}'
                 )
-            for word in string.split():
-                if trained and word not in trained and word not in self._warned:
-                    self._warned.add(word)
-                    log.warning('this lab model never saw the word "%s": its map says nothing about the method', word)
+        said = {word for string in strings for word in re.findall(r"[a-z0-9]+", string.lower())}
+        if trained and (unseen := sorted(said - trained - self._warned)):
+            self._warned |= set(unseen)
+            log.warning("this lab model never saw the words %s: such maps say nothing about the method", ", ".join(unseen))
 
     def text(self, strings: Sequence[str]) -> Float[Tensor, "B N d"]:
         """Encoded captions, padded to `text_tokens`."""

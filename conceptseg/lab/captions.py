@@ -60,3 +60,31 @@ def swap_words(caption: Caption, scene: Scene, rng: np.random.Generator, share: 
             if word in pool and rng.random() < share:
                 words[position], swapped[position] = str(rng.choice(absent)), True
     return Caption(tuple(words), tuple(swapped))
+
+
+def list_words(scene: Scene, rng: np.random.Generator) -> Caption:
+    """A shuffled list of bare words: every object of the scene, sometimes its ground, and several that are not there."""
+    present = [o.word for o in scene.objects]
+    absent = [w for w in OBJECTS if w not in present]
+    words = [(w, False) for w in present] + [(str(w), True) for w in rng.choice(absent, int(rng.integers(2, 6)), replace=False)]
+    if rng.random() < 0.5:
+        others = [w for w in GROUNDS if w != scene.ground]
+        words += [(scene.ground, False), *((str(w), True) for w in rng.choice(others, 2, replace=False))]
+    words = [words[i] for i in rng.permutation(len(words))]
+    return Caption(tuple(w for w, _ in words), tuple(s for _, s in words))
+
+
+def lone_word(scene: Scene, rng: np.random.Generator) -> Caption:
+    """One object word, of the scene or not, as often as not."""
+    present = [o.word for o in scene.objects]
+    there = bool(rng.integers(2)) and bool(present)
+    pool = present if there else [w for w in OBJECTS if w not in present]
+    return Caption((str(rng.choice(pool)),), (not there,))
+
+
+def question(scene: Scene, rng: np.random.Generator, share: float) -> Caption:
+    """What the swap loss asks: half of the time a list of words, else a lone word or a sentence with swapped words."""
+    kind = rng.random()
+    if kind < 0.5:
+        return list_words(scene, rng)
+    return lone_word(scene, rng) if kind < 0.75 else swap_words(describe(scene, rng), scene, rng, share)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from conceptseg.backbones.codec import PatchCodec
@@ -24,7 +24,8 @@ def word_tokenizer(length: int) -> PreTrainedTokenizerFast:
     others = [w for w in OTHER_WORDS if w not in trained]
     vocabulary = {w: i for i, w in enumerate([PAD, END, UNKNOWN, *trained, *others])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.Lowercase()
+    lower, no_marks = normalizers.Lowercase(), normalizers.Replace(Regex("[^a-z0-9]+"), " ")
+    tokenizer.normalizer = normalizers.Sequence([lower, no_marks])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, vocabulary[END])])
     return PreTrainedTokenizerFast(

@@ -23,7 +23,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 from conceptseg.backbones.latents import image_ids, pack
 from conceptseg.data.scenes import DRAWING_VERSION, Placed, Scene, draw_scene
 from conceptseg.lab import models
-from conceptseg.lab.captions import GLUE, Caption, describe, swap_words
+from conceptseg.lab.captions import GLUE, Caption, describe, question, swap_words
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,14 @@ class FluxTrainer:
     def _keep_text_stream(self, _block: nn.Module, _inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
         self._text_stream = output[0]
 
+    def settings(self) -> dict[str, Any]:
+        """The recipe with the phases that have begun laid over it."""
+        whole = dict(self.recipe)
+        for phase in self.recipe["phases"]:
+            if self.step >= phase["from"]:
+                whole |= phase
+        return whole
+
     def tokens(self, captions: list[Caption]) -> torch.Tensor:
         ids = self.tokenizer(
             [c.text for c in captions], padding="max_length", truncation=True,
@@ -63,7 +71,7 @@ class FluxTrainer:
         self, images: torch.Tensor, captions: list[Caption], generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Flow loss on the first `batch` scenes, swap loss on the rest. images: float [B 3 H W] in -1..1."""
-        recipe = self.recipe
+        recipe = self.settings()
         flow = recipe["batch"]
         latents = self.codec.encode(images).latent_dist.mode() * recipe["sizes"]["latent_scale"]
         noise = torch.randn(latents.shape, generator=generator).to(self.device)
@@ -108,22 +116,22 @@ class FluxTrainer:
 
     def train_step(self, scenes: list[Scene]) -> dict[str, float]:
         """One step on scenes drawn by (seed, step): resuming at a step repeats exactly its batch, captions and noise."""
-        recipe = self.recipe
+        recipe = self.settings()
         rng = np.random.default_rng([recipe["seed"], 77, self.step])
         generator = torch.Generator().manual_seed(recipe["seed"] * 1_000_003 + self.step)
         chosen = [scenes[i] for i in rng.integers(0, len(scenes), recipe["batch"] + recipe["swap_batch"])]
         captions = [describe(scene, rng) for scene in chosen]
-        captions[recipe["batch"] :] = [
-            swap_words(c, s, rng, recipe["swap_share"])
-            for c, s in zip(captions[recipe["batch"] :], chosen[recipe["batch"] :], strict=True)
-        ]
+        for place in range(recipe["batch"], len(chosen)):
+            if recipe["ask"] == "lists":
+                captions[place] = question(chosen[place], rng, recipe["swap_share"])
+            else:
+                captions[place] = swap_words(captions[place], chosen[place], rng, recipe["swap_share"])
         images = torch.from_numpy(np.stack([s.image for s in chosen])).permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
         flow_loss, swap_loss = self.losses(images, captions, generator)
         self.optimizer.zero_grad(set_to_none=True)
-        weight = [w for start, w in recipe["swap_weight"] if self.step >= start][-1]
-        (flow_loss + weight * swap_loss).backward()
+        (flow_loss + recipe["swap_weight"] * swap_loss).backward()
         nn.utils.clip_grad_norm_(self.trained.parameters(), recipe["clip"])
         self.optimizer.step()
         self.step += 1

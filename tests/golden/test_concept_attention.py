@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from conceptseg.backbones.base import schedule, shared_noise
-from conceptseg.backbones.flux import ConceptStream, FluxBackbone
+from conceptseg.backbones.flux import SPACES, ConceptStream, FluxBackbone
 from conceptseg.backbones.latents import image_ids, pack, unpack
-from conceptseg.extractors.concept_attention import ConceptAttention
+from conceptseg.extractors.concept_attention import ConceptAttention, _vectors
 from conceptseg.saliency.cells import CellStore, cell_scores
 from conceptseg.saliency.views import CellKind, Fold, Normalize, Softmax, View
 from conceptseg.segment.threshold import above_mean
@@ -104,8 +104,6 @@ class Recorded:
 
     def scores(self, space, softmax=Softmax.NONE, heads=Fold.MEAN):
         """Cells of all three layers, [K B C L], through the package's own spaces."""
-        from conceptseg.backbones.flux import SPACES
-
         kind = CellKind(space, Normalize.NONE, softmax, heads)
         return self.stacked(lambda block: cell_scores(*SPACES[space][1](block), kind))
 
@@ -141,10 +139,6 @@ HEAT = {
     "output_linnorm_softmax": ("output", Normalize.LINEAR, Softmax.PER_CELL),
     "crossqq_softmax": ("cross_query_query", Normalize.NONE, Softmax.PER_CELL),
 }
-
-
-def in_run(name, wanted_prefix):
-    return name.rsplit(".", 1)[-1].startswith(wanted_prefix) and not name.startswith("in.")
 
 
 FLUX = names("flux_a")
@@ -208,8 +202,6 @@ def test_every_heatmap_is_the_references(recorded, flux, name):
 
 
 def _scores(block, view):
-    from conceptseg.extractors.concept_attention import _vectors
-
     return cell_scores(*_vectors(block, view.cell), view.cell)
 
 

@@ -1,0 +1,48 @@
+"""How tests compose: the package's own conf, through Hydra, without a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+import conceptseg
+from conceptseg.config import plain, register
+
+CONF = Path(conceptseg.__file__).parents[1] / "conf"
+RECIPES = "lab"
+"""A folder of conf/ that is no Hydra group: conceptseg-lab reads it."""
+GROUPS: dict[str, list[str]] = {
+    folder.name: sorted(sheet.stem for sheet in folder.glob("*.yaml"))
+    for folder in sorted(CONF.iterdir())
+    if folder.is_dir() and folder.name not in (RECIPES, "__pycache__")
+}
+OPTIONS: list[tuple[str, str]] = [(group, option) for group, options in GROUPS.items() for option in options]
+
+
+def chosen(group: str, option: str) -> str:
+    """What is written on the command line; a backbone belongs to its extractor."""
+    return f"{'backbone@extractor.backbone' if group == 'backbone' else group}={option}"
+
+
+@contextmanager
+def hydra() -> Iterator[Any]:
+    GlobalHydra.instance().clear()
+    register()
+    with initialize_config_module("conceptseg.conf", version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
+
+
+def composed(*overrides: str) -> DictConfig:
+    with hydra():
+        return compose(config_name="evaluate", overrides=list(overrides))
+
+
+def plainly(*overrides: str) -> dict[str, Any]:
+    found: dict[str, Any] = plain(composed(*overrides))
+    return found

@@ -1,0 +1,185 @@
+"""Every option of every group, alone and together, gives a configuration whose parts can be built."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Mapping
+from importlib import import_module
+from itertools import product
+from typing import Any
+
+import pytest
+from composing import CONF, GROUPS, OPTIONS, chosen, composed, hydra, plainly
+from omegaconf import OmegaConf
+
+from conceptseg.config import Root, check_targets, instantiate, plain, targets
+from conceptseg.errors import ConfigError, ViewError
+from conceptseg.saliency.views import Axes, expand_views
+
+TRIPLES = list(product(GROUPS["extractor"], GROUPS["dataset"], GROUPS["protocol"]))
+SAMPLED = TRIPLES if len(TRIPLES) <= 200 else sorted(random.Random(0).sample(TRIPLES, 100))
+
+
+def parts(config: Any, path: str = "") -> list[tuple[str, Mapping[str, Any]]]:
+    """Every (key, mapping) of a plain config that has a _target_, nested ones included."""
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    if isinstance(config, Mapping):
+        found += [(path, config)] if "_target_" in config else []
+        for key, value in config.items():
+            found += parts(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(config, list):
+        for number, value in enumerate(config):
+            found += parts(value, f"{path}[{number}]")
+    return found
+
+
+def assert_whole(*overrides: str) -> None:
+    """Nothing left to fill in, resolvable, and every _target_ is allowed, importable and takes what it is given."""
+    config = composed(*overrides)
+    assert not OmegaConf.missing_keys(config)
+    whole = plain(config)
+    check_targets(whole, whole["runtime"]["allow_targets"])
+    for path, part in parts({k: v for k, v in whole.items() if k != "table"}):
+        module, _, name = part["_target_"].rpartition(".")
+        signature = inspect.signature(getattr(import_module(module), name))
+        given = {key: value for key, value in part.items() if key != "_target_"}
+        try:
+            signature.bind(**given)
+        except TypeError as error:
+            pytest.fail(f"{path}: {part['_target_']}: {error}")
+
+
+# ------------------------------------------------------------ the tree
+
+
+def test_hydra_offers_exactly_the_sheets_that_lie_in_the_tree():
+    with hydra() as loader:
+        offered = {group: sorted(loader.get_group_options(group)) for group in GROUPS}
+    assert offered == GROUPS
+
+
+def test_groups_are_one_level_deep():
+    assert not [p for p in CONF.glob("*/*/**") if p.suffix == ".yaml"]
+
+
+def test_no_sheet_has_the_suffix_that_hydra_will_refuse():
+    assert not list(CONF.rglob("*.yml"))
+
+
+# ------------------------------------------------------------ composing
+
+
+def test_the_default_configuration_is_whole():
+    assert_whole()
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids="/".join)
+def test_an_option_alone_composes_whole(group, option):
+    assert_whole(chosen(group, option))
+
+
+@pytest.mark.parametrize(("extractor", "dataset", "protocol"), SAMPLED, ids="-".join)
+def test_an_extractor_on_a_data_set_under_a_protocol_composes_whole(extractor, dataset, protocol):
+    assert_whole(f"extractor={extractor}", f"dataset={dataset}", f"protocol={protocol}")
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_the_sampled_triples_show_every_option(place):
+    assert {triple[place] for triple in SAMPLED} == {triple[place] for triple in TRIPLES}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids="/".join)
+def test_an_option_adds_no_key_to_the_root(group, option):
+    assert set(composed(chosen(group, option))) == set(Root.__annotations__)
+
+
+@pytest.mark.parametrize("dataset", GROUPS["dataset"])
+def test_a_data_set_brings_a_protocol_and_the_command_line_may_change_it(dataset):
+    brought, changed = (plainly(f"dataset={dataset}", *more) for more in ((), ("protocol=imagenet_released",)))
+    assert brought["protocol"]["name"] and changed["protocol"]["name"] == "imagenet_released"
+
+
+@pytest.mark.parametrize("extractor", GROUPS["extractor"])
+def test_an_extractor_brings_views(extractor):
+    assert plainly(f"extractor={extractor}")["views"]
+
+
+@pytest.mark.parametrize("protocol", GROUPS["protocol"])
+def test_a_protocol_is_named_as_its_sheet(protocol):
+    assert plainly(f"protocol={protocol}")["protocol"]["name"] == protocol
+
+
+@pytest.mark.parametrize("sheet", GROUPS["experiment"])
+def test_an_experiment_gives_way_to_the_command_line(sheet):
+    assert plainly(f"experiment={sheet}", "extractor.seed=77")["extractor"]["seed"] == 77
+
+
+# ------------------------------------------------------------ building
+
+
+@pytest.mark.parametrize(("group", "option"), [o for o in OPTIONS if o[0] in ("dataset", "protocol", "extractor")], ids="/".join)
+def test_an_option_builds_its_part(group, option):
+    assert instantiate(plainly(chosen(group, option))[group], group) is not None
+
+
+@pytest.mark.parametrize("sheet", GROUPS["views"])
+def test_a_views_sheet_fits_flux_or_a_method_of_one_map(sheet):
+    from conceptseg.backbones.flux import SPACES
+
+    settings = plainly(f"views={sheet}")["views"]
+    fitting = []
+    for axes in (Axes(tuple(SPACES), tuple(range(19)), has_timesteps=True), Axes(("map",))):
+        try:
+            fitting.append(expand_views(settings, axes))
+        except ViewError:
+            continue
+    assert len(fitting) == 1
+
+
+@pytest.mark.parametrize("sheet", GROUPS["experiment"])
+def test_the_views_of_an_experiment_fit_its_backbone(sheet):
+    from conceptseg.backbones.flux import SPACES
+
+    whole = plainly(f"experiment={sheet}")
+    assert whole["extractor"]["backbone"]["path"].startswith("black-forest-labs/FLUX.1")
+    assert expand_views(whole["views"], Axes(tuple(SPACES), tuple(range(19)), has_timesteps=True))
+
+
+@pytest.mark.parametrize("option", GROUPS["backbone"])
+def test_a_backbone_from_the_hub_is_pinned_to_a_commit(option):
+    backbone = plainly(chosen("backbone", option))["extractor"]["backbone"]
+    assert backbone["path"].startswith("lab:") or len(backbone["revision"]) == 40
+
+
+# ------------------------------------------------------------ code in configurations
+
+
+def test_a_target_outside_the_allowed_prefixes_is_refused_with_its_key():
+    whole = plainly("extractor._target_=os.system")
+    with pytest.raises(ConfigError, match=r'extractor\._target_ is "os\.system"(.|\n)*runtime\.allow_targets'):
+        check_targets(whole, whole["runtime"]["allow_targets"])
+
+
+def test_a_target_in_a_list_is_seen():
+    assert ("protocol.segmenters[0]", "conceptseg.segment.segmenter.Segmenter") in targets(plainly())
+
+
+def test_a_prefix_that_is_added_lets_a_target_pass():
+    whole = plainly("extractor._target_=mylab.Method", "runtime.allow_targets=[conceptseg.,mylab.]")
+    check_targets(whole, whole["runtime"]["allow_targets"])
+
+
+def test_a_keyword_that_a_class_does_not_take_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r'extractor\.sigmaa(.|\n)*Did you mean "sigma"'):
+        instantiate(plainly("extractor=centre_prior", "+extractor.sigmaa=1")["extractor"], "extractor")
+
+
+def test_a_target_that_cannot_be_imported_is_named():
+    with pytest.raises(ConfigError, match=r"extractor\._target_(.|\n)*NoSuch"):
+        instantiate({"_target_": "conceptseg.extractors.controls.NoSuch"}, "extractor")
+
+
+def test_a_part_without_a_target_is_refused():
+    with pytest.raises(ConfigError, match="dataset"):
+        instantiate({}, "dataset")

@@ -1,0 +1,28 @@
+"""No network, few threads, and no Hydra state from one test to the next."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+from loopback_only import refuse_sockets
+
+# Read when torch and the loaders are imported, which no test module has done yet.
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HYDRA_FULL_ERROR"] = "1"
+for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(threads, "2")
+for rank in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    os.environ.pop(rank, None)
+
+refuse_sockets()
+
+
+@pytest.fixture(autouse=True)
+def hydra_forgets() -> Iterator[None]:
+    """Hydra keeps its search path in a singleton; a test that leaves it initialised would break the next."""
+    yield
+    if "hydra.core.global_hydra" in sys.modules:
+        sys.modules["hydra.core.global_hydra"].GlobalHydra.instance().clear()

@@ -1,0 +1,345 @@
+"""The contract of every extractor in conf/extractor: whatever is added there is held to it without an edit here.
+
+An extractor with a backbone gets a tiny random stock model in the layout that real checkpoints have. Add a line to `TINY`
+for a new kind of backbone.
+"""
+
+import json
+from collections import Counter, defaultdict
+from dataclasses import replace
+from importlib import resources
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from torch import nn
+
+from conceptseg.backbones.taps import TapSet
+from conceptseg.config import instantiate, plain, register
+from conceptseg.data.drawn import Scenes
+from conceptseg.errors import ConfigError, ViewError
+from conceptseg.extractors.base import Extractor
+from conceptseg.lab.models import build_flux, save
+from conceptseg.saliency.views import expand_views
+from conceptseg.types import Batch, SaliencyMaps, Task
+
+EXTRACTORS = sorted(f.name.removesuffix(".yaml") for f in resources.files("conceptseg.conf").joinpath("extractor").iterdir())
+
+# Maps of one image differ by the batch it is in only because matrix products of another size are summed in another order,
+# in float32 and through three blocks.
+BATCHED = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def tiny_flux(folder):
+    torch.manual_seed(0)
+    parts = build_flux(
+        {
+            "double_blocks": 3, "single_blocks": 1, "heads": 2, "head_width": 12, "rope": [4, 4, 4], "text_tokens": 8,
+            "text_width": 16, "text_layers": 1, "pooled_width": 6, "codec_patch": 2, "latent_scale": 1.5,
+        }
+    )  # fmt: skip
+    for weight in parts["transformer"].parameters():  # built as the identity; here every block must do something
+        if weight.ndim == 2:
+            nn.init.normal_(weight, 0, weight.shape[-1] ** -0.5)
+    save(parts, folder)
+    (folder / "card.json").write_text(json.dumps({"provenance": "random"}))
+    return {"path": str(folder), "dtype": "float32", "device": "cpu", "image_size": 32, "text_tokens": 8}
+
+
+TINY = {"conceptseg.backbones.flux.FluxBackbone": tiny_flux}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    held = {}
+
+    def settings(target):
+        if target not in held:
+            assert target in TINY, f"no tiny model for {target}: add one to TINY in {__file__}"
+            held[target] = TINY[target](tmp_path_factory.mktemp("tiny"))
+        return held[target]
+
+    return settings
+
+
+def composed(name, *overrides):
+    register()
+    with initialize_config_module("conceptseg.conf", version_base="1.3"):
+        return plain(compose("evaluate", overrides=[f"extractor={name}", "protocol=scenes_single", *overrides]))
+
+
+@pytest.fixture
+def built(name, tiny):
+    """A fresh extractor and its own views, as `conceptseg extractor=<name>` would run them."""
+    config = composed(name)
+    settings = config["extractor"]
+    if "backbone" in settings:
+        settings["backbone"] |= tiny(settings["backbone"]["_target_"])
+    extractor = instantiate(settings, "extractor")
+    return extractor, list(expand_views(config["views"], extractor.axes()).values())
+
+
+@pytest.fixture
+def extractor(built):
+    return built[0]
+
+
+@pytest.fixture
+def views(built):
+    return built[1]
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    protocol = instantiate(composed("oracle")["protocol"], "protocol")
+    scenes = Scenes(count=4, size=32, objects=[1, 1])
+    found = [protocol.prepare(scenes.read(key)) for key in tuple(scenes.keys())]
+    assert all(isinstance(task, Task) for task in found)
+    return tuple(found)
+
+
+def read(extractor, tasks, views):
+    return [maps.scores for maps in extractor.stream(Batch(tuple(tasks)), views)]
+
+
+def hosts(extractor):
+    """Every model that the extractor could hang a hook on; loads them."""
+    backbone = getattr(extractor, "backbone", None)
+    models = [getattr(backbone, name, None) for name in ("transformer", "unet", "model", "text_encoder", "vae")]
+    return [model for model in models if isinstance(model, nn.Module)]
+
+
+def hooks(extractor):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for host in hosts(extractor) for m in host.modules())
+
+
+def every_cell(extractor):
+    """Views of everything on offer, as many as there are layers and spaces."""
+    axes = extractor.axes()
+    setting = {"space": list(axes.spaces), **({"timesteps": [0.5], "each": "layer"} if axes.has_timesteps else {})}
+    return list(expand_views({"all": setting}, axes).values())
+
+
+every_extractor = pytest.mark.parametrize("name", EXTRACTORS)
+
+
+def with_backbone():
+    return [name for name in EXTRACTORS if "backbone" in composed(name)["extractor"]]
+
+
+every_model = pytest.mark.parametrize("name", with_backbone())
+
+
+# ---------------------------------------------------------------- what comes out
+
+
+@every_extractor
+def test_maps_are_finite_float32_with_a_channel_for_every_concept(extractor, views, tasks):
+    for maps in extractor.stream(Batch(tasks), views):
+        assert isinstance(maps, SaliencyMaps)
+        assert maps.scores.dtype == torch.float32 and maps.scores.ndim == 4
+        assert maps.scores.shape[:2] == (len(tasks), len(tasks[0].concepts)) and min(maps.scores.shape[2:]) > 1
+        assert torch.isfinite(maps.scores).all() and not maps.scores.requires_grad
+
+
+@every_extractor
+def test_views_are_answered_in_the_order_asked_under_their_own_keys(extractor, views, tasks):
+    asked = [*reversed(every_cell(extractor)), *views]
+    assert [maps.view for maps in extractor.stream(Batch(tasks[:1]), asked)] == [view.key for view in asked]
+
+
+@every_extractor
+def test_two_runs_give_the_same_maps(extractor, views, tasks):
+    for one, two in zip(read(extractor, tasks, views), read(extractor, tasks, views), strict=True):
+        assert torch.equal(one, two)
+
+
+@every_extractor
+def test_a_batch_of_four_is_four_single_images(extractor, views, tasks):
+    together = read(extractor, tasks, views)
+    for number, task in enumerate(tasks):
+        for whole, (alone,) in zip(together, read(extractor, [task], views), strict=True):
+            torch.testing.assert_close(whole[number], alone, **BATCHED)
+
+
+@every_extractor
+def test_the_order_within_a_batch_does_not_matter(extractor, views, tasks):
+    for forth, back in zip(read(extractor, tasks, views), read(extractor, tasks[::-1], views), strict=True):
+        torch.testing.assert_close(forth, back.flip(0), **BATCHED)
+
+
+@every_extractor
+def test_adding_views_changes_no_map(extractor, views, tasks):
+    alone = read(extractor, tasks, views)
+    beside = read(extractor, tasks, [*views, *every_cell(extractor)])[: len(views)]
+    assert all(torch.equal(one, two) for one, two in zip(alone, beside, strict=True))
+
+
+@every_extractor
+def test_tasks_are_left_as_they_were(extractor, views, tasks):
+    before = [(task.image.copy(), task.truth.copy()) for task in tasks]
+    read(extractor, tasks, views)
+    for task, (image, truth) in zip(tasks, before, strict=True):
+        assert np.array_equal(task.image, image) and np.array_equal(task.truth, truth)
+
+
+SETTINGS = [
+    ({}, {"blur": 1.0}),
+    ({}, {"normalize": "unit"}),
+    ({}, {"softmax": "per_cell"}),
+    ({}, {"softmax": "of_mean"}),
+    ({"softmax": "of_mean"}, {"softmax": "of_mean", "temperature": 1000}),
+    ({"softmax": "per_cell"}, {"softmax": "per_cell", "temperature": 1000}),
+]
+
+
+@every_extractor
+def test_a_view_setting_is_done_or_refused_but_never_ignored(extractor, tasks):
+    """Views with different keys are rows under different names: equal maps would be numbers under a false name."""
+    axes, ignored = extractor.axes(), []
+    base = {"timesteps": [0.5]} if axes.has_timesteps else {}
+    for without, setting in SETTINGS:
+        try:
+            (one,) = expand_views({"a": {**base, **without}}, axes).values()
+            (two,) = expand_views({"a": {**base, **setting}}, axes).values()
+        except (ConfigError, ViewError):
+            continue
+        maps, changed = read(extractor, tasks, [one, two])
+        flat = bool((maps == maps[..., :1, :1]).all())  # a blur leaves the constant as it is
+        if one.key != two.key and torch.equal(maps, changed) and not flat:
+            ignored.append(two.key)
+    assert ignored == []
+
+
+# ---------------------------------------------------------------- what is claimed
+
+
+@every_extractor
+def test_provenance_and_version_are_declared(extractor):
+    assert isinstance(extractor, Extractor) and isinstance(extractor.version, int) and extractor.version >= 1
+    assert extractor.provenance == ("random" if hosts(extractor) else "control")
+    identity = extractor.identity()
+    assert identity["class"] == type(extractor).__name__ and identity["version"] == extractor.version
+    json.dumps(identity)
+
+
+@every_extractor
+def test_every_map_says_whether_channels_may_be_compared(extractor, views, tasks):
+    assert all(maps.comparable is type(extractor).comparable for maps in extractor.stream(Batch(tasks), views))
+
+
+@every_extractor
+def test_only_controls_that_say_so_see_the_truth(extractor, views, tasks):
+    blind = [replace(task, truth=np.zeros_like(task.truth)) for task in tasks]
+    shown, hidden = read(extractor, tasks, views), read(extractor, blind, views)
+    same = all(torch.equal(one, two) for one, two in zip(shown, hidden, strict=True))
+    assert same is not extractor.needs_truth
+
+
+@every_extractor
+def test_a_method_with_a_model_is_never_shown_the_truth(extractor):
+    assert not (extractor.needs_truth and hosts(extractor))
+
+
+@every_extractor
+def test_another_batch_before_changes_no_map(extractor, views, tasks):
+    """Caches and random state carry nothing over."""
+    fresh = read(extractor, tasks[:2], views)
+    torch.rand(3)
+    read(extractor, tasks[2:], views)
+    assert all(torch.equal(one, two) for one, two in zip(fresh, read(extractor, tasks[:2], views), strict=True))
+
+
+# ---------------------------------------------------------------- what happens to the host
+
+
+@every_model
+def test_no_hook_stays_on_the_model(extractor, views, tasks):
+    before = hooks(extractor)
+    read(extractor, tasks, views)
+    assert hooks(extractor) == before
+
+
+@every_model
+@pytest.mark.parametrize("kind", ["before", "after"])
+def test_no_hook_stays_after_an_error_inside_a_tap(extractor, views, tasks, monkeypatch, kind):
+    before, original = hooks(extractor), getattr(TapSet, kind)
+
+    def failing(*args):
+        raise ZeroDivisionError("inside a tap")
+
+    monkeypatch.setattr(TapSet, kind, lambda taps, path, tap: original(taps, path, failing))
+    with pytest.raises(ZeroDivisionError, match="inside a tap"):
+        read(extractor, tasks, views)
+    assert hooks(extractor) == before
+    monkeypatch.undo()
+    assert all(torch.isfinite(maps).all() for maps in read(extractor, tasks, views))
+
+
+@every_model
+def test_the_host_computes_the_same_with_and_without_taps(extractor, views, tasks):
+    """Every call of the host is repeated without taps: each module that had run must give bits that it gave then.
+
+    A module may have run more often with taps, since concepts pass through the text stream's modules.
+    """
+    host = hosts(extractor)[0]
+    calls, outputs = [], defaultdict(list)
+    watching = [host.register_forward_pre_hook(lambda m, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)]
+    watching += [m.register_forward_hook(lambda m, args, output: outputs[m].append(output)) for m in host.modules()]
+    read(extractor, tasks, views)
+    tapped, outputs = dict(outputs), defaultdict(list)
+    watching.pop(0).remove()
+    with torch.inference_mode():
+        for args, kwargs in calls:
+            host(*args, **kwargs)
+    assert calls and len(tapped) > 10
+    for module, given in tapped.items():
+        for output in outputs[module]:
+            assert any(same_bits(output, one) for one in given), module
+
+
+def same_bits(one, two):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, tuple | list):
+        return len(one) == len(two) and all(same_bits(a, b) for a, b in zip(one, two, strict=True))
+    return one == two
+
+
+@every_model
+def test_the_weights_are_left_as_they_were(extractor, views, tasks):
+    before = [weight.clone() for host in hosts(extractor) for weight in host.parameters()]
+    read(extractor, tasks, views)
+    assert all(torch.equal(a, b) for a, b in zip(before, (w for h in hosts(extractor) for w in h.parameters()), strict=True))
+
+
+@every_model
+def test_adding_views_adds_no_forward_pass(extractor, views, tasks):
+    read(extractor, tasks, views)
+    once = extractor.backbone.forward_passes
+    read(extractor, tasks, [*views, *every_cell(extractor)])
+    assert extractor.backbone.forward_passes == 2 * once > 0
+
+
+@every_model
+def test_forward_passes_are_counted_as_the_host_sees_them(extractor, views, tasks):
+    seen = []
+    hosts(extractor)[0].register_forward_pre_hook(lambda module, args: seen.append(module))
+    read(extractor, tasks, views)
+    assert len(seen) == extractor.backbone.forward_passes
+
+
+@every_model
+def test_every_distinct_text_is_encoded_once(extractor, views, tasks):
+    encoded = Counter()
+
+    def noted(module, args, kwargs):
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        encoded.update(tuple(row) for row in ids.tolist())
+
+    extractor.backbone.text_encoder.register_forward_pre_hook(noted, with_kwargs=True)
+    for _ in range(2):
+        read(extractor, tasks, views)
+    texts = {text for task in tasks for text in (task.caption, *task.concepts.names)}
+    assert set(encoded.values()) == {1} and len(encoded) == len(texts)

@@ -1,0 +1,109 @@
+"""What `conceptseg` says to a command line that it can't follow. In this process: composing fails before anything runs."""
+
+import sys
+
+import pytest
+
+from conceptseg import __version__
+from conceptseg.cli import evaluate
+from conceptseg.report.results_md import HEADER
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """Runs a command that must end with 1; returns what it says on stderr."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["conceptseg", *arguments])
+        with pytest.raises(SystemExit) as end:
+            evaluate()
+        assert end.value.code == 1
+        assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
+        return capsys.readouterr().err
+
+    return run
+
+
+OPTIONS = {
+    "extractor=concept_atention": "concept_attention",
+    "dataset=pascal_vok": "pascal_voc",
+    "protocol=voc_single_releasd": "voc_single_released",
+    "views=sweep_layer": "sweep_layers",
+    "backbone@extractor.backbone=lab_flx": "lab_flux",
+    "table=lba": "lab",
+    "experiment=ca_imagenet_relased": "ca_imagenet_released",
+}
+KEYS = {
+    "extractor.sed=1": "seed",
+    "dataset.cuont=4": "count",
+    "runtime.batchsize=4": "batch_size",
+    "report.resample=10": "resamples",
+    "views.outptu.layers=1": "output",
+    "tabel=lab": "table",
+    "extractr=oracle": "extractor",
+}
+
+
+@pytest.mark.parametrize(("said", "meant"), OPTIONS.items())
+def test_a_misspelt_option_is_refused_with_all_options(refused, said, meant):
+    assert meant in refused(said)
+
+
+@pytest.mark.parametrize(("said", "meant"), OPTIONS.items())
+def test_a_misspelt_option_is_refused_with_the_nearest(refused, said, meant):
+    assert f'Did you mean "{meant}"?' in refused(said)
+
+
+@pytest.mark.parametrize("said", KEYS)
+def test_a_misspelt_key_is_refused_by_its_name(refused, said):
+    assert said.partition("=")[0].split(".")[-2 if said.startswith("views") else -1] in refused(said)
+
+
+@pytest.mark.parametrize(("said", "meant"), KEYS.items())
+def test_a_misspelt_key_is_refused_with_the_nearest(refused, said, meant):
+    assert f'Did you mean "{meant}"?' in refused(said)
+
+
+@pytest.mark.parametrize("said", ["runtime.batch_size=many", "report.level=high", "runtime.keep_maps=perhaps"])
+def test_a_value_of_another_type_is_refused_with_its_key(refused, said):
+    assert said.partition("=")[0].rpartition(".")[2] in refused(said)
+
+
+def test_a_command_line_that_cannot_be_read_is_refused(refused):
+    assert "ConfigError" in refused("extractor=[")
+
+
+@pytest.mark.parametrize("said", ["extractor=concept_atention", "runtime.batchsize=4", "extractor=["])
+def test_a_refusal_has_no_traceback(refused, said):
+    message = refused(said)
+    assert message.startswith("ConfigError: ") and "Traceback" not in message and 'File "' not in message
+
+
+def test_the_version_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["conceptseg", "--version"])
+    with pytest.raises(SystemExit) as end:
+        evaluate()
+    assert end.value.code == 0 and capsys.readouterr().out == f"conceptseg {__version__}\n"
+
+
+def run_report(monkeypatch, folder, *arguments) -> int:
+    from conceptseg.cli import report
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["conceptseg-report", *arguments])
+    with pytest.raises(SystemExit) as end:
+        report()
+    return int(end.value.code or 0)
+
+
+def test_a_report_of_nothing_says_so(monkeypatch, capsys, tmp_path):
+    assert run_report(monkeypatch, tmp_path) == 0
+    assert "0 tables" in capsys.readouterr().out
+
+
+def test_a_section_without_its_table_fails_the_check(monkeypatch, capsys, tmp_path):
+    text = HEADER + "\n<!-- conceptseg:begin gone -->\n## x\n<!-- conceptseg:end gone -->\n"
+    (tmp_path / "RESULTS.md").write_text(text)
+    assert run_report(monkeypatch, tmp_path, "--check") == 1
+    assert "gone" in capsys.readouterr().err

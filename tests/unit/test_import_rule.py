@@ -1,0 +1,156 @@
+"""Who may import whom. Read from the source, so that an import inside a function counts like any other."""
+
+from __future__ import annotations
+
+import ast
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+import conceptseg
+
+PACKAGE = Path(conceptseg.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Part -> the parts it may import; every part may import itself.
+GROUND = {"errors", "keys", "types", ""}  # "" is conceptseg/__init__.py, which holds the version
+PEERS = {"saliency", "segment", "metrics", "data", "backbones"}
+ALLOWED: dict[str, set[str]] = {
+    "": set(),
+    "errors": set(),
+    "keys": set(),
+    "types": {"errors"},
+    "config": {"errors"},
+    "store": GROUND,
+    **{peer: GROUND | PEERS for peer in PEERS},
+    "extractors": GROUND | PEERS,
+    "protocols": GROUND | PEERS,
+    "evaluate": GROUND | PEERS | {"extractors", "protocols", "store"},
+    "assemble": GROUND | PEERS | {"config", "extractors", "protocols", "store", "evaluate"},
+    "report": {"errors", "store", "metrics", "types"},
+    "run": GROUND | PEERS | {"assemble", "evaluate", "extractors", "protocols", "store", "report"},
+    "tables": GROUND | PEERS | {"assemble", "run", "report", "store"},
+    "lab": GROUND | PEERS | {"assemble", "evaluate", "extractors", "protocols", "run", "store"},
+    "cli": GROUND | {"assemble", "config", "lab", "report", "run", "tables"},
+    "__main__": {"cli"},
+}
+MODELS = {"torch", "torchvision", "torchmetrics", "diffusers", "transformers", "open_clip"}
+
+
+def part_of(path: Path) -> str:
+    """The top-level part a file belongs to: "data" for data/words/__init__.py, "cli" for cli.py."""
+    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "" if name == "__init__" else name
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of every module that a file imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide who imports whom"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "conceptseg" else {node.module}
+    return found
+
+
+def parts_imported(path: Path) -> set[str]:
+    inside = {name.split(".")[1:] and name.split(".")[1] for name in imports(path) if name.split(".")[0] == "conceptseg"}
+    return {"" if name in ([], "__version__") else name for name in inside}
+
+
+def named(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=named)
+def test_a_module_imports_only_parts_below_its_own(path):
+    part = part_of(path)
+    assert part in ALLOWED, f"{part} is new: give it a place in ALLOWED"
+    assert parts_imported(path) - {part} <= ALLOWED[part]
+
+
+def test_no_two_parts_import_each_other():
+    graph = {part: set() for part in ALLOWED}
+    for path in MODULES:
+        graph[part_of(path)] |= parts_imported(path) - {part_of(path)}
+    left = dict(graph)
+    while ready := [part for part, needs in left.items() if not needs & left.keys()]:
+        for part in ready:
+            del left[part]
+    assert not left, f"a circle among {sorted(left)}"
+
+
+def test_nothing_imports_cli_but_the_main_module():
+    assert {named(p) for p in MODULES if "cli" in parts_imported(p)} == {"__main__.py"}
+
+
+def test_only_config_cli_and_the_recipes_import_hydra_or_omegaconf():
+    found = {named(p) for p in MODULES if {n.split(".")[0] for n in imports(p)} & {"hydra", "omegaconf"}}
+    assert found == {"config.py", "cli.py", "lab/recipes.py"}
+
+
+def test_reports_import_no_model():
+    for path in (PACKAGE / "report").glob("*.py"):
+        assert not {n.split(".")[0] for n in imports(path)} & MODELS, path
+
+
+def test_no_module_is_called_utils_or_helpers():
+    assert not [p for p in MODULES if p.stem in ("utils", "util", "helpers", "common", "misc")]
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level names of sys.modules after running the code in a fresh interpreter."""
+    tail = "\nimport sys; print('\\nLOADED', *sorted({m.split('.')[0] for m in sys.modules}))"
+    said = subprocess.run([sys.executable, "-c", code + tail], capture_output=True, text=True, timeout=120)
+    assert said.returncode == 0, said.stderr
+    return set(said.stdout.rpartition("LOADED ")[2].split())
+
+
+def test_importing_the_package_loads_no_torch_and_no_hydra():
+    assert not loaded_by("import conceptseg") & {*MODELS, "hydra", "omegaconf", "numpy"}
+
+
+def test_importing_the_configuration_loads_no_torch():
+    assert not loaded_by("import conceptseg.config, conceptseg.keys, conceptseg.errors") & MODELS
+
+
+def test_importing_the_report_loads_no_torch():
+    code = "import conceptseg.report.results_md, conceptseg.report.terminal, conceptseg.report.results"
+    assert not loaded_by(code) & MODELS
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version", "--cfg=job"])
+def test_answering_loads_no_torch(argument):
+    code = f"""
+import sys
+sys.argv = ["conceptseg", {argument!r}]
+from conceptseg.cli import evaluate
+try:
+    evaluate()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+    assert not loaded_by(code) & MODELS
+
+
+def test_help_answers_within_one_and_a_half_seconds(tmp_path):
+    """CPU seconds of the process, median of three after one that writes bytecode: the machine may be busy with other work."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {"PYTHONPYCACHEPREFIX": str(tmp_path)}
+
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "conceptseg", "--help"]
+        said = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
+        assert said.returncode == 0 and "table=<name>" in said.stdout
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    seconds()
+    assert median(seconds() for _ in range(3)) < 1.5
