@@ -17,6 +17,7 @@ from conceptseg.data.base import SegmentationDataset
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.evaluate import Shard
 from conceptseg.extractors.base import Extractor
+from conceptseg.metrics.definitions import DEFINITIONS
 from conceptseg.protocols import SegmentationProtocol
 from conceptseg.saliency.views import View, expand_views
 from conceptseg.store.maps import MapKeeper
@@ -50,6 +51,7 @@ def assemble(config: Mapping[str, Any]) -> Evaluation:
     """Build the parts and open the run folder. Loads no weights. Raises ConfigError, ViewError, DataError or ResumeError."""
     whole = dict(config)
     runtime = whole["runtime"]
+    _check_report(whole["report"])
     check_targets(whole, runtime["allow_targets"])
     dataset: SegmentationDataset = instantiate(whole["dataset"], "dataset")
     protocol: SegmentationProtocol = instantiate(whole["protocol"], "protocol")
@@ -82,11 +84,22 @@ def assemble(config: Mapping[str, Any]) -> Evaluation:
     return Evaluation(whole, dataset, extractor, protocol, views, store, keeper, shard, manifest)
 
 
+def _check_report(report: Mapping[str, Any]) -> None:
+    """What would otherwise be noticed when everything is computed."""
+    if report["resamples"] < 1:
+        raise ConfigError(f"report.resamples is {report['resamples']}; wanted 1 or more, such as 10000.")
+    if not 0 < report["level"] < 1:
+        raise ConfigError(f"report.level is {report['level']:g}; wanted a share between 0 and 1, such as 0.95.")
+    for name in report["columns"]:
+        if name not in DEFINITIONS:
+            raise ConfigError(f'report.columns: unknown metric "{name}". {did_you_mean(name, DEFINITIONS)}')
+
+
 def shard_of(runtime: Mapping[str, Any]) -> Shard:
     """This process's share, from the settings or from what torchrun and accelerate put into the environment."""
     count = int(os.environ.get("WORLD_SIZE", "1")) if runtime["shard_count"] < 0 else runtime["shard_count"]
     index = int(os.environ.get("RANK", "0")) if runtime["shard_index"] < 0 else runtime["shard_index"]
-    if not 0 <= index < count:
+    if not 0 <= index < count or runtime["shard_index"] < -1:
         raise ConfigError(
             f"runtime.shard_index is {index}, but there are {count} shards (runtime.shard_count): wanted 0 to {count - 1}."
         )

@@ -17,7 +17,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from conceptseg.config import plain, register
+from conceptseg.config import explain_refusal, plain, register
 from conceptseg.errors import ConceptSegError
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,11 @@ def _run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
     codes: list[int] = []
     errors: list[ConceptSegError] = []
 
+    overrides = [a for a in sys.argv[1:] if not a.startswith("-") and "=" in a]
+    started: list[bool] = []
+
     def run(config: DictConfig) -> None:
+        started.append(True)
         try:
             codes.append(task(config))
         except ConceptSegError as error:  # carried out of Hydra, which would print it a second time
@@ -90,7 +94,11 @@ def _run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         if isinstance(error.__cause__, ConceptSegError):
             raise error.__cause__ from None
-        raise ConfigError(_readable(error)) from error
+        raise ConfigError(explain_refusal(overrides) or _readable(error)) from error
+    except ValueError as error:
+        if started:
+            raise
+        raise ConfigError(explain_refusal(overrides) or f"{', '.join(overrides)}: {error}") from error
     if errors:
         raise errors[0]
     return max(codes, default=0)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.errors import ConceptSegError, ConfigError, did_you_mean
 
 
 @dataclass
@@ -111,36 +112,80 @@ def check_targets(config: Mapping[str, Any], allowed: list[str]) -> None:
 
 
 def instantiate(config: Mapping[str, Any], path: str) -> Any:
-    """The object a plain config describes, nested ones first. Raises the constructor's own ConceptSegError bare."""
-    import inspect
+    """The object a plain config describes, nested ones first, built by Hydra.
+
+    Raises ConfigError for a setting that a class does not take, before anything is built; errors of ours that a
+    constructor raises come out bare, not wrapped.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate as build
 
     if "_target_" not in config:
         raise ConfigError(f"{path}: no _target_, so nothing can be built. Choose an option of this group.")
-    module_name, _, rest = str(config["_target_"]).rpartition(".")
+    _check_settings(config, path)
     try:
-        kind = getattr(import_module(module_name), rest)
+        return build(dict(config), _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ConceptSegError):
+            raise error.__cause__ from error
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _check_settings(config: Any, path: str) -> None:
+    """Every keyword of every nested _target_ against its signature."""
+    if isinstance(config, list):
+        for number, value in enumerate(config):
+            _check_settings(value, f"{path}[{number}]")
+    if not isinstance(config, Mapping):
+        return
+    for key, value in config.items():
+        _check_settings(value, f"{path}.{key}")
+    if "_target_" not in config:
+        return
+    module_name, _, name = str(config["_target_"]).rpartition(".")
+    try:
+        kind = getattr(import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f'{path}._target_ "{config["_target_"]}" can\'t be imported: {error}.') from error
-    given = {k: _built(v, f"{path}.{k}") for k, v in config.items() if k != "_target_"}
-    accepted = inspect.signature(kind).parameters
+    given = [str(key) for key in config if key != "_target_"]
+    accepted = signature(kind).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         for key in given:
             if key not in accepted:
-                raise ConfigError(f"{path}.{key}: {kind.__name__} takes no such setting. {did_you_mean(key, accepted)}")
-    missing = [n for n, p in accepted.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    if absent := [n for n in missing if n not in given]:
-        raise ConfigError(f"{path}.{absent[0]} is not set, and {kind.__name__} needs it.")
-    try:
-        return kind(**given)
-    except TypeError as error:
-        raise ConfigError(f"{path}: building {kind.__name__} failed: {error}.") from error
+                raise ConfigError(f"{path}.{key}: {name} takes no such setting. {did_you_mean(key, accepted)}")
+    for key, parameter in accepted.items():
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD and key not in given:
+            raise ConfigError(f"{path}.{key} is not set, and {name} needs it.")
 
 
-def _built(value: Any, path: str) -> Any:
-    if isinstance(value, Mapping):
-        if "_target_" in value:
-            return instantiate(value, path)
-        return {k: _built(v, f"{path}.{k}") for k, v in value.items()}
-    if isinstance(value, list):
-        return [_built(v, f"{path}[{i}]") for i, v in enumerate(value)]
-    return value
+def explain_refusal(overrides: Sequence[str]) -> str | None:
+    """The first override that does not fit the configuration, with the nearest choice; None if all seem to fit."""
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_module("conceptseg.conf", version_base="1.3"):
+        known = OmegaConf.to_container(compose("evaluate"), resolve=False)
+        loader = GlobalHydra.instance().config_loader()
+        groups = {name: loader.get_group_options(name) for name in loader.list_groups("") if name != "hydra"}
+    assert isinstance(known, dict)
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        group = key.partition("@")[0]
+        if group in groups:
+            if value not in groups[group] and value not in ("null", "") and "," not in value:
+                return f'{key}: unknown option "{value}". {did_you_mean(value, groups[group])}'
+        elif override[0] not in "+~" and not key.startswith("hydra") and (refused := _unknown_key(key, known, groups)):
+            return f"{refused} To add one, write +{key}=..."
+    return None
+
+
+def _unknown_key(key: str, known: Mapping[Any, Any], groups: Iterable[str]) -> str | None:
+    at: Any = known
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        choices = {*map(str, at), *(groups if depth == 0 else ())} if isinstance(at, Mapping) else set()
+        if part not in choices:
+            return f"{'.'.join(parts[: depth + 1])}: there is no such key. {did_you_mean(part, choices) if choices else ''}"
+        at = at.get(part) if isinstance(at, Mapping) else None
+    return None

@@ -11,8 +11,8 @@ from typing import Any
 
 # Folders and files whose code decides what a row says. Reports, launchers and the command line are left out on purpose.
 NUMBER_MAKERS: tuple[str, ...] = (
-    "backbones", "data", "extractors", "metrics/average_precision.py", "metrics/counts.py", "metrics/published.py",
-    "protocols.py", "saliency", "segment",
+    "backbones", "data", "evaluate.py", "extractors", "metrics/average_precision.py", "metrics/counts.py",
+    "metrics/published.py", "protocols.py", "saliency", "segment", "types.py",
 )  # fmt: skip
 
 

@@ -115,6 +115,8 @@ class SegmentationProtocol:
             return Excluded(sample.key, f"{len(present)} foreground classes, wanted exactly one")
         if self.select == "two_labels" and (len(labels) > 2 or not present):
             return Excluded(sample.key, f"{len(labels)} labels after resizing, wanted at most two with one foreground class")
+        if not present and not sample.words:
+            return Excluded(sample.key, "no foreground class is present, and the data set names no word to ask for")
         word = sample.words[present[-1]] if present else next(iter(sample.words.values()))
         truth = np.where((truth != BACKGROUND) & (truth != VOID), 1, truth).astype(np.uint8)
         return Task(sample.key, image, truth, self._concepts([word], [1]), self.caption.format(word=word), (BACKGROUND, 1))

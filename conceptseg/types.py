@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # data and reports must not pay for torch
 
 BACKGROUND = 0
 VOID = 255
+AP_NAMES = ("foreground", "two_channel", "two_channel_minmax")
+"""Average precisions that a row records: the right one, and the two published forms (raw and min-max scaled scores)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,4 +131,4 @@ class Counts:
     """Void pixels."""
 
 
-__all__ = ["BACKGROUND", "VOID", "Batch", "Concepts", "Counts", "Prediction", "SaliencyMaps", "Sample", "Task"]
+__all__ = ["AP_NAMES", "BACKGROUND", "VOID", "Batch", "Concepts", "Counts", "Prediction", "SaliencyMaps", "Sample", "Task"]

@@ -20,6 +20,8 @@ from torch.nn.functional import interpolate
 
 from conceptseg.errors import ConfigError, did_you_mean
 
+RESIZES = ("nearest", "bicubic")
+
 Provenance = Literal["lab", "weights", "random"]
 
 
@@ -123,12 +125,8 @@ def stack_images(images: Sequence[np.ndarray], size: tuple[int, int], resize: st
         if tuple(tensor.shape[-2:]) != size:
             if resize == "nearest":
                 tensor = interpolate(tensor, size=size, mode="nearest")
-            elif resize == "bicubic":
-                tensor = interpolate(tensor, size=size, mode="bicubic", antialias=True).clamp(0, 1)
             else:
-                raise ConfigError(
-                    f'extractor.backbone.resize: unknown "{resize}". {did_you_mean(resize, ["nearest", "bicubic"])}'
-                )
+                tensor = interpolate(tensor, size=size, mode="bicubic", antialias=True).clamp(0, 1)
         resized.append(tensor[0])
     return torch.stack(resized)
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from conceptseg.backbones.base import Checkpoint, Provenance
+from conceptseg.backbones.base import RESIZES, Checkpoint, Provenance
 from conceptseg.backbones.latents import image_ids, pack
 from conceptseg.backbones.taps import StopForward, TapSet
 from conceptseg.errors import ConfigError, DataError, TapError, did_you_mean
@@ -51,7 +51,9 @@ class FluxBackbone:
     ) -> None:
         self.checkpoint = Checkpoint(path, revision)
         self.dtype, self.vae_dtype = _dtype(dtype, "dtype"), _dtype(vae_dtype, "vae_dtype")
-        self.device = torch.device(device)
+        self.device = _device(device)
+        if resize not in RESIZES:
+            raise ConfigError(f'extractor.backbone.resize: unknown "{resize}". {did_you_mean(resize, RESIZES)}')
         self.image_size, self.resize, self.text_tokens = image_size, resize, text_tokens
         if concept_pooling not in ("first", "mean", "last"):
             raise ConfigError(
@@ -197,6 +199,13 @@ class FluxBackbone:
 
     def latents(self, images: Float[Tensor, "B 3 H W"], generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Images in 0..1 -> scaled latents [B c 2h 2w]: the posterior's mean, or a sample per image with its generator."""
+        step = self.pixels_per_token
+        if images.shape[-2] % step or images.shape[-1] % step:
+            near = max(step, round(images.shape[-1] / step) * step)
+            raise ConfigError(
+                f"extractor.backbone.image_size is {images.shape[-1]}; this model's tokens are {step} pixels wide, so a multiple "
+                f"of {step} is wanted, for example {near}."
+            )
         with torch.inference_mode():
             posterior = self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)).latent_dist
             z = posterior.mean
@@ -204,6 +213,12 @@ class FluxBackbone:
                 noise = torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators])
                 z = z + posterior.std * noise.to(z)
         return (z - (self.vae.config["shift_factor"] or 0.0)) * self.vae.config["scaling_factor"]
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Side of an image token: the autoencoder's factor times the 2 x 2 packing."""
+        config = self.vae.config
+        return 2 * int(config["patch"] if "patch" in config else 2 ** (len(config["block_out_channels"]) - 1))
 
     # ------------------------------------------------------------ one denoiser call
 
@@ -238,6 +253,16 @@ class FluxBackbone:
             with TapSet(model) as taps:
                 stream.attach(taps)
                 return taps.run(forward)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f'runtime.device: unknown "{name}". {did_you_mean(name, ["cpu", "cuda", "cuda:0", "mps"])}') from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f'runtime.device is "{name}", but torch sees no CUDA device here. Use runtime.device=cpu.')
+    return device
 
 
 def _dtype(name: str, key: str) -> torch.dtype:

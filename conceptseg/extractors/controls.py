@@ -12,10 +12,12 @@ from conceptseg.extractors.base import OneView
 from conceptseg.types import VOID, Batch, Task
 
 
-def _truth_of(task: Task) -> Float[Tensor, "C H W"]:
-    """1 where a concept's class is, spread over the channels that vote for it; void pixels count as background."""
+def _truth_of(task: Task, spread: bool = False) -> Float[Tensor, "C H W"]:
+    """1 where a concept's class is, in the first channel that votes for it or (spread) in all; void counts as background."""
     truth = np.where(task.truth == VOID, 0, task.truth)
     maps = np.stack([truth == label for label in task.concepts.labels]).astype(np.float32)
+    if spread:
+        return torch.from_numpy(maps)
     # Several words may vote for background; one of them is enough, and a tie would be decided by channel order.
     first = {label: channel for channel, label in reversed(list(enumerate(task.concepts.labels)))}
     for channel, label in enumerate(task.concepts.labels):
@@ -25,7 +27,10 @@ def _truth_of(task: Task) -> Float[Tensor, "C H W"]:
 
 
 class Oracle(OneView):
-    """Shows the truth itself. Every proper metric is 1 where the protocol scores at the size the map is given in."""
+    """Shows the truth itself. Proper metrics are 1 where a protocol scores at the size the map is given in.
+
+    Except: a cut at the mean of a constant map (an image that is all foreground) finds nothing, strictly above being the rule.
+    """
 
     version = 1
     needs_truth = True
@@ -35,13 +40,13 @@ class Oracle(OneView):
 
 
 class InvertedOracle(OneView):
-    """Shows the truth's complement: IoU 0 in both classes, AP at its least."""
+    """Favours every word but the true one: IoU 0 in every class, AP at its least."""
 
     version = 1
     needs_truth = True
 
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
-        return torch.stack([1 - _truth_of(task) for task in batch.tasks])
+        return torch.stack([1 - _truth_of(task, spread=True) for task in batch.tasks])
 
 
 class Constant(OneView):

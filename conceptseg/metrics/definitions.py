@@ -12,8 +12,7 @@ from jaxtyping import Bool, Float, Int64
 
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.metrics.published import BACKGROUND, iou_from_accuracy
-
-AP_NAMES = ("foreground", "two_channel", "two_channel_minmax")
+from conceptseg.types import AP_NAMES
 
 Statistics = Float[np.ndarray, "n K"]
 Sums = Float[np.ndarray, "... K"]

@@ -54,9 +54,9 @@ def cell_scores(
     """
     scores = torch.einsum("...cd,...ld->...cl", concept_vectors.float(), image_vectors.float())
     if kind.softmax is Softmax.PER_CELL:
-        scores = softmax_over_concepts(scores)
+        scores = softmax_over_concepts(scores, kind.temperature)
     elif kind.softmax is Softmax.TOKENS:
-        scores = softmax_over_tokens(scores)
+        scores = softmax_over_tokens(scores, kind.temperature)
     if scores.ndim == 4:
         scores = scores.sum(1) if kind.heads is Fold.SUM else scores.mean(1)
     return scores

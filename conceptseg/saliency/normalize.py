@@ -34,9 +34,9 @@ def softmax_over_concepts(scores: Float[Tensor, "*R C L"], temperature: float = 
     return torch.softmax(scores * temperature, dim=-2)
 
 
-def softmax_over_tokens(scores: Float[Tensor, "*R C L"]) -> Float[Tensor, "*R C L"]:
+def softmax_over_tokens(scores: Float[Tensor, "*R C L"], temperature: float = 1.0) -> Float[Tensor, "*R C L"]:
     """Image tokens compete for each concept: what the reference's diffusers port does, and not the paper's method."""
-    return torch.softmax(scores, dim=-1)
+    return torch.softmax(scores * temperature, dim=-1)
 
 
 def gaussian_blur(maps: Float[Tensor, "B C h w"], sigma: float) -> Float[Tensor, "B C h w"]:

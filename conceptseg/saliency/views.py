@@ -42,6 +42,7 @@ class CellKind:
     normalize: Normalize
     softmax: Softmax
     heads: Fold
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class View:
     def cell(self) -> CellKind:
         """The kind of cell this view folds. Softmax after the fold needs raw cells."""
         softmax = self.softmax if self.softmax in (Softmax.PER_CELL, Softmax.TOKENS) else Softmax.NONE
-        return CellKind(self.space, self.normalize, softmax, self.fold)
+        return CellKind(self.space, self.normalize, softmax, self.fold, 1.0 if softmax is Softmax.NONE else self.temperature)
 
     @property
     def key(self) -> str:
@@ -71,7 +72,7 @@ class View:
         if self.layers:
             parts.append("L" + format_span(self.layers))
         if self.timesteps:
-            parts.append("t" + ",".join(f"{t:g}" for t in self.timesteps))
+            parts.append("t" + ",".join(f"{t:.12g}" for t in self.timesteps))
             parts.append(f"n{self.draws}")
         if self.normalize is not Normalize.NONE:
             parts.append(str(self.normalize))
@@ -112,19 +113,19 @@ def parse_span(text: str | int | Sequence[int], offered: Sequence[int]) -> tuple
         chosen = list(offered)[len(offered) // 2 :]
     elif text.startswith("last"):
         count = text.removeprefix("last").strip()
-        if not count.isdigit() or not 0 < int(count) <= len(offered):
+        if not count.isdecimal() or not 0 < int(count) <= len(offered):
             raise ViewError(f'views.layers "{text}": wanted "last N" with N from 1 to {len(offered)}.')
         chosen = list(offered)[-int(count) :]
     else:
         chosen = []
         for part in text.replace(" ", "").split(","):
             ends = part.split("-")
-            if len(ends) > 2 or not all(e.isdigit() for e in ends):
+            if len(ends) > 2 or not all(e.isdecimal() for e in ends):
                 raise ViewError(
                     f'views.layers "{text}": can\'t read "{part}". Write "14-17", "0,2,5-7", "all" or "last 4", '
                     f"or a list; this backbone has layers {format_span(tuple(offered))}."
                 )
-            chosen += range(int(ends[0]), int(ends[-1]) + 1)
+            chosen += range(int(ends[0]), min(int(ends[-1]), max(offered, default=0) + 99) + 1)  # enough to name what is absent
     if absent := sorted(set(chosen) - set(offered)):
         raise ViewError(
             f'views.layers "{text}" asks for {", ".join(map(str, absent))}, but this backbone has layers '
@@ -196,6 +197,12 @@ def _expand(where: str, given: dict[str, Any], axes: Axes) -> Iterator[tuple[lis
     if given:
         key = sorted(given)[0]
         raise ConfigError(f"{where}.{key}: a view has no such setting. {did_you_mean(key, ['each', *View.__slots__])}")
+    neutral = View("map")
+    for key in ("normalize", "softmax", "temperature", "fold", "blur"):
+        if not axes.layers and options[key] != getattr(neutral, key):
+            raise ViewError(f"{where}.{key} is {options[key]}, but this extractor gives one map and has no cells: leave it out.")
+    if options["softmax"] is Softmax.NONE and options["temperature"] != 1:
+        raise ViewError(f"{where}.temperature is {options['temperature']:g}, but {where}.softmax is none: nothing would use it.")
     for space in spaces:
         if space not in axes.spaces:
             raise ViewError(f'{where}.space: unknown space "{space}". {did_you_mean(space, axes.spaces)}')

@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 
 
 def nearest_floor(array: Shaped[np.ndarray, "*C H W"], size: tuple[int, int]) -> Shaped[np.ndarray, "*C h w"]:
-    """torch's "nearest": output pixel i reads input floor(i · H / h)."""
+    """torch's "nearest" for float32 and uint8: output pixel i reads input floor(i · H / h), the ratio in float32."""
     rows = _floor_index(array.shape[-2], size[0])
     columns = _floor_index(array.shape[-1], size[1])
     return array[..., rows[:, None], columns]

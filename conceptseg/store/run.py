@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from conceptseg.errors import ResumeError, StoreError
 from conceptseg.store.schema import SCHEMA, TIMING_FIELDS, Manifest, Row, RowKey
+from conceptseg.types import AP_NAMES
 
 
 class RunStore:
@@ -72,7 +73,10 @@ class RunStore:
         """Raises ResumeError if the folder has none or it can't be read."""
         path = self.folder / "manifest.json"
         try:
-            return cast(Manifest, json.loads(path.read_text(encoding="utf-8")))
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict) or not {"schema", "source"} <= found.keys():
+                raise ValueError("not a manifest of this program")
+            return cast(Manifest, found)
         except (OSError, ValueError) as error:
             raise ResumeError(f"reading {path}: {error}. Delete the folder to start the run anew.") from error
 
@@ -142,15 +146,19 @@ class RunStore:
             raise _store_error(self.shard_file, error) from error
         for row in new:
             held[_key(row)] = row
+            if row["status"] == "ok":
+                held.pop(RowKey(row["sample"], "*", "*"), None)
 
     # ------------------------------------------------------------ reading
 
     def rows(self) -> dict[RowKey, Row]:
         """Every row of every shard, by key. Raises StoreError if two shards contradict each other."""
         if self._rows is None:
-            self._rows = {}
+            self._rows, scored = {}, set()
             for path in sorted(self.folder.glob("rows-*.jsonl")):
                 for row in _read(path):
+                    if row["status"] == "ok":
+                        scored.add(row["sample"])
                     held = self._rows.get(_key(row))
                     if _supersedes(row, held):
                         self._rows[_key(row)] = row
@@ -159,6 +167,8 @@ class RunStore:
                             f"{path}: the row of {_key(row)} contradicts one written before. Were two versions of the code "
                             f"run on this folder? Delete it and run again."
                         )
+            for sample in scored:  # it failed as a whole once, and was scored when tried again
+                self._rows.pop(RowKey(sample, "*", "*"), None)
         return self._rows
 
     def refresh(self) -> None:
@@ -189,15 +199,29 @@ class RunStore:
         import pyarrow.parquet as pq
 
         self.refresh()
-        rows = [self.rows()[key] for key in sorted(self.rows())]
+        rows = [dict(self.rows()[key]) for key in sorted(self.rows())]
         path = self.folder / "rows.parquet"
         partial = self.folder / f".rows-{os.getpid()}.parquet"
         try:
-            pq.write_table(pa.Table.from_pylist(cast(list[Any], rows)), partial)
+            pq.write_table(pa.Table.from_pylist(rows, _parquet_schema()), partial)
             partial.replace(path)
         except OSError as error:
             raise _store_error(path, error) from error
         return path
+
+
+def _parquet_schema() -> Any:
+    """Every field of a row, spelt out: rows that failed lack most of them, and must not decide the layout."""
+    import pyarrow as pa
+
+    counts = pa.list_(pa.int64())
+    return pa.schema(
+        [(name, pa.string()) for name in ("sample", "view", "segmenter", "status", "error")]
+        + [("words", pa.list_(pa.string()))]
+        + [(name, counts) for name in ("classes", "inter", "pred", "label", "pred_void")]
+        + [(name, pa.int64()) for name in ("valid", "correct", "void")]
+        + [("ap", pa.struct([(name, pa.float64()) for name in AP_NAMES])), ("seconds", pa.float64())]
+    )
 
 
 def _key(row: Row) -> RowKey:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,13 @@ def hydra() -> Iterator[Any]:
         yield GlobalHydra.instance().config_loader()
 
 
+@cache
 def composed(*overrides: str) -> DictConfig:
     with hydra():
         return compose(config_name="evaluate", overrides=list(overrides))
 
 
 def plainly(*overrides: str) -> dict[str, Any]:
+    """A fresh, resolved copy."""
     found: dict[str, Any] = plain(composed(*overrides))
     return found

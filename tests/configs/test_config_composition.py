@@ -18,7 +18,7 @@ from conceptseg.errors import ConfigError, ViewError
 from conceptseg.saliency.views import Axes, expand_views
 
 TRIPLES = list(product(GROUPS["extractor"], GROUPS["dataset"], GROUPS["protocol"]))
-SAMPLED = TRIPLES if len(TRIPLES) <= 200 else sorted(random.Random(0).sample(TRIPLES, 100))
+SAMPLED = TRIPLES if len(TRIPLES) <= 200 else sorted(random.Random(0).sample(TRIPLES, 60))
 
 
 def parts(config: Any, path: str = "") -> list[tuple[str, Mapping[str, Any]]]:

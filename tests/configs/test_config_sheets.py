@@ -34,7 +34,7 @@ def test_a_package_line_is_the_first_or_absent(path):
 @pytest.mark.parametrize("path", SHEETS, ids=named)
 def test_a_sheet_can_be_reached(path):
     folder, option = path.parent.relative_to(CONF).as_posix(), path.stem
-    assert folder == "." and option == "evaluate" or folder == RECIPES or option in GROUPS.get(folder, ())
+    assert (folder == "." and option == "evaluate") or folder == RECIPES or option in GROUPS.get(folder, ())
 
 
 @pytest.mark.parametrize("path", SHEETS, ids=named)
@@ -47,7 +47,7 @@ def test_a_sheet_names_no_key_twice(path):
             assert len(keys) == len(set(keys)), f"{named(path)}, line {node.start_mark.line + 1}: a key twice in {keys}"
             return super().construct_mapping(node, deep)
 
-    list(Strict(path.read_text(encoding="utf-8")).get_data() for _ in range(1))
+    Strict(path.read_text(encoding="utf-8")).get_single_data()
 
 
 @pytest.mark.parametrize("path", [p for p in SHEETS if "defaults:" in p.read_text(encoding="utf-8")], ids=named)

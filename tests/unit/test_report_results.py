@@ -54,7 +54,7 @@ VALUE = "blocks/0/rows/1/values/miou"
         ("blocks/0/rows/1/backbone", 3, "wanted a string or null"),
         ("blocks", {}, "wanted a list"),
         ("notes", "none", "wanted a list of sentences"),
-        (f"{VALUE}/value", 0.7, r"0.7 is outside its interval \[0.503, 0.612\]"),
+        (f"{VALUE}/low", 0.7, r"its interval \[0.7, 0.612\] is upside down"),
         (f"{VALUE}/value", float("nan"), "not finite"),
         (f"{VALUE}/low", None, "one end of an interval"),
         (f"{VALUE}/n", 0, "at least one sample"),

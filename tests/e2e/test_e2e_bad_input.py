@@ -1,0 +1,277 @@
+"""What is wrong with one sample costs that sample and is written down; what is wrong with a run ends it, with a remedy."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conceptseg.data.made import made_scenes, mask_png, voc_mask, write_hub, write_mat, write_voc
+from conceptseg.data.scenes import OBJECTS
+
+CA = ("extractor=concept_attention", "backbone@extractor.backbone=lab_flux", "runtime.keep_maps=false")
+SCENES = made_scenes(5)
+MULTI = ("extractor=constant", "protocol=voc_multi_standard")
+
+
+@pytest.fixture
+def kit(tmp_path):
+    """A development kit whose samples a test damages; its files by kind."""
+    return write_voc(tmp_path / "voc", SCENES) / "VOC2012"
+
+
+def refusal(ended) -> str:
+    """An error of ours: one message, no frames."""
+    assert ended.code == 1 and "Traceback" not in ended.err and 'File "' not in ended.err
+    return ended.said
+
+
+def failed(commands) -> dict[str, str]:
+    return {r["sample"]: r["error"] for r in commands.rows() if r["status"] == "failed"}
+
+
+def image_of(kit, number):
+    return kit / "JPEGImages" / f"2012_{number:06d}.jpg"
+
+
+def mask_of(kit, number):
+    return kit / "SegmentationClass" / f"2012_{number:06d}.png"
+
+
+# ------------------------------------------------------------ samples
+
+PAINTED = mask_png(voc_mask(SCENES[1]), "rgb")
+DAMAGES = {
+    "an image that is no picture": (lambda kit: image_of(kit, 1).write_bytes(b"no picture"), "can't be decoded"),
+    "an image cut short": (lambda kit: image_of(kit, 1).write_bytes(image_of(kit, 1).read_bytes()[:300]), "can't be decoded"),
+    "an empty image": (lambda kit: image_of(kit, 1).write_bytes(b""), "can't be decoded"),
+    "a missing image": (lambda kit: image_of(kit, 1).unlink(), "missing"),
+    "a missing mask": (lambda kit: mask_of(kit, 1).unlink(), "missing"),
+    "a mask of another size": (lambda kit: Image.open(mask_of(kit, 1)).crop((0, 0, 9, 9)).save(mask_of(kit, 1)), "9 x 9"),
+    "a mask in colours": (lambda kit: mask_of(kit, 1).write_bytes(PAINTED), "dataset.mask_encoding=rgb"),
+    "a mask with an unknown class": (
+        lambda kit: Image.fromarray(np.full((48, 64), 77, np.uint8)).save(mask_of(kit, 1)),
+        "77",
+    ),
+    "a mask of 16 bits": (
+        lambda kit: Image.fromarray(np.zeros((48, 64), np.uint16)).save(mask_of(kit, 1)),
+        "mode I;16",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_sample_gets_a_failed_row_and_the_others_are_scored(commands, kit, damage):
+    spoil, reason = DAMAGES[damage]
+    spoil(kit)
+    said = commands.run(*MULTI, "dataset=pascal_voc", f"dataset.root={kit}")
+    ((sample, error),) = failed(commands).items()
+    assert sample == "voc2012/2012_000001" and reason in error
+    assert sum(r["status"] == "ok" for r in commands.rows()) == 4 and "1 failed" in said.said
+
+
+def test_the_number_of_failed_samples_is_in_the_results(commands, kit):
+    mask_of(kit, 1).unlink()
+    commands.run(*MULTI, "dataset=pascal_voc", f"dataset.root={kit}")
+    (reading,) = json.loads((commands.the_run() / "results.json").read_text())["readings"]
+    assert (reading["n"], reading["failed"], reading["waiting"]) == (4, 1, 0)
+
+
+def test_a_failed_sample_is_not_tried_again_until_asked_for(commands, kit):
+    args = (*MULTI, "dataset=pascal_voc", f"dataset.root={kit}", "runtime.batch_size=1")
+    good = image_of(kit, 1).read_bytes()
+    image_of(kit, 1).write_bytes(b"x" * len(good))  # the size is part of the data set's fingerprint
+    commands.run(*args)
+    image_of(kit, 1).write_bytes(good)
+    assert "0 samples computed" in commands.run(*args).said
+    assert "1 samples computed" in commands.run(*args, "runtime.retry_failed=true").said
+    (reading,) = json.loads((commands.the_run() / "results.json").read_text())["readings"]
+    assert (reading["n"], reading["failed"]) == (5, 0)
+
+
+def test_too_many_failed_samples_stop_the_run_and_keep_their_rows(commands, kit):
+    for number in range(3):
+        image_of(kit, number).unlink()
+    args = (*MULTI, "dataset=pascal_voc", f"dataset.root={kit}", "runtime.batch_size=1", "runtime.max_failures=2")
+    said = refusal(commands.run(*args, code=1))
+    assert "runtime.max_failures" in said and "runtime.retry_failed=true" in said and len(failed(commands)) == 2
+
+
+def test_a_run_in_which_every_sample_fails_ends_with_the_last_reason(commands, kit):
+    for number in range(5):
+        image_of(kit, number).unlink()
+    said = refusal(commands.run(*MULTI, "dataset=pascal_voc", f"dataset.root={kit}", code=1))
+    assert "no sample could be scored" in said and ".jpg is missing" in said
+
+
+def test_a_word_that_the_tokenizer_does_not_know_fails_its_samples_with_the_word(commands, tmp_path):
+    table = write_hub(tmp_path / "table", SCENES)
+    classes = sorted({int(v) for s in SCENES for v in np.unique(voc_mask(s)) if v not in (0, 255)})
+    words = dict(zip(classes, OBJECTS, strict=False)) | {classes[0]: "zebrafish"}
+    holders = [s for s in SCENES if classes[0] in np.unique(voc_mask(s))]
+    assert 0 < len(holders) < len(SCENES)
+    listed = ",".join(f"{label}: {word}" for label, word in words.items())
+    said = commands.run(*CA, "dataset=hub", f"dataset.path={table}", f"dataset.words={{{listed}}}")
+    assert len(failed(commands)) == len(holders)
+    assert all('"zebrafish" is unknown' in e and "Choices:" in e for e in failed(commands).values())
+    assert "zebrafish" in said.said
+
+
+def test_two_classes_with_one_word_fail_the_samples_that_show_both(commands, tmp_path):
+    table = write_hub(tmp_path / "table", SCENES)
+    words = ",".join(f"{c}: apple" for c in range(1, 21))
+    both = sum(len(set(np.unique(voc_mask(s))) - {0, 255}) > 1 for s in SCENES)
+    commands.run("extractor=constant", "dataset=hub", f"dataset.path={table}", f"dataset.words={{{words}}}")
+    assert 0 < len(failed(commands)) == both and all("apple" in e for e in failed(commands).values())
+
+
+def test_an_image_without_any_foreground_is_accounted_for(commands, kit):
+    """VOC names no word for it, and this protocol keeps every image."""
+    Image.fromarray(np.zeros((48, 64), np.uint8)).save(mask_of(kit, 1))
+    commands.run("extractor=constant", "dataset=pascal_voc", f"dataset.root={kit}", "protocol=imagenet_standard")
+    (row,) = [r for r in commands.rows() if r["sample"].endswith("000001")]
+    assert row["status"] in ("excluded", "failed") and row["error"]
+
+
+def test_an_image_of_void_alone_is_accounted_for(commands, kit):
+    Image.fromarray(np.full((48, 64), 255, np.uint8)).save(mask_of(kit, 1))
+    commands.run("extractor=constant", "dataset=pascal_voc", f"dataset.root={kit}", "protocol=voc_multi_standard")
+    (row,) = [r for r in commands.rows() if r["sample"].endswith("000001")]
+    assert row["status"] == "excluded"
+
+
+# ------------------------------------------------------------ maps
+
+SPOIL = """
+from conceptseg.extractors.controls import CentrePrior
+sound = CentrePrior.saliency
+def saliency(self, batch):
+    maps = sound(self, batch).clone()
+    for one, task in zip(maps, batch.tasks):
+        if task.key.endswith("00001"):
+            {harm}
+    return maps
+CentrePrior.saliency = saliency
+"""
+CENTRE = ("extractor=centre_prior", "dataset.count=4", "dataset.objects=[1,1]", "runtime.batch_size=4")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_map_that_is_not_finite_fails_its_sample_and_no_other(commands, value):
+    commands.run(*CENTRE, before=SPOIL.format(harm=f"one[0, 0, 0] = float('{value}')"))
+    assert len(commands.rows()) == 4 and list(failed(commands)) == ["scenes/val/0/00001"]
+    assert "NaN or infinity" in failed(commands)["scenes/val/0/00001"]
+
+
+def test_a_method_that_raises_on_one_sample_fails_that_sample_alone(commands):
+    commands.run(*CENTRE, before=SPOIL.format(harm="raise RuntimeError('shapes do not match')"))
+    assert len(commands.rows()) == 4 and failed(commands) == {"scenes/val/0/00001": "RuntimeError: shapes do not match"}
+
+
+def test_a_device_without_memory_ends_the_run_with_a_smaller_batch_to_try(commands):
+    said = refusal(commands.run(*CENTRE, before=SPOIL.format(harm="import torch; raise torch.OutOfMemoryError('2 GiB')"), code=1))
+    assert "runtime.batch_size=2" in said and commands.rows() == []
+
+
+def test_a_disk_that_fills_up_during_a_run_ends_it_and_what_was_written_stays(commands):
+    full = """
+import errno, os
+write, calls = os.write, []
+def limited(file, block):
+    calls.append(1)
+    if len(calls) > 2:
+        write(file, block[:20])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return write(file, block)
+import conceptseg.store.run as run
+run.os = type("FullDisk", (), {"__getattr__": lambda self, name: limited if name == "write" else getattr(os, name)})()
+"""
+    args = ("extractor=random", "dataset.count=5", "runtime.batch_size=1")
+    said = refusal(commands.run(*args, before=full, code=1))
+    assert "StoreError" in said and "the disk is full" in said and len(commands.rows()) == 2
+    commands.run(*args)
+    held = commands.rows()
+    commands.run(*args, "runtime.runs=whole")
+    assert held == commands.rows("whole")
+
+
+# ------------------------------------------------------------ runs
+
+
+def test_a_missing_mat_is_refused_with_where_to_get_it(commands):
+    said = refusal(commands.run("extractor=constant", "dataset=imagenet_segmentation", "dataset.root=no.mat", code=1))
+    assert "DataError" in said and "no.mat does not exist" in said and "fetch_imagenet_segmentation.py" in said
+
+
+@pytest.mark.parametrize("size", [0, 100, 600, 5000])
+def test_a_mat_cut_short_is_refused_as_damaged(commands, tmp_path, size):
+    mat = write_mat(tmp_path / "gt.mat", SCENES)
+    mat.write_bytes(mat.read_bytes()[:size])
+    said = refusal(commands.run("extractor=constant", "dataset=imagenet_segmentation", f"dataset.root={mat}", code=1))
+    assert "DataError" in said and str(mat) in said and "fetch_imagenet_segmentation.py" in said
+
+
+def test_a_missing_voc_folder_is_refused_with_where_to_get_it(commands):
+    said = refusal(commands.run("extractor=constant", "dataset=pascal_voc", "dataset.root=nowhere", code=1))
+    assert "nowhere does not exist" in said and "fetch_voc.py" in said
+
+
+def test_a_hub_table_without_a_commit_is_refused_by_its_key(commands):
+    said = refusal(commands.run("extractor=constant", "dataset=hub", "dataset.path=owner/name", code=1))
+    assert "dataset.revision" in said
+
+
+REFUSED = {
+    "views.output.layers=9": ("ViewError", "views.layers", "0-3"),
+    "views.output.layers=last 9": ("ViewError", "views.layers"),
+    "views.output.timesteps=[1.5]": ("ViewError", "views.output.timesteps"),
+    "views.output.timesteps=[]": ("ViewError", "views.output.timesteps"),
+    "+views.output.draws=0": ("ViewError", "views.output.draws"),
+    "views.output.space=outptu": ("ViewError", "views.output.space", 'Did you mean "output"'),
+    "views.output.softmax=per_sell": ("ConfigError", "views.output.softmax", 'Did you mean "per_cell"'),
+    "+views.output.layrs=1": ("ConfigError", "views.output.layrs", 'Did you mean "layers"'),
+    "protocol.background=[grass,sky,grass]": ("ConfigError", "protocol.background", "grass"),
+    "protocol.segmenters=[]": ("ConfigError", "protocol.segmenters"),
+    "protocol.task=mutli": ("ConfigError", "protocol.task", 'Did you mean "multi"'),
+    "extractor.noise=per_smaple": ("ConfigError", "extractor.noise", 'Did you mean "per_sample"'),
+    "extractor.backbone.dtype=float23": ("ConfigError", "extractor.backbone.dtype", 'Did you mean "float32"'),
+    "extractor.backbone.path=lab:flx": ("ConfigError", "extractor.backbone.path", 'Did you mean "flux"'),
+    "extractor._target_=os.system": ("ConfigError", "runtime.allow_targets"),
+    "dataset.split=vla": ("ConfigError", "dataset.split", 'Did you mean "val"'),
+    "dataset.count=0": ("ConfigError", "dataset.count"),
+    "dataset.objects=[0,9]": ("ConfigError", "dataset.objects"),
+    "runtime.batch_size=0": ("ConfigError", "runtime.batch_size"),
+    "report.columns=[acuracy]": ("ConfigError", 'Did you mean "accuracy"'),
+    "report.resamples=0": ("ConfigError", "report.resamples"),
+    "report.level=2": ("ConfigError", "report.level"),
+    "runtime.device=cdua": ("ConfigError", "runtime.device"),
+    "extractor.backbone.image_size=63": ("ConfigError", "extractor.backbone.image_size"),
+    "extractor.backbone.resize=bikubic": ("ConfigError", "extractor.backbone.resize", 'Did you mean "bicubic"'),
+    "runtime.runs=/proc/nowhere": ("StoreError", "runtime.runs"),
+}
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_a_setting_that_cannot_be_is_refused_by_its_key(commands, setting):
+    more = [] if setting.startswith("dataset.count") else ["dataset.count=2"]
+    said = refusal(commands.run("backbone@extractor.backbone=lab_flux", *more, setting, code=1))
+    for expected in REFUSED[setting]:
+        assert expected in said
+
+
+@pytest.mark.parametrize("protocol", ["scenes_single", "scenes_multi"])
+def test_no_background_word_at_all_is_a_legal_question(commands, protocol):
+    commands.run("extractor=constant", f"protocol={protocol}", "protocol.background=[]", "dataset.count=4")
+    assert {r["status"] for r in commands.rows()} <= {"ok", "excluded"}
+
+
+def test_views_that_are_empty_are_refused(commands):
+    said = refusal(commands.run("extractor=constant", "views=null", "dataset.count=2", code=1))
+    assert "views" in said
+
+
+def test_a_refused_setting_leaves_no_run_behind(commands):
+    commands.run("backbone@extractor.backbone=lab_flux", "views.output.layers=9", code=1)
+    assert not commands.runs()

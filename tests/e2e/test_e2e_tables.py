@@ -1,0 +1,120 @@
+"""Tables, what they write and where, the report command, and that nothing needs a network."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import TESTS
+
+REPO = TESTS.parent
+LAB = ("table=lab", "dataset.count=4")
+
+
+def in_table(path: Path) -> list[str]:
+    """Names of the rows that were scored."""
+    return [row["name"] for block in json.loads(path.read_text())["blocks"] for row in block["rows"] if row["status"] == "ok"]
+
+
+@pytest.fixture(scope="module")
+def table(shared):
+    """The lab table on four scenes, in an empty folder."""
+    return shared.run(*LAB)
+
+
+def test_a_small_lab_table_is_written_under_runs(shared, table):
+    (results,) = (shared.folder / "runs" / "tables").glob("lab-*/results.json")
+    assert len(in_table(results)) == 22 and results.with_name("sheet.png").exists()
+
+
+def test_a_small_lab_table_does_not_touch_what_is_published(shared, table):
+    assert sorted(p.name for p in shared.folder.iterdir()) == ["runs"]
+
+
+def test_a_table_says_where_its_results_are(shared, table):
+    assert "results.json" in table.out and "oracle" in table.out and "ConceptAttention" in table.out
+
+
+def test_a_table_again_computes_nothing(shared, table):
+    rows = {p: p.read_bytes() for p in shared.folder.rglob("rows-*.jsonl")}
+    said = shared.run(*LAB)
+    assert " 0 samples computed" in said.said and "4 samples computed" not in said.said
+    assert rows == {p: p.read_bytes() for p in shared.folder.rglob("rows-*.jsonl")}
+
+
+def test_a_table_that_is_published_passes_the_check_and_a_changed_one_does_not(shared, table):
+    shared.run(*LAB, "report.publish=yes")
+    assert shared.run("--check", name="conceptseg-report").code == 0
+    written = shared.folder / "RESULTS.md"
+    text = written.read_text()
+    written.write_text(text.replace("| *oracle* |", "| *oracel* |"))
+    said = shared.run("--check", name="conceptseg-report", code=1)
+    assert "lab" in said.err and "stale" in said.said
+    shared.run("--write", name="conceptseg-report")
+    assert written.read_text() == text
+    for path in (written, shared.folder / "benchmarks"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_an_unknown_column_of_a_table_is_refused_with_the_nearest(commands):
+    said = commands.run(*LAB, "table.columns=[acuracy]", code=1)
+    assert 'Did you mean "accuracy"' in said.err and not (commands.folder / "RESULTS.md").exists()
+
+
+# ------------------------------------------------------------ the repository's own results
+
+
+@pytest.fixture
+def published(commands):
+    """A copy of RESULTS.md and benchmarks/ to check and spoil."""
+    for name in ("RESULTS.md", "benchmarks"):
+        source = REPO / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, commands.folder / name)
+    return commands
+
+
+def test_the_results_of_this_repository_are_what_its_tables_say(published):
+    said = published.run("--check", name="conceptseg-report")
+    assert "up to date" in said.out
+
+
+def test_results_with_a_changed_number_are_stale(published):
+    path = published.folder / "RESULTS.md"
+    path.write_text(path.read_text().replace("100.0 [100.0, 100.0]", "99.9 [99.9, 99.9]", 1))
+    said = published.run("--check", name="conceptseg-report", code=1)
+    assert "stale" in said.said
+
+
+def test_text_around_the_sections_may_change(published):
+    path = published.folder / "RESULTS.md"
+    path.write_text("Words before.\n\n" + path.read_text() + "\nWords after.\n")
+    published.run("--check", name="conceptseg-report")
+
+
+def test_the_report_prints_every_table_that_benchmarks_holds(published):
+    said = published.run(name="conceptseg-report")
+    assert f"{len(list((REPO / 'benchmarks').glob('*/results.json')))} tables" in said.out and "oracle" in said.out
+
+
+# ------------------------------------------------------------ processes
+
+
+def test_the_four_commands_are_installed():
+    folder = Path(sys.executable).parent
+    names = ("conceptseg", "conceptseg-report", "conceptseg-lab", "conceptseg-doctor")
+    assert [n for n in names if not (folder / n).exists()] == []
+
+
+def test_a_backbone_that_would_be_downloaded_is_refused_without_frames(commands):
+    said = commands.run("backbone@extractor.backbone=flux_schnell", "dataset.count=2", code=1)
+    assert "FLUX.1-schnell" in said.err and "Traceback" not in said.err
+
+
+def test_a_reader_that_closes_the_pipe_is_no_error(commands):
+    command = f"{sys.executable} -m conceptseg --help | head -n 1"
+    said = subprocess.run(command, shell=True, capture_output=True, text=True, env=dict(commands.environment), timeout=100)
+    assert "Traceback" not in said.stderr and said.stdout
