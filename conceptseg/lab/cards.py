@@ -61,6 +61,8 @@ def _readme(card: dict[str, Any]) -> str:
 | made with | torch {card["versions"].get("torch", "?")}, diffusers {card["versions"].get("diffusers", "?")} |
 | again | `conceptseg-lab train {card["name"]}` |
 
+{card["recipe"].get("history", "")}
+
 Loss curve (flow matching; telling swapped words, chance is about 0.67):
 
 | step | flow | swap |
