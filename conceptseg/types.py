@@ -56,7 +56,7 @@ class Task:
     """A sample under a protocol: what the model is shown and told, and what its answer is held against."""
 
     key: str
-    image: Float[np.ndarray, "H W 3"]
+    image: Float[np.ndarray, "h w 3"]
     """RGB in 0..1, after the protocol's own resizing."""
     truth: UInt8[np.ndarray, "H W"]
     """The mask that is scored, after the protocol's resizing; 255 void."""

@@ -1,0 +1,58 @@
+"""The published lab table is what the shipped models give: a regression test of every number maker at once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from commands import TESTS
+
+PUBLISHED = json.loads((TESTS.parent / "benchmarks" / "lab" / "results.json").read_text())
+# Other processors round matrix products otherwise; a flipped pixel of 64 scenes of 64 x 64 moves a share by 4e-6.
+TOLERANCE = 0.01
+# What the table must show, by the table's own controls; colour contrast needs no word and is judged where words decide.
+NAMED = ("constant", "random", "centre prior", "inverted oracle")
+
+
+@pytest.fixture(scope="module")
+def computed(shared):
+    """The whole lab table, computed anew in an empty folder."""
+    shared.run("table=lab", "report.publish=no")
+    (path,) = (shared.folder / "runs" / "tables").glob("lab-*/results.json")
+    return json.loads(path.read_text())
+
+
+def cells(results):
+    return {
+        (block["name"], row["name"], metric): value["value"]
+        for block in results["blocks"]
+        for row in block["rows"]
+        for metric, value in row["values"].items()
+    }
+
+
+def test_the_lab_table_is_the_published_one(computed):
+    mine, published = cells(computed), cells(PUBLISHED)
+    assert mine.keys() == published.keys()
+    far = {key: (mine[key], published[key]) for key in mine if abs(mine[key] - published[key]) > TOLERANCE}
+    assert not far
+
+
+@pytest.mark.parametrize("block", [block["name"] for block in PUBLISHED["blocks"]])
+@pytest.mark.parametrize("metric", ["miou_dataset", "ap_image"])
+def test_the_method_beats_the_controls_interval_by_interval(block, metric):
+    rows = {r["name"]: r for b in PUBLISHED["blocks"] if b["name"] == block for r in b["rows"]}
+    method = rows["ConceptAttention, output space"]["values"][metric]
+    for name in NAMED:
+        assert method["low"] > rows[name]["values"][metric]["high"], name
+
+
+def test_controls_score_their_closed_forms():
+    for block in PUBLISHED["blocks"]:
+        rows = {r["name"]: {m: v["value"] for m, v in r["values"].items()} for r in block["rows"]}
+        assert rows["oracle"]["miou_dataset"] == rows["oracle"]["accuracy"] == rows["oracle"]["ap_image"] == pytest.approx(1)
+        assert rows["inverted oracle"]["miou_dataset"] == rows["inverted oracle"]["accuracy"] == pytest.approx(0)
+        share = rows["constant"]["accuracy"]
+        if block["name"] == "one object":
+            assert rows["constant"]["miou_dataset"] == pytest.approx(share / 2)
+        assert rows["constant"]["published_miou_from_accuracy"] == pytest.approx(share / (2 - share))
