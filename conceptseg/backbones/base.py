@@ -145,7 +145,7 @@ def sample_noise(shape: Sequence[int], seed: int, keys: Sequence[str], draw: int
 
 def shared_noise(
     shape: Sequence[int], seed: int, draw: int, device: torch.device | str, dtype: torch.dtype
-) -> Float[Tensor, "1 *shape"]:
+) -> Float[Tensor, "1 ..."]:
     """The reference's noise: one for all images, drawn in the model's dtype on its device from seed + draw."""
     generator = torch.Generator(device).manual_seed(seed + draw)
     return torch.randn((1, *shape), generator=generator, device=device, dtype=dtype)

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from conceptseg.backbones.base import sample_noise, sample_seed, shared_noise, stack_images
-from conceptseg.backbones.flux import SPACES, BlockActivations, ConceptStream, FluxBackbone
+from conceptseg.backbones.concept_stream import SPACES, BlockActivations, ConceptStream
+from conceptseg.backbones.flux import FluxBackbone
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.extractors.base import Extractor, Provenance
 from conceptseg.saliency.cells import CellStore, cell_scores, kinds_by_layer

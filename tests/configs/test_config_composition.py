@@ -125,7 +125,7 @@ def test_an_option_builds_its_part(group, option):
 
 @pytest.mark.parametrize("sheet", GROUPS["views"])
 def test_a_views_sheet_fits_flux_or_a_method_of_one_map(sheet):
-    from conceptseg.backbones.flux import SPACES
+    from conceptseg.backbones.concept_stream import SPACES
 
     settings = plainly(f"views={sheet}")["views"]
     fitting = []
@@ -139,7 +139,7 @@ def test_a_views_sheet_fits_flux_or_a_method_of_one_map(sheet):
 
 @pytest.mark.parametrize("sheet", GROUPS["experiment"])
 def test_the_views_of_an_experiment_fit_its_backbone(sheet):
-    from conceptseg.backbones.flux import SPACES
+    from conceptseg.backbones.concept_stream import SPACES
 
     whole = plainly(f"experiment={sheet}")
     assert whole["extractor"]["backbone"]["path"].startswith("black-forest-labs/FLUX.1")

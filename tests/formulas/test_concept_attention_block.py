@@ -12,7 +12,8 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
-from conceptseg.backbones.flux import SPACES, ConceptStream, FluxBackbone
+from conceptseg.backbones.concept_stream import SPACES, ConceptStream
+from conceptseg.backbones.flux import FluxBackbone
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.saliency.views import Axes, Fold, Normalize, Softmax, View, expand_views
 

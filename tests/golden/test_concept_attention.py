@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from conceptseg.backbones.base import schedule, shared_noise
-from conceptseg.backbones.flux import SPACES, ConceptStream, FluxBackbone
+from conceptseg.backbones.concept_stream import SPACES, ConceptStream
+from conceptseg.backbones.flux import FluxBackbone
 from conceptseg.backbones.latents import image_ids, pack, unpack
 from conceptseg.extractors.concept_attention import ConceptAttention, _vectors
 from conceptseg.saliency.cells import CellStore, cell_scores

@@ -5,7 +5,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from conceptseg.backbones.flux import ConceptStream, FluxBackbone
+from conceptseg.backbones.concept_stream import ConceptStream
+from conceptseg.backbones.flux import FluxBackbone
 from conceptseg.backbones.taps import StopForward, TapSet
 from conceptseg.errors import TapError
 
