@@ -16,7 +16,10 @@ from conceptseg.report.results import Row, load
 from conceptseg.store.run import RunStore
 
 METHOD = "ConceptAttention, output space"
-OTHERS = ("cross-attention, Flux", "ConceptAttention, value space", "output space, no softmax", "colour contrast", "centre prior")
+OTHERS = (
+    "cross-attention, as released", "cross-attention, attention logits", "ConceptAttention, value space",
+    "output space, no softmax", "colour contrast", "centre prior",
+)  # fmt: skip
 
 
 def rows_of(row: Row, runs: Path) -> Rows:
