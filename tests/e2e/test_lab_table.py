@@ -46,15 +46,10 @@ def beaten(block, method, metric):
 
 
 @pytest.mark.parametrize("block", [block["name"] for block in PUBLISHED["blocks"]])
-@pytest.mark.parametrize("metric", ["miou_image", "ap_image"])
-def test_the_output_space_beats_the_controls_interval_by_interval(block, metric):
-    assert beaten(block, "ConceptAttention, output space", metric)
-
-
-@pytest.mark.parametrize("block", [block["name"] for block in PUBLISHED["blocks"]])
 @pytest.mark.parametrize("metric", ["miou_dataset", "miou_image", "ap_image"])
-def test_the_attention_logits_beat_the_controls_interval_by_interval(block, metric):
-    assert beaten(block, "cross-attention, attention logits", metric)
+@pytest.mark.parametrize("method", ["ConceptAttention, output space", "cross-attention, attention logits"])
+def test_the_concept_stream_beats_the_named_controls_interval_by_interval(block, metric, method):
+    assert beaten(block, method, metric)
 
 
 def test_controls_score_their_closed_forms():
