@@ -117,7 +117,8 @@ class Checkpoint:
 def stack_images(images: Sequence[np.ndarray], size: tuple[int, int], resize: str) -> Float[Tensor, "B 3 h w"]:
     """Images, float [H W 3] in 0..1 each, at one size.
 
-    resize "nearest" takes the pixel at floor(i · H / h), as torch does; "bicubic" is antialiased.
+    resize "nearest" takes the pixel at floor(i · H / h), as torch does; "bicubic" is antialiased, and
+    what it overshoots is cut back to 0..1.
     """
     resized = []
     for image in images:

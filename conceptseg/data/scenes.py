@@ -8,7 +8,7 @@ the rim of every object is void, as in PascalVOC. The same `(split, seed, index)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -336,8 +336,3 @@ _OBJECTS: dict[str, Callable[[ImageDraw.ImageDraw, Colour, np.random.Generator],
     "apple": _apple, "tree": _tree, "house": _house, "fish": _fish, "boat": _boat, "sun": _sun, "flower": _flower,
     "kite": _kite, "clock": _clock, "mushroom": _mushroom, "cloud": _cloud, "ball": _ball,
 }  # fmt: skip
-
-
-def draw_many(split: str, seed: int, count: int, size: int = 64) -> Iterator[Scene]:
-    """The first `count` scenes of a split, in order."""
-    return (draw_scene(split, seed, index, size) for index in range(count))
