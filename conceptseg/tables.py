@@ -11,6 +11,7 @@ from typing import Any
 from conceptseg import __version__
 from conceptseg.assemble import Evaluation, assemble
 from conceptseg.errors import ConfigError, DataError, did_you_mean
+from conceptseg.extractors.base import Extractor
 from conceptseg.keys import canonical_json
 from conceptseg.metrics.definitions import DEFINITIONS
 from conceptseg.metrics.intervals import Interval
@@ -135,7 +136,13 @@ def _row(row: Mapping[str, Any], evaluation: Evaluation, reading: Reading, overr
         view=reading.view, segmenter=reading.segmenter, n=reading.n, excluded=reading.excluded, failed=reading.failed,
         values={m: value_of(i) for m, i in reading.values.items()}, status="ok" if reading.n else "failed",
         note=note or ("" if reading.n else "no sample could be scored: see the rows of its run"),
+        **_declared(evaluation.extractor),
     )  # fmt: skip
+
+
+def _declared(extractor: Extractor) -> dict[str, str]:
+    """What a method says of itself, as columns of its row."""
+    return {"told": extractor.told, "trained_on": extractor.trained_on, "argmax": "yes" if extractor.comparable else "no"}
 
 
 def value_of(interval: Interval) -> Value:
@@ -161,7 +168,7 @@ def single_table(evaluation: Evaluation, found: Sequence[Reading], command: str)
             extractor=type(evaluation.extractor).__name__, backbone=None, provenance=evaluation.extractor.provenance,
             run_id=evaluation.run_id, view=r.view, segmenter=r.segmenter, n=r.n, excluded=r.excluded, failed=r.failed,
             values={m: value_of(i) for m, i in r.values.items()}, status="ok" if r.n else "failed",
-            note=f"{r.waiting} samples are not computed yet" if r.waiting else "",
+            note=f"{r.waiting} samples are not computed yet" if r.waiting else "", **_declared(evaluation.extractor),
         )
         for r in found
     )  # fmt: skip

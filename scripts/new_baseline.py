@@ -28,6 +28,8 @@ class {kind}(OneView):
     """One map per concept, larger where the concept is. Raise `version` whenever the numbers change."""
 
     version = 1
+    told = "nothing"  # or "own prediction", "true name", "name and prompt"
+    trained_on = "nothing"  # or "images", "class labels", "images and captions", "masks or boxes"
 
     def __init__(self, grid: int = 16) -> None:
         self.grid = grid

@@ -15,6 +15,13 @@ from conceptseg.types import Batch, SaliencyMaps
 Provenance = Literal["control", "lab", "weights", "random"]
 """What numbers rest on: no model, a shipped tiny model, real weights, or random ones."""
 
+Told = Literal["nothing", "own prediction", "true name", "name and prompt", "truth"]
+"""What a method is told of an image: nothing; only the class it predicts itself; the words asked for; those and a caption that
+says what is there; or (controls) the mask."""
+
+TrainedOn = Literal["nothing", "images", "class labels", "images and captions", "masks or boxes"]
+"""What supervision stands behind a method's model, the strongest where there are several."""
+
 
 class Extractor(ABC):
     """Turns a batch into saliency maps, one [B C h w] per view, from as few forward passes as the views allow."""
@@ -25,6 +32,10 @@ class Extractor(ABC):
     """May channels be compared by argmax?"""
     needs_truth: ClassVar[bool] = False
     """True for controls that are shown the mask; never for a method."""
+    told: Told
+    """What the method is told of an image. No default: a row that does not say what it was told can't be compared."""
+    trained_on: TrainedOn
+    """What supervision stands behind its model. No default either."""
 
     @abstractmethod
     def axes(self) -> Axes:

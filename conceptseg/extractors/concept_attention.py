@@ -38,6 +38,8 @@ class ConceptAttention(Extractor):
     """
 
     version = 1
+    told = "name and prompt"
+    trained_on = "images and captions"
 
     def __init__(
         self,

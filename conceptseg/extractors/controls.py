@@ -33,6 +33,8 @@ class Oracle(OneView):
     """
 
     version = 1
+    told = "truth"
+    trained_on = "nothing"
     needs_truth = True
 
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
@@ -43,6 +45,8 @@ class InvertedOracle(OneView):
     """Favours every word but the true one: IoU 0 in every class, AP at its least."""
 
     version = 1
+    told = "truth"
+    trained_on = "nothing"
     needs_truth = True
 
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
@@ -53,6 +57,8 @@ class Constant(OneView):
     """Says background everywhere: accuracy is the background share q, mean IoU q/2, AP the foreground share."""
 
     version = 1
+    told = "nothing"
+    trained_on = "nothing"
 
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
         return torch.stack(
@@ -64,6 +70,8 @@ class RandomMap(OneView):
     """Independent noise on a grid: AP is the foreground share in the long run."""
 
     version = 1
+    told = "nothing"
+    trained_on = "nothing"
 
     def __init__(self, grid: int = 16, seed: int = 0) -> None:
         self.grid, self.seed = grid, seed
@@ -87,6 +95,8 @@ class CentrePrior(OneView):
     """
 
     version = 1
+    told = "nothing"
+    trained_on = "nothing"
 
     def __init__(self, sigma: float = 0.25, grid: int = 64) -> None:
         self.sigma, self.grid = sigma, grid
@@ -101,6 +111,8 @@ class ColourContrast(OneView):
     """Distance of each pixel's colour from the image's mean colour: what a method without words can read off."""
 
     version = 1
+    told = "nothing"
+    trained_on = "nothing"
 
     def __init__(self, grid: int = 32) -> None:
         self.grid = grid

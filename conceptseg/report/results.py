@@ -115,6 +115,12 @@ class Row:
     """Whether the row was computed."""
     note: str
     """Anything a reader must know beside the number, such as what a row that was not run needs."""
+    told: str = ""
+    """What the method is told of an image; empty in tables of older versions."""
+    trained_on: str = ""
+    """What supervision stands behind its model."""
+    argmax: str = ""
+    """Whether its channels may be compared by argmax: "yes" or "no"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +141,12 @@ class Block:
     @property
     def ordered_rows(self) -> tuple[Row, ...]:
         return tuple(sorted(self.rows, key=lambda row: row.group != "controls"))
+
+    @property
+    def declared(self) -> tuple[tuple[str, str], ...]:
+        """(heading, field of Row) of the declared properties that some row has: columns of the printed table."""
+        headings = (("told", "told"), ("trained on", "trained_on"), ("argmax", "argmax"))
+        return tuple((heading, name) for heading, name in headings if any(getattr(row, name) for row in self.rows))
 
     def best(self, column: Column) -> str | None:
         """The largest value of a method as it is printed, so that rows that look alike share the place; None for quotations."""
@@ -186,11 +198,14 @@ class Results:
         return _read(cls, body, where, {"columns": _each(Column), "blocks": blocks, "notes": _notes})
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and dicts, `from_json`'s inverse; `interval` and `sheet` only where they are set."""
+        """Plain lists and dicts, `from_json`'s inverse; `interval`, `sheet` and declared properties only where set."""
         body = asdict(self)
         for key in ("interval", "sheet"):
             if not body[key]:
                 del body[key]
+        for row in (row for block in body["blocks"] for row in block["rows"]):
+            for key in [key for key in ("told", "trained_on", "argmax") if not row[key]]:
+                del row[key]
         plain: dict[str, Any] = json.loads(json.dumps({"schema": SCHEMA, **body}, allow_nan=False))
         return plain
 

@@ -122,8 +122,10 @@ def _block_table(block: Block, columns: Sequence[Column]) -> str:
         name = f"*{_text(row.name)}*" if row.group == "controls" else _text(row.name)
         note = f"<br><sub>{_text(row.note)}</sub>" if row.note else ""
         n = str(row.n) if row.status == "ok" else row.status
-        rows.append([name + note, row.provenance, n, *(_cell(block, row, column) for column in columns)])
-    return _grid(["row", "provenance", "n", *headings], rows, left=2)
+        declared = [_text(getattr(row, name)) or ABSENT for _, name in block.declared]
+        rows.append([name + note, row.provenance, *declared, n, *(_cell(block, row, column) for column in columns)])
+    properties = [heading for heading, _ in block.declared]
+    return _grid(["row", "provenance", *properties, "n", *headings], rows, left=2 + len(properties))
 
 
 def _cell(block: Block, row: Row, column: Column) -> str:

@@ -78,24 +78,39 @@ def _tables(block: Block, columns: tuple[Column, ...], width: int) -> list[Table
     narrow = 2 + max(len(line) for line in headings + [line for text in texts for line in text.plain.split("\n")])
     wide = 2 + max([len(line) for line in headings] + [len(text.plain) for text in texts])
     room = width - 2 - (_NAME_WIDTH + 2) - (len("provenance") + 2) - (len("not run") + 2)
+    declared = block.declared
+    left = room - sum(_declared_width(block, heading, name) + 2 for heading, name in declared)
+    room, declared = (left, declared) if left >= narrow else (room, ())  # on a narrow terminal they go under the name
     separator, per_table = (" ", len(columns)) if wide * len(columns) <= room else ("\n", max(1, room // narrow))
-    return [_table(block, columns[i : i + per_table], separator) for i in range(0, len(columns), per_table)]
+    return [_table(block, columns[i : i + per_table], separator, declared) for i in range(0, len(columns), per_table)]
 
 
-def _table(block: Block, columns: tuple[Column, ...], separator: str) -> Table:
+def _declared_width(block: Block, heading: str, name: str) -> int:
+    """Its heading, or the widest word below it: cells wrap between words."""
+    return max(len(heading), *(len(word) for row in block.rows for word in getattr(row, name).split()))
+
+
+def _table(block: Block, columns: tuple[Column, ...], separator: str, declared: tuple[tuple[str, str], ...]) -> Table:
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("", min_width=_NAME_WIDTH, max_width=44, overflow="fold")
     table.add_column("provenance", no_wrap=True)
+    for title, name in declared:
+        table.add_column(title, width=_declared_width(block, title, name))
     table.add_column("n", justify="right", no_wrap=True)
     for column in columns:
         heading = Text.assemble(column.heading, (f"\n{column.caveat}" if column.caveat else "", "dim"))
         table.add_column(heading, justify="right", no_wrap=True)
     rows = block.ordered_rows
     for row, following in zip(rows, (*rows[1:], None), strict=True):
-        name = Text.assemble(row.name, (f"\n{row.note}", "italic dim") if row.note else "")
+        shown = Text.assemble(row.name, (f"\n{row.note}", "italic dim") if row.note else "")
+        properties = [getattr(row, field) or ABSENT for _, field in block.declared]
+        if block.declared and not declared:
+            named = zip(block.declared, properties, strict=True)
+            shown.append("\n" + ", ".join(f"{heading} {text}" for (heading, _), text in named), "dim")
         n = Text(str(row.n)) if row.status == "ok" else Text(row.status, "bold red" if row.status == "failed" else "italic")
         table.add_row(
-            name, Text(row.provenance), n, *(_cell(block, row, column, separator) for column in columns),
+            shown, Text(row.provenance), *(properties if declared else ()), n,
+            *(_cell(block, row, column, separator) for column in columns),
             style="dim" if row.group == "controls" else "", end_section=following is not None and following.group != row.group,
         )  # fmt: skip
     return table

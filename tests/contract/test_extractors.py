@@ -8,6 +8,7 @@ import json
 from collections import Counter, defaultdict
 from dataclasses import replace
 from importlib import resources
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from conceptseg.backbones.taps import TapSet
 from conceptseg.config import instantiate, plain, register
 from conceptseg.data.drawn import Scenes
 from conceptseg.errors import ConfigError, ViewError
-from conceptseg.extractors.base import Extractor
+from conceptseg.extractors.base import Extractor, Told, TrainedOn
 from conceptseg.lab.models import build_flux, save
 from conceptseg.saliency.views import expand_views
 from conceptseg.types import Batch, SaliencyMaps, Task
@@ -222,6 +223,13 @@ def test_provenance_and_version_are_declared(extractor):
     identity = extractor.identity()
     assert identity["class"] == type(extractor).__name__ and identity["version"] == extractor.version
     json.dumps(identity)
+
+
+@every_extractor
+def test_a_row_says_what_its_method_is_told_and_was_trained_on(extractor):
+    assert extractor.told in get_args(Told) and extractor.trained_on in get_args(TrainedOn)
+    assert (extractor.told == "truth") is extractor.needs_truth
+    assert (extractor.trained_on == "nothing") is not bool(hosts(extractor))
 
 
 @every_extractor

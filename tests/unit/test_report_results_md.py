@@ -46,6 +46,14 @@ def test_a_row_that_was_not_run_says_so_with_its_note_and_its_quoted_number(lab)
     assert "| Flux<br><sub>needs 24 GB</sub> | weights | not run | \u2013 | 71.0 |" in render(lab)
 
 
+def test_what_methods_are_told_and_trained_on_are_columns_where_a_row_says_so(lab):
+    assert "trained on" not in render(lab)
+    text = render(made(row={"told": "true name", "trained_on": "images and captions", "argmax": "no"}))
+    assert "| row | provenance | told | trained on | argmax | n |" in text
+    assert "| ConceptAttention | lab | true name | images and captions | no | 64 |" in text
+    assert "| *centre prior* | control | \u2013 | \u2013 | \u2013 | 64 |" in text
+
+
 def test_the_sheet_is_linked_where_there_is_one(lab):
     assert "![" not in render(lab)
     assert "](benchmarks/lab/my%20sheet.png)" in render(made(sheet="benchmarks/lab/my sheet.png"))

@@ -45,6 +45,15 @@ def test_a_failed_row_says_so():
     assert re.search(r"ConceptAttention +lab +failed +\u2013 +\u2013", printed(data))
 
 
+@pytest.mark.parametrize("width", [60, 80, 120, 160])
+def test_what_methods_are_told_and_trained_on_is_printed_at_any_width(width):
+    data = plain_table()
+    data["blocks"][0]["rows"][1] |= {"told": "name and prompt", "trained_on": "images and captions", "argmax": "yes"}
+    text = printed(data, width)
+    assert all(word in text for word in ("told", "prompt", "trained on", "captions", "argmax"))
+    assert max(len(line) for line in text.splitlines()) <= width and "56.1" in text
+
+
 def test_samples_that_failed_or_were_excluded_are_counted():
     assert "DAAM: 3 failed, 1 excluded" in printed(plain_table())
 
