@@ -18,6 +18,7 @@ from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.evaluate import Shard
 from conceptseg.extractors.base import Extractor
 from conceptseg.metrics.definitions import DEFINITIONS
+from conceptseg.metrics.summary import DRAWN
 from conceptseg.protocols import SegmentationProtocol
 from conceptseg.saliency.views import View, expand_views
 from conceptseg.store.maps import MapKeeper
@@ -90,6 +91,8 @@ def _check_report(report: Mapping[str, Any]) -> None:
         raise ConfigError(f"report.resamples is {report['resamples']}; wanted 1 or more, such as 10000.")
     if not 0 < report["level"] < 1:
         raise ConfigError(f"report.level is {report['level']:g}; wanted a share between 0 and 1, such as 0.95.")
+    if report["draw"] not in DRAWN:
+        raise ConfigError(f'report.draw: unknown "{report["draw"]}". {did_you_mean(report["draw"], DRAWN)}')
     for name in report["columns"]:
         if name not in DEFINITIONS:
             raise ConfigError(f'report.columns: unknown metric "{name}". {did_you_mean(name, DEFINITIONS)}')

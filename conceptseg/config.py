@@ -52,6 +52,8 @@ class Report:
     """Bootstrap resamples behind every interval."""
     level: float = 0.95
     """Share of resamples inside an interval."""
+    draw: str = "images"
+    """What the bootstrap draws: images, or words (whole groups of images that ask for the same words)."""
     results_md: str = "RESULTS.md"
     """File whose section a table replaces."""
     benchmarks: str = "benchmarks"

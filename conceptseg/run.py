@@ -82,7 +82,9 @@ def readings(evaluation: Evaluation, metrics: Sequence[str], segmenters: Iterabl
                 continue
             mine = [rows.get(RowKey(k, view.key, segmenter)) or rows.get(RowKey(k, "*", "*")) for k in keys]
             by_status = {s: [r for r in mine if r is not None and r["status"] == s] for s in ("ok", "failed", "excluded")}
-            values = summarise(by_status["ok"], metrics, report["resamples"], report["level"]) if by_status["ok"] else {}
+            values = {}
+            if by_status["ok"]:
+                values = summarise(by_status["ok"], metrics, report["resamples"], report["level"], report["draw"])
             found.append(
                 Reading(
                     name, view.key, segmenter, len(by_status["ok"]), len(by_status["excluded"]), len(by_status["failed"]),
@@ -111,9 +113,13 @@ def _finite(interval: Interval) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in asdict(interval).items()}
 
 
+DRAWN_IN_WORDS = {"images": "images", "words": "groups of images with the same words"}
+
+
 def interval_text(report: Mapping[str, Any]) -> str:
     """What every interval is."""
-    return f"{100 * report['level']:g} % percentile bootstrap over images, {report['resamples']:,} resamples"
+    drawn = DRAWN_IN_WORDS[report["draw"]]
+    return f"{100 * report['level']:g} % percentile bootstrap over {drawn}, {report['resamples']:,} resamples"
 
 
 def panel_rows(evaluations: Sequence[tuple[Evaluation, str, str]], keys: Sequence[str]) -> list[PanelRow]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -35,6 +35,12 @@ class Rows:
     void: Int64[np.ndarray, " n"]
     ap: Mapping[str, Float[np.ndarray, " n"]]
     """Per-image average precisions in 0..1 under `AP_NAMES`; NaN where undefined or not measured."""
+    words: tuple[tuple[str, ...], ...]
+    """Class words asked for in each image, in the order of its foreground classes; () where a row does not say."""
+    present: Bool[np.ndarray, "n C"]
+    """Whether the row offers the class."""
+    seconds: Float[np.ndarray, " n"]
+    """Wall time of each image's share of its batch; NaN where not recorded."""
 
     @classmethod
     def from_records(cls, records: Iterable[Mapping[str, Any]], classes: tuple[int, ...] | None = None) -> Rows:
@@ -54,8 +60,10 @@ class Rows:
 
         column = {index: place for place, index in enumerate(offered)}
         tables = np.zeros((4, len(ordered), len(offered)), np.int64)
+        given = np.zeros((len(ordered), len(offered)), np.bool_)
         for row, record in enumerate(ordered):
             places = [column[index] for index in record["classes"]]
+            given[row, places] = True
             for table, name in zip(tables, ("inter", "pred", "label", "pred_void"), strict=True):
                 if len(record[name]) != len(places):
                     raise DataError(
@@ -67,7 +75,19 @@ class Rows:
         # float64 turns None into NaN.
         ap = {name: np.array([record["ap"].get(name) for record in ordered], np.float64) for name in AP_NAMES}
         inter, pred, label, pred_void = tables
-        return cls(samples, offered, inter, pred, label, pred_void, valid, correct, void, ap)
+        words = tuple(tuple(map(str, record.get("words", ()))) for record in ordered)
+        seconds = np.array([record.get("seconds") for record in ordered], np.float64)
+        return cls(samples, offered, inter, pred, label, pred_void, valid, correct, void, ap, words, given, seconds)
+
+    def at(self, places: Sequence[int]) -> Rows:
+        """The rows at these places, in that order; the class axis stays."""
+        chosen = np.asarray(places, np.intp)
+        return Rows(
+            tuple(self.samples[i] for i in chosen), self.classes, self.inter[chosen], self.pred[chosen], self.label[chosen],
+            self.pred_void[chosen], self.valid[chosen], self.correct[chosen], self.void[chosen],
+            {name: values[chosen] for name, values in self.ap.items()}, tuple(self.words[i] for i in chosen),
+            self.present[chosen], self.seconds[chosen],
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.samples)

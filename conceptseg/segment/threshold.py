@@ -17,6 +17,11 @@ def above_level(scores: Float[np.ndarray, "H W"], level: float) -> Bool[np.ndarr
     return scores > low + level * (high - low)
 
 
+def above_quantile(scores: Float[np.ndarray, "H W"], quantile: float) -> Bool[np.ndarray, "H W"]:
+    """Strictly above the map's own quantile, so that about 1 - `quantile` of the pixels are foreground, fewer where they tie."""
+    return scores > np.quantile(scores, quantile)
+
+
 def above_otsu(scores: Float[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
     """Above the cut that maximises the variance between the two sides, over 256 bins (Otsu 1979)."""
     low, high = float(scores.min()), float(scores.max())

@@ -137,8 +137,8 @@ def test_a_views_sheet_fits_flux_or_a_method_of_one_map(sheet):
     assert len(fitting) == 1
 
 
-@pytest.mark.parametrize("sheet", GROUPS["experiment"])
-def test_the_views_of_an_experiment_fit_its_backbone(sheet):
+@pytest.mark.parametrize("sheet", [sheet for sheet in GROUPS["experiment"] if sheet.startswith("ca_")])
+def test_the_views_of_a_released_experiment_fit_its_backbone(sheet):
     from conceptseg.backbones.concept_stream import SPACES
 
     whole = plainly(f"experiment={sheet}")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from conceptseg.segment.threshold import above_level, above_mean, above_otsu
+from conceptseg.segment.threshold import above_level, above_mean, above_otsu, above_quantile
 
 maps = hnp.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 6)), elements=st.integers(-64, 64).map(float))
 
@@ -31,7 +31,16 @@ def test_above_a_level_is_a_share_of_the_way_from_least_to_greatest(scores, leve
     assert above_level(scores, level).tolist() == [[v > low + level * (high - low) for v in row] for row in scores.tolist()]
 
 
-@pytest.mark.parametrize("cut", [above_mean, above_otsu, lambda m: above_level(m, 0.5)], ids=["mean", "otsu", "level"])
+@given(st.permutations(range(20)), st.sampled_from([0.1, 0.25, 0.5, 0.75, 0.9]))
+def test_a_quantile_leaves_its_share_of_distinct_pixels_below(order, quantile):
+    scores = np.array(order, np.float32).reshape(4, 5)
+    assert above_quantile(scores, quantile).sum() == len([v for v in range(20) if v > quantile * 19])
+
+
+CONSTANT = [above_mean, above_otsu, lambda m: above_level(m, 0.5), lambda m: above_quantile(m, 0.25)]
+
+
+@pytest.mark.parametrize("cut", CONSTANT, ids=["mean", "otsu", "level", "quantile"])
 def test_a_constant_map_has_no_foreground(cut):
     assert not cut(np.full((4, 4), 0.25, np.float32)).any()
 
