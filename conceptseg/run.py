@@ -18,6 +18,7 @@ from conceptseg.metrics.intervals import Interval
 from conceptseg.metrics.summary import summarise
 from conceptseg.report.panels import PanelCell, PanelRow, picture_sheet
 from conceptseg.report.results import write_atomically
+from conceptseg.store.cost import measured
 from conceptseg.store.maps import shown_channel
 from conceptseg.store.schema import RowKey
 from conceptseg.types import Task
@@ -52,8 +53,10 @@ def carry_out(evaluation: Evaluation, title: str = "") -> Tally:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     from rich.console import Console
 
+    shard = evaluation.shard
     with (
         evaluation.store as store,
+        measured(store.folder, shard.index, shard.count, evaluation.extractor) as cost,
         Progress(*columns, console=Console(file=sys.stderr), disable=not shown, transient=True) as bar,
     ):
         task = bar.add_task(title or evaluation.run_id, total=None)
@@ -62,6 +65,7 @@ def carry_out(evaluation: Evaluation, title: str = "") -> Tally:
             evaluation.maps if runtime["keep_maps"] else None, runtime["retry_failed"], runtime["max_failures"],
             lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
+        cost.images = tally.computed
     log.info(
         "%s: %d samples computed, %d held already, %d excluded, %d failed", evaluation.store.folder, tally.computed, tally.held,
         tally.excluded, tally.failed,

@@ -1,0 +1,90 @@
+"""What a run cost: seconds, peak memory and forward passes, summed over every process and resumption. Never part of a row."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(slots=True)
+class Cost:
+    """Costs of a run so far."""
+
+    images: int = 0
+    """Images that were computed, in any process."""
+    seconds: float = 0.0
+    """Wall time of the loops, added over processes."""
+    peak_bytes: int = 0
+    """Most memory that one process held: on the accelerator where there is one, else resident in the process."""
+    accelerator: bool = False
+    """Whether `peak_bytes` is of an accelerator."""
+    forward_passes: int | None = None
+    """Calls of the backbone's network, each with a whole batch and all its noise draws; None for methods that do not count."""
+
+    @property
+    def passes_per_image(self) -> float | None:
+        """Calls over images: below 1 where several images share a call."""
+        return self.forward_passes / self.images if self.forward_passes is not None and self.images else None
+
+
+@contextmanager
+def measured(folder: Path, shard: int, count: int, extractor: Any) -> Iterator[Cost]:
+    """Adds what happens inside to the shard's own file; set `images` on the yielded cost. Writes nothing if none was computed."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    before, start = _passes(extractor), time.perf_counter()
+    cost = Cost(accelerator=cuda)
+    try:
+        yield cost
+    finally:
+        cost.seconds = time.perf_counter() - start
+        scale = 1 if sys.platform == "darwin" else 1024
+        cost.peak_bytes = (
+            torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+        )
+        after = _passes(extractor)
+        cost.forward_passes = None if after is None else after - (before or 0)
+        if cost.images:
+            path = folder / f"cost-{shard}of{count}.json"
+            part = path.with_name(f".{path.name}.{os.getpid()}.part")
+            part.write_text(json.dumps(asdict(_added(_read(path), cost) or cost)) + "\n", encoding="utf-8")
+            part.replace(path)
+
+
+def read_cost(folder: Path) -> Cost | None:
+    """Costs of all shards together; None for a run that has recorded none."""
+    found: Cost | None = None
+    for path in sorted(folder.glob("cost-*.json")):
+        found = _added(found, _read(path))
+    return found
+
+
+def _passes(extractor: Any) -> int | None:
+    return getattr(getattr(extractor, "backbone", None), "forward_passes", None)
+
+
+def _read(path: Path) -> Cost | None:
+    return Cost(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def _added(held: Cost | None, more: Cost | None) -> Cost | None:
+    if held is None or more is None:
+        return held or more
+    passes = None
+    if held.forward_passes is not None and more.forward_passes is not None:
+        passes = held.forward_passes + more.forward_passes
+    return Cost(
+        held.images + more.images, held.seconds + more.seconds, max(held.peak_bytes, more.peak_bytes),
+        held.accelerator or more.accelerator, passes,
+    )  # fmt: skip
