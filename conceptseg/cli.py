@@ -18,28 +18,12 @@ import hydra
 from omegaconf import DictConfig
 
 from conceptseg.config import explain_refusal, plain, register
-from conceptseg.errors import ConceptSegError
+from conceptseg.errors import ConceptSegError, guarded
 
 log = logging.getLogger(__name__)
 
 QUIET = ("runtime.", "report.", "hydra.", "hydra/", "launcher=")
 """Overrides that say how a run is done, not what is run."""
-
-
-def guarded(main: Callable[[], int | None]) -> Callable[[], None]:
-    """Print our own errors bare, on stderr, and exit with 1; let everything else show its traceback."""
-
-    def wrapped() -> None:
-        try:
-            sys.exit(main() or 0)
-        except ConceptSegError as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            sys.exit(1)
-        except BrokenPipeError:
-            sys.stderr.close()
-            sys.exit(141)
-
-    return wrapped
 
 
 def _calm() -> None:

@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from conceptseg.cli import guarded
-from conceptseg.errors import ConfigError, StoreError, did_you_mean
+from conceptseg.errors import ConfigError, StoreError, did_you_mean, guarded
 from conceptseg.metrics.breakdowns import Part, by_class, by_size, by_word, clusters_by_word, worst_images
 from conceptseg.metrics.comparisons import Comparison, compare
 from conceptseg.metrics.definitions import DEFINITIONS, Definition, Rows

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
 
@@ -44,3 +45,19 @@ def did_you_mean(got: str, offered: Iterable[str]) -> str:
     near = get_close_matches(got, choices, n=1)
     listed = ", ".join(choices[:20]) + (f", and {len(choices) - 20} more" if len(choices) > 20 else "")
     return (f'Did you mean "{near[0]}"? ' if near else "") + f"Choices: {listed}."
+
+
+def guarded(main: Callable[[], int | None]) -> Callable[[], None]:
+    """Print our own errors bare, on stderr, and exit with 1; let everything else show its traceback."""
+
+    def wrapped() -> None:
+        try:
+            sys.exit(main() or 0)
+        except ConceptSegError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            sys.exit(1)
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(141)
+
+    return wrapped

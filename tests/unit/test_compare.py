@@ -34,8 +34,8 @@ def rows(view, segmenter, right, n=12):
         yield {
             "sample": f"s/{i:02d}", "view": view, "segmenter": segmenter, "status": "ok", "words": ["cat" if i % 2 else "dog"],
             "classes": [0, 1], "inter": [rejections, hits], "label": [70, 30],
-            "pred": [rejections + 30 - hits, hits + 70 - rejections],
-            "seconds": 0.5, "pred_void": [0, 0], "valid": 100, "correct": hits + rejections, "void": 0, "ap": {"foreground": hits / 30},
+            "pred": [rejections + 30 - hits, hits + 70 - rejections], "pred_void": [0, 0], "valid": 100, "void": 0,
+            "correct": hits + rejections, "ap": {"foreground": hits / 30}, "seconds": 0.5,
         }  # fmt: skip
 
 
