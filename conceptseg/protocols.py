@@ -35,6 +35,8 @@ class SegmentationProtocol:
     image_size, image_resample: the protocol's own resizing of images, sides in pixels; None leaves them alone.
     mask_size: the size truth is scored at, by Pillow's nearest rule; None scores at the truth's own size.
     background: words offered beside the class words; order: "target_first" or "background_first".
+    ask: for "multi", "present" asks for the classes that are in the mask, "named" also for words whose class is not there
+        (so that what a map claims for an absent word is counted).
     caption: with {word} for one class, joined by caption_join for several.
     segmenters: every decision that is scored; read-outs, so adding one costs no forward pass.
     """
@@ -54,6 +56,7 @@ class SegmentationProtocol:
         image_resample: str = "bicubic",
         mask_size: int | None = None,
         variant: str = "standard",
+        ask: str = "present",
     ) -> None:
         for value, key, choices in (
             (task, "task", ("single", "multi")),
@@ -61,13 +64,14 @@ class SegmentationProtocol:
             (select, "select", ("any", "one_class", "two_labels")),
             (image_resample, "image_resample", ("bicubic", "nearest")),
             (variant, "variant", ("standard", "released")),
+            (ask, "ask", ("present", "named")),
         ):
             if value not in choices:
                 raise ConfigError(f'protocol.{key}: unknown "{value}". {did_you_mean(value, choices)}')
         if repeated := sorted({w for w in background if list(background).count(w) > 1}):
             raise ConfigError(f"protocol.background names {', '.join(repeated)} twice; every concept is asked for once.")
         self.name, self.version, self.task, self.variant = name, version, task, variant
-        self.background, self.order, self.select = tuple(background), order, select
+        self.background, self.order, self.select, self.ask = tuple(background), order, select, ask
         self.caption, self.caption_join = caption, caption_join
         self.image_size, self.image_resample, self.mask_size = image_size, image_resample, mask_size
         self.segmenters = tuple(segmenters)
@@ -87,6 +91,7 @@ class SegmentationProtocol:
             "name": self.name, "version": self.version, "task": self.task, "background": list(self.background),
             "order": self.order, "select": self.select, "caption": self.caption, "caption_join": self.caption_join,
             "image_size": self.image_size, "image_resample": self.image_resample, "mask_size": self.mask_size,
+            **({"ask": self.ask} if self.ask != "present" else {}),
         }  # fmt: skip
 
     def prepare(self, sample: Sample) -> Task | Excluded:
@@ -108,9 +113,10 @@ class SegmentationProtocol:
         if self.task == "multi":
             if not present:
                 return Excluded(sample.key, "no foreground class is present at the size that is scored")
-            concepts = self._concepts([sample.words[v] for v in present], present)
+            asked = present if self.ask == "present" else sorted(sample.words)
+            concepts = self._concepts([sample.words[v] for v in asked], asked)
             caption = self.caption_join.join(self.caption.format(word=sample.words[v]) for v in present)
-            return Task(sample.key, image, truth, concepts, caption, (BACKGROUND, *present))
+            return Task(sample.key, image, truth, concepts, caption, (BACKGROUND, *asked))
         if self.select == "one_class" and len(present) != 1:
             return Excluded(sample.key, f"{len(present)} foreground classes, wanted exactly one")
         if self.select == "two_labels" and (len(labels) > 2 or not present):

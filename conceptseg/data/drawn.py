@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 
 from conceptseg.data.images import present_labels, unknown_key
-from conceptseg.data.scenes import DRAWING_VERSION, OBJECTS, draw_scene
+from conceptseg.data.scenes import DRAWING_VERSION, HARD_KINDS, OBJECTS, draw_hard_scene, draw_scene
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.types import BACKGROUND, VOID, Sample
 
@@ -54,6 +54,55 @@ class Scenes:
         for index in range(2):
             scene = draw_scene(self.split, self.seed, index, self.size, self.objects)
             digest.update(scene.image.tobytes() + scene.mask.tobytes())
+        return digest.hexdigest()[:16]
+
+    def problems(self) -> list[str]:
+        return []
+
+
+class HardScenes:
+    """`count` scenes of look-alikes for studies of leakage between concepts; classes are roles, not kinds.
+
+    Class 1 is what is meant; class 2 is what it may be taken for: the same thing in another tint ("tint"), a thing that differs
+    in one part ("part"), or a word for something that is not there ("absent": class 2 is named but never in the mask).
+    """
+
+    name = "scenes_hard"
+
+    def __init__(
+        self, split: str = "val", seed: int = 0, count: int = 63, size: int = 64, kinds: Sequence[str] = HARD_KINDS
+    ) -> None:
+        if split not in SPLITS:
+            raise ConfigError(f'dataset.split is "{split}". {did_you_mean(split, SPLITS)}')
+        if wrong := [k for k in kinds if k not in HARD_KINDS]:
+            raise ConfigError(f'dataset.kinds names "{wrong[0]}". {did_you_mean(wrong[0], HARD_KINDS)}')
+        if not kinds or seed < 0 or count < 1 or size < SMALLEST:
+            raise ConfigError(
+                f"dataset: kinds {list(kinds)}, seed {seed}, count {count}, size {size}; wanted at least one kind, a seed of 0 "
+                f"or more, at least 1 scene and at least {SMALLEST} pixels."
+            )
+        self.split, self.seed, self.count, self.size, self.kinds = split, seed, count, size, tuple(kinds)
+        self._places = {
+            f"{self.name}/{split}/{seed}/{self.kinds[index % len(self.kinds)]}-{index:05d}": index for index in range(count)
+        }
+
+    def keys(self) -> Sequence[str]:
+        return tuple(self._places)
+
+    def read(self, key: str) -> Sample:
+        if key not in self._places:
+            raise unknown_key(key, self._places, self.name)
+        index = self._places[key]
+        hard = draw_hard_scene(self.split, self.seed, index, self.size, self.kinds[index % len(self.kinds)])
+        about = {"ground": hard.scene.ground, "kind": hard.kind, "objects": [[o.tint, o.word] for o in hard.scene.objects]}
+        return Sample(key, hard.scene.image, hard.scene.mask, hard.names, about)
+
+    def fingerprint(self) -> str:
+        """Parameters, and the pixels of one scene of each kind."""
+        digest = hashlib.sha256(repr((DRAWING_VERSION, self.split, self.seed, self.size, self.kinds)).encode())
+        for index, kind in enumerate(self.kinds):
+            hard = draw_hard_scene(self.split, self.seed, index, self.size, kind)
+            digest.update(hard.scene.image.tobytes() + hard.scene.mask.tobytes())
         return digest.hexdigest()[:16]
 
     def problems(self) -> list[str]:

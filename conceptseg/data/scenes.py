@@ -3,6 +3,9 @@
 A scene is one of six textured grounds with one to three objects out of twelve, each with a characteristic look (a tree has
 a trunk, a kite has a tail) and everything else free: place, size, tilt, flip and tint. Unnamed distractors lie about, and
 the rim of every object is void, as in PascalVOC. The same `(split, seed, index)` always draws the same scene.
+
+`draw_hard_scene` sets what a single word can't settle: two of a kind in different tints, two kinds that share all but one
+part, and words for what is not there.
 """
 
 from __future__ import annotations
@@ -23,11 +26,17 @@ TINTS: dict[str, tuple[int, int, int]] = {
     "blue": (60, 95, 205), "purple": (135, 70, 175), "pink": (240, 150, 190), "gray": (140, 140, 145),
 }  # fmt: skip
 VOID = 255
-DRAWING_VERSION = 1  # raised whenever a scene of the same seed looks different
+DRAWING_VERSION = 2  # raised whenever a scene of the same seed looks different
 
 _PATCH = 128  # pixels of an object's own drawing canvas, before it is tilted and shrunk
 _SPANS = {1: (0.34, 0.66), 2: (0.28, 0.5), 3: (0.25, 0.42)}  # an object's side as a share of the scene's, by object count
+_LITTER = ((0.28, 0.52), (0.12, 0.3))  # the same for the first distractor and for the others
 _SPLITS = {"train": 0, "val": 1, "unseen": 2}
+_HARD = 1_000  # keeps the hard scenes' random streams apart from the others'
+
+HARD_KINDS: tuple[str, ...] = ("tint", "part", "absent")
+LOOK_ALIKES: tuple[tuple[str, str], ...] = (("ball", "clock"),)
+"""Kinds that differ in one part: the same disc with another face."""
 
 Colour = tuple[int, int, int]
 
@@ -75,26 +84,91 @@ def draw_scene(
     count = min(int(rng.integers(objects[0], objects[1] + 1)), len(allowed))
     chosen = [str(w) for w in rng.choice(allowed, size=count, replace=False)]
 
+    named = [(word, str(rng.choice(list(TINTS))), OBJECTS.index(word) + 1) for word in chosen]
+    return _draw(rng, ground, named, [_SPANS[count]] * count, size)
+
+
+@dataclass(frozen=True)
+class HardScene:
+    """A scene with the names that are asked for: 1 what is meant, 2 its look-alike or what is absent.
+
+    The scene's mask holds these numbers, 0 for everything else and 255 for the rims.
+    """
+
+    kind: str
+    scene: Scene
+    names: dict[int, str]
+
+
+def draw_hard_scene(split: str, seed: int, index: int, size: int = 64, kind: str | None = None) -> HardScene:
+    """Draw hard scene `index`; kinds take turns unless one is named.
+
+    "tint": two of one kind in tints far apart, asked for as "green kite" and "red kite". "part": two look-alikes of one
+    tint and size, asked for by their words. "absent": one or two objects; one is asked for, and so is a word that is not there.
+    """
+    kind = kind or HARD_KINDS[index % len(HARD_KINDS)]
+    for attempt in range(100):  # a crowded canvas may have no room for both
+        rng = np.random.default_rng([_HARD + _SPLITS[split], seed, index, HARD_KINDS.index(kind), attempt])
+        ground = str(rng.choice(GROUNDS))
+        allowed = [w for w in OBJECTS if (split == "val") or (is_held_out(w, ground) == (split == "unseen"))]
+        first = str(rng.choice(allowed))
+        tint = str(rng.choice(list(TINTS)))
+        if kind == "tint":
+            far = [t for t in TINTS if np.linalg.norm(np.subtract(TINTS[t], TINTS[tint])) > 130]
+            other = str(rng.choice(far))
+            named = [(first, tint, 1), (first, other, 2)]
+            names = {1: f"{tint} {first}", 2: f"{other} {first}"}
+        elif kind == "part":
+            pairs = [p for p in LOOK_ALIKES if split == "val" or any(w in allowed for w in p)]
+            pair = [str(w) for w in rng.permutation(pairs[int(rng.integers(len(pairs)))])] if pairs else []
+            if not pair:
+                continue
+            named = [(pair[0], tint, 1), (pair[1], tint, 2)]
+            names = {1: pair[0], 2: pair[1]}
+        else:
+            absent = str(rng.choice([w for w in OBJECTS if w != first]))
+            more = [w for w in allowed if w not in (first, absent)]
+            named = [(first, tint, 1)]
+            if rng.integers(2) and more:
+                named.append((str(rng.choice(more)), str(rng.choice(list(TINTS))), 0))
+            names = {1: first, 2: absent}
+        side = float(rng.uniform(*_SPANS[2]))
+        scene = _draw(rng, ground, named, [(side, side + 1e-6)] * len(named), size)
+        if len(scene.objects) == len(named):
+            return HardScene(kind, scene, names)
+    raise AssertionError(f"no room for two objects in hard scene {split}/{seed}/{index}")
+
+
+def _draw(
+    rng: np.random.Generator,
+    ground: str,
+    named: Sequence[tuple[str, str, int]],
+    spans: Sequence[tuple[float, float]],
+    size: int,
+) -> Scene:
+    """Paint a ground, lay the named (word, tint, label) objects on it, then unnamed distractors wherever room is left.
+
+    The first distractor is as large as an object and all are as colourful, so that an odd colour is no sign of an object.
+    """
     canvas = Image.fromarray(_GROUNDS[ground](rng, size))
     labels = np.zeros((size, size), np.uint8)
     taken: list[tuple[int, int, int]] = []
-    for _ in range(int(rng.integers(0, 3))):
-        if (box := _free_box(rng, size, taken, (0.10, 0.20))) is not None:
-            _paste(canvas, _distractor(rng), box, angle=float(rng.uniform(0, 360)))
-            taken.append(box)
     placed: list[Placed] = []
-    for word in chosen:
-        box = _free_box(rng, size, taken, _SPANS[count])
+    for (word, tint, label), span in zip(named, spans, strict=True):
+        box = _free_box(rng, size, taken, span)
         if box is None:
             continue
-        tint = str(rng.choice(list(TINTS)))
         patch = _draw_object(word, _jitter(rng, TINTS[tint]), rng)
         alpha = _paste(canvas, patch, box, angle=float(rng.uniform(-25, 25)), flip=bool(rng.integers(2)))
         inside, rim = alpha >= 0.75, (alpha > 0.1) & (alpha < 0.75)
-        labels[inside] = OBJECTS.index(word) + 1
+        labels[inside] = label
         labels[rim] = VOID
         taken.append(box)
         placed.append(Placed(word, tint, box))
+    for number in range(int(rng.integers(2, 6))):
+        if (box := _free_box(rng, size, taken, _LITTER[min(number, 1)])) is not None:
+            _paste(canvas, _distractor(rng), box, angle=float(rng.uniform(0, 360)))
+            taken.append(box)
     return Scene(np.asarray(canvas, np.uint8).copy(), labels, ground, tuple(placed))
 
 
@@ -220,12 +294,22 @@ def _draw_object(word: str, tint: Colour, rng: np.random.Generator) -> Image.Ima
 
 
 def _distractor(rng: np.random.Generator) -> Image.Image:
-    """An unnamed blob: a random polygon in a random tint."""
-    tint = _jitter(rng, TINTS[str(rng.choice(list(TINTS)))])
+    """An unnamed thing in one or two random tints: a polygon, an ellipse, a ring or a bar."""
+    tint, second = (_jitter(rng, TINTS[str(t)]) for t in rng.choice(list(TINTS), 2))
     patch = Image.new("RGBA", (_PATCH, _PATCH), (*tint, 0))
-    angles = np.sort(rng.uniform(0, 2 * math.pi, int(rng.integers(3, 6))))
-    corners = [(64 + 58 * math.cos(a), 64 + 58 * math.sin(a)) for a in angles]
-    ImageDraw.Draw(patch).polygon(corners, fill=(*tint, 255))
+    d = ImageDraw.Draw(patch)
+    form = int(rng.integers(4))
+    if form == 0:
+        angles = np.sort(rng.uniform(0, 2 * math.pi, int(rng.integers(3, 6))))
+        d.polygon([(64 + 58 * math.cos(a), 64 + 58 * math.sin(a)) for a in angles], fill=(*tint, 255))
+    elif form == 1:
+        d.ellipse((6, 34, 122, 94), fill=(*tint, 255))
+    elif form == 2:
+        d.ellipse((14, 14, 114, 114), outline=(*tint, 255), width=26)
+    else:
+        d.rounded_rectangle((6, 40, 122, 88), 10, fill=(*tint, 255))
+    if form != 2 and rng.integers(2):
+        d.ellipse((46, 46, 82, 82), fill=(*second, 255))
     return patch
 
 

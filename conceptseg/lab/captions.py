@@ -63,27 +63,42 @@ def swap_words(caption: Caption, scene: Scene, rng: np.random.Generator, share: 
 
 
 def list_words(scene: Scene, rng: np.random.Generator) -> Caption:
-    """A shuffled list of bare words: every object of the scene, sometimes its ground, and several that are not there."""
-    present = [o.word for o in scene.objects]
+    """A shuffled list of names: every kind of object in the scene, sometimes its ground, and several that are not there.
+
+    Some names carry a tint word ("green kite"), true or not of an object of that kind.
+    """
+    present = list(dict.fromkeys(o.word for o in scene.objects))
+    names = [_tinted(w, scene, rng) if rng.random() < 0.4 else [(w, False)] for w in present]
     absent = [w for w in OBJECTS if w not in present]
-    words = [(w, False) for w in present] + [(str(w), True) for w in rng.choice(absent, int(rng.integers(2, 6)), replace=False)]
+    names += [[(str(w), True)] for w in rng.choice(absent, int(rng.integers(2, 6)), replace=False)]
     if rng.random() < 0.5:
         others = [w for w in GROUNDS if w != scene.ground]
-        words += [(scene.ground, False), *((str(w), True) for w in rng.choice(others, 2, replace=False))]
-    words = [words[i] for i in rng.permutation(len(words))]
+        names += [[(scene.ground, False)], *([(str(w), True)] for w in rng.choice(others, 2, replace=False))]
+    words = [word for i in rng.permutation(len(names)) for word in names[i]]
     return Caption(tuple(w for w, _ in words), tuple(s for _, s in words))
 
 
+def _tinted(word: str, scene: Scene, rng: np.random.Generator) -> list[tuple[str, bool]]:
+    """ "green kite": a tint that an object of this kind has, or as often one that none has; the noun is true."""
+    tints = [o.tint for o in scene.objects if o.word == word]
+    if rng.integers(2):
+        return [(str(rng.choice(tints)), False), (word, False)]
+    return [(str(rng.choice([t for t in TINTS if t not in tints])), True), (word, False)]
+
+
 def lone_word(scene: Scene, rng: np.random.Generator) -> Caption:
-    """One object word, of the scene or not, as often as not."""
-    present = [o.word for o in scene.objects]
-    there = bool(rng.integers(2)) and bool(present)
-    pool = present if there else [w for w in OBJECTS if w not in present]
-    return Caption((str(rng.choice(pool)),), (not there,))
+    """One name alone, of an object of the scene or not, as often as not; a concept is encoded like this."""
+    present = list(dict.fromkeys(o.word for o in scene.objects))
+    if bool(rng.integers(2)) and present:
+        word = str(rng.choice(present))
+        words = _tinted(word, scene, rng) if rng.random() < 0.3 else [(word, False)]
+    else:
+        words = [(str(rng.choice([w for w in OBJECTS if w not in present])), True)]
+    return Caption(tuple(w for w, _ in words), tuple(s for _, s in words))
 
 
 def question(scene: Scene, rng: np.random.Generator, share: float) -> Caption:
-    """What the swap loss asks: half of the time a list of words, else a lone word or a sentence with swapped words."""
+    """What the swap loss asks: half of the time a list of names, else a lone name or a sentence with swapped words."""
     kind = rng.random()
     if kind < 0.5:
         return list_words(scene, rng)

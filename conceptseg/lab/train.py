@@ -1,110 +1,100 @@
-"""Train a lab model on drawn scenes: flow matching, plus a loss that makes the text stream read the image.
+"""Train a lab model on drawn scenes: the loop, its checkpoints, and what every kind of trainer shares.
 
-The auxiliary loss: some captions get words that are not true of the scene, and a linear head on the text tokens after the
-last double block must tell which. The head is thrown away. A model of this size does not ground words without it (see the
-card), so lab numbers rank code paths and settings, not the papers' claims.
+What is learnt, and by which loss, is one file a kind: `flow_matching` (flux, sd3), `denoising` (sd), `contrastive` (clip),
+`classification` (vit) and `self_distillation` (dino).
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
+from torch import Tensor, nn
 
-from conceptseg.backbones.latents import image_ids, pack
-from conceptseg.data.scenes import DRAWING_VERSION, Placed, Scene, draw_scene
-from conceptseg.lab import models
-from conceptseg.lab.captions import GLUE, Caption, describe, question, swap_words
+from conceptseg.backbones.base import stack_images
+from conceptseg.data.scenes import DRAWING_VERSION, Placed, Scene, draw_hard_scene, draw_scene
+from conceptseg.errors import ConfigError, did_you_mean
 
 log = logging.getLogger(__name__)
 
+TRAINERS = {
+    "flux": "conceptseg.lab.flow_matching.FluxTrainer",
+    "sd3": "conceptseg.lab.flow_matching.SD3Trainer",
+    "sd": "conceptseg.lab.denoising.UNetTrainer",
+    "clip": "conceptseg.lab.contrastive.CLIPTrainer",
+    "vit": "conceptseg.lab.classification.ViTTrainer",
+    "dino": "conceptseg.lab.self_distillation.DINOTrainer",
+}
 
-class FluxTrainer:
-    """Everything a training step needs; `state()` and `restore()` make it resumable at any checkpoint."""
+
+class Trainer(ABC):
+    """A model, its loss on a batch of scenes, and a state from which training goes on exactly.
+
+    The averaged weights (an exponential moving average) are what is written at the end.
+    """
+
+    caveat: ClassVar[str]
+    """A fact about the training that every number from the model must be read with; printed in its card."""
 
     def __init__(self, recipe: dict[str, Any], device: str = "cpu") -> None:
         torch.manual_seed(recipe["seed"])
         self.recipe, self.device = recipe, device
-        self.parts = models.build_flux(recipe["sizes"])
-        self.transformer, self.text = self.parts["transformer"].to(device), self.parts["text_encoder_2"].to(device)
-        self.codec, self.tokenizer = self.parts["vae"].to(device), self.parts["tokenizer_2"]
-        self.head = nn.Linear(self.transformer.inner_dim, 1).to(device)
-        self.trained = nn.ModuleDict({"transformer": self.transformer, "text": self.text, "head": self.head})
+        self.parts: dict[str, Any] = self.build()
+        self.trained = nn.ModuleDict(self.modules()).to(device)
         self.averaged = {k: v.detach().clone() for k, v in self.trained.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
-            self.trained.parameters(), lr=recipe["learning_rate"], betas=(0.9, 0.99), weight_decay=recipe["weight_decay"]
-        )
+            [p for p in self.trained.parameters() if p.requires_grad],
+            lr=recipe["learning_rate"], betas=(0.9, 0.99), weight_decay=recipe["weight_decay"],
+        )  # fmt: skip
         self.step = 0
-        self._text_stream: torch.Tensor | None = None
-        self.transformer.transformer_blocks[-1].register_forward_hook(self._keep_text_stream)
-        if recipe["compile"]:
-            self.transformer.compile_repeated_blocks()
 
-    def _keep_text_stream(self, _block: nn.Module, _inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        self._text_stream = output[0]
+    @abstractmethod
+    def build(self) -> dict[str, Any]:
+        """The parts that are saved, by the sub-folder or name that a loader expects."""
+
+    @abstractmethod
+    def modules(self) -> dict[str, nn.Module]:
+        """What is trained: modules of the parts, and heads that are thrown away."""
+
+    @abstractmethod
+    def losses(self, scenes: list[Scene], rng: np.random.Generator, noise: torch.Generator) -> dict[str, Tensor]:
+        """Named losses of one batch; "total" is what is descended."""
+
+    @abstractmethod
+    def batch_size(self) -> int:
+        """Scenes a step."""
+
+    def write(self, folder: Path) -> None:
+        """Save the parts in the layout that real checkpoints have."""
+        from conceptseg.lab.models import save
+
+        save(self.parts, folder)
+
+    def after_step(self) -> None:  # noqa: B027  (most kinds do nothing)
+        """What a kind of training does once the weights moved, such as moving a teacher."""
 
     def settings(self) -> dict[str, Any]:
         """The recipe with the phases that have begun laid over it."""
         whole = dict(self.recipe)
-        for phase in self.recipe["phases"]:
+        for phase in self.recipe.get("phases", ()):
             if self.step >= phase["from"]:
                 whole |= phase
         return whole
 
-    def tokens(self, captions: list[Caption]) -> torch.Tensor:
-        ids = self.tokenizer(
-            [c.text for c in captions], padding="max_length", truncation=True,
-            max_length=self.recipe["sizes"]["text_tokens"], return_tensors="pt",
-        ).input_ids  # fmt: skip
-        return ids.to(self.device)
-
-    def losses(
-        self, images: torch.Tensor, captions: list[Caption], generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Flow loss on the first `batch` scenes, swap loss on the rest. images: float [B 3 H W] in -1..1."""
-        recipe = self.settings()
-        flow = recipe["batch"]
-        latents = self.codec.encode(images).latent_dist.mode() * recipe["sizes"]["latent_scale"]
-        noise = torch.randn(latents.shape, generator=generator).to(self.device)
-        mean, std = recipe["time_logit"]
-        low, high = recipe["swap_times"]
-        t = torch.cat(
-            [
-                torch.sigmoid(mean + std * torch.randn(flow, generator=generator)),
-                low + (high - low) * torch.rand(len(images) - flow, generator=generator),
-            ]
-        ).to(self.device)
-        noisy = t[:, None, None, None] * noise + (1 - t[:, None, None, None]) * latents
-        ids = self.tokens(captions)
-        autocast = torch.autocast(self.device, torch.bfloat16, enabled=recipe["autocast"] == "bfloat16")
-        with autocast:
-            text = self.text(input_ids=ids).last_hidden_state
-            velocity = self.transformer(
-                hidden_states=pack(noisy), encoder_hidden_states=text, timestep=t,
-                pooled_projections=torch.zeros(len(images), recipe["sizes"]["pooled_width"], device=self.device),
-                img_ids=image_ids(latents.shape[-2] // 2, latents.shape[-1] // 2, self.device),
-                txt_ids=torch.zeros(ids.shape[1], 3, device=self.device), return_dict=False,
-            )[0]  # fmt: skip
-            assert self._text_stream is not None
-            logits = self.head(self._text_stream[flow:])[..., 0]
-        flow_loss = mse_loss(velocity[:flow].float(), pack(noise - latents)[:flow])
-        truth = torch.zeros_like(logits, dtype=torch.float32)
-        counted = torch.zeros_like(truth, dtype=torch.bool)
-        for row, caption in enumerate(captions[flow:]):
-            for position, (word, swapped) in enumerate(zip(caption.words, caption.swapped, strict=True)):
-                truth[row, position] = float(swapped)
-                counted[row, position] = word not in GLUE
-        swap_loss = binary_cross_entropy_with_logits(logits.float()[counted], truth[counted])
-        return flow_loss, swap_loss
+    def images(self, scenes: list[Scene]) -> Float[Tensor, "B 3 H W"]:
+        """Scenes as the model is shown them, in -1..1."""
+        pixels = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2)
+        return pixels.to(self.device).float() / 127.5 - 1
 
     def rate(self) -> float:
         """Learning rate of the coming step: linear warm-up, then cosine to zero."""
@@ -116,33 +106,28 @@ class FluxTrainer:
 
     def train_step(self, scenes: list[Scene]) -> dict[str, float]:
         """One step on scenes drawn by (seed, step): resuming at a step repeats exactly its batch, captions and noise."""
-        recipe = self.settings()
-        rng = np.random.default_rng([recipe["seed"], 77, self.step])
-        generator = torch.Generator().manual_seed(recipe["seed"] * 1_000_003 + self.step)
-        chosen = [scenes[i] for i in rng.integers(0, len(scenes), recipe["batch"] + recipe["swap_batch"])]
-        captions = [describe(scene, rng) for scene in chosen]
-        for place in range(recipe["batch"], len(chosen)):
-            if recipe["ask"] == "lists":
-                captions[place] = question(chosen[place], rng, recipe["swap_share"])
-            else:
-                captions[place] = swap_words(captions[place], chosen[place], rng, recipe["swap_share"])
-        images = torch.from_numpy(np.stack([s.image for s in chosen])).permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
+        seed = self.recipe["seed"]
+        rng = np.random.default_rng([seed, 77, self.step])
+        noise = torch.Generator().manual_seed(seed * 1_000_003 + self.step)
+        torch.manual_seed(seed * 1_000_003 + self.step)
+        chosen = [scenes[i] for i in rng.integers(0, len(scenes), self.batch_size())]
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
-        flow_loss, swap_loss = self.losses(images, captions, generator)
+        losses = self.losses(chosen, rng, noise)
         self.optimizer.zero_grad(set_to_none=True)
-        (flow_loss + recipe["swap_weight"] * swap_loss).backward()
-        nn.utils.clip_grad_norm_(self.trained.parameters(), recipe["clip"])
+        losses["total"].backward()
+        nn.utils.clip_grad_norm_(self.trained.parameters(), self.recipe["clip"])
         self.optimizer.step()
         self.step += 1
-        keep = min(recipe["ema"], self.step / (self.step + 10))
+        self.after_step()
+        keep = min(self.recipe["ema"], self.step / (self.step + 10))
         with torch.no_grad():
             for name, value in self.trained.state_dict().items():
                 if value.is_floating_point():
                     self.averaged[name].lerp_(value, 1 - keep)
-        return {"step": self.step, "flow": flow_loss.item(), "swap": swap_loss.item(), "rate": self.rate()}
+        return {name: value.item() for name, value in losses.items() if name != "total"}
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, Tensor]:
         state = {f"model.{k}": v for k, v in self.trained.state_dict().items()}
         state |= {f"averaged.{k}": v for k, v in self.averaged.items()}
         for index, slot in self.optimizer.state_dict()["state"].items():
@@ -150,11 +135,13 @@ class FluxTrainer:
         state["step"] = torch.tensor(self.step)
         return {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}
 
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
+    def restore(self, state: dict[str, Tensor]) -> None:
         self.step = int(state["step"])
         self.trained.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
-        self.averaged = {k.removeprefix("averaged."): v for k, v in state.items() if k.startswith("averaged.")}
-        slots: dict[int, dict[str, torch.Tensor]] = {}
+        self.averaged = {
+            k.removeprefix("averaged."): v.to(self.device) for k, v in state.items() if k.startswith("averaged.")
+        }  # fmt: skip
+        slots: dict[int, dict[str, Tensor]] = {}
         for key, value in state.items():
             if key.startswith("optimizer."):
                 _, index, name = key.split(".", 2)
@@ -162,39 +149,59 @@ class FluxTrainer:
         whole = self.optimizer.state_dict()
         self.optimizer.load_state_dict({"state": slots, "param_groups": whole["param_groups"]})
 
-    def averaged_parts(self) -> dict[str, Any]:
-        """The model's parts with averaged weights, in training precision, ready to save."""
+    def take_averaged(self) -> None:
+        """Put the averaged weights in place of the trained ones."""
         self.trained.load_state_dict(self.averaged)
-        return self.parts
+
+
+def make_trainer(recipe: dict[str, Any], device: str = "cpu") -> Trainer:
+    """The trainer that a recipe's `kind` names. Raises ConfigError for an unknown kind."""
+    if recipe["kind"] not in TRAINERS:
+        nearest = did_you_mean(recipe["kind"], TRAINERS)
+        raise ConfigError(f'conf/lab/{recipe["name"]}.yaml: unknown kind "{recipe["kind"]}". {nearest}')
+    module, name = TRAINERS[recipe["kind"]].rsplit(".", 1)
+    made: Trainer = getattr(importlib.import_module(module), name)(recipe, device)
+    return made
 
 
 def draw_training_scenes(recipe: dict[str, Any], work: Path) -> list[Scene]:
-    """The training split, drawn once and kept in the work folder, since drawing takes minutes."""
-    wanted = {k: recipe[k] for k in ("seed", "scenes", "scene_size")} | {"drawing": DRAWING_VERSION}
-    about, pixels = work / "scenes.json", work / "scenes.npy"
-    if about.exists() and pixels.exists() and json.loads(about.read_text())["of"] == wanted:
-        images = np.load(pixels, mmap_mode="r", allow_pickle=False)
-        rows = json.loads(about.read_text())["scenes"]
-        return [
-            Scene(
-                image,
-                np.zeros((0, 0), np.uint8),
-                row["ground"],
-                tuple(Placed(word, tint, tuple(box)) for word, tint, box in row["objects"]),
-            )
-            for image, row in zip(images, rows, strict=True)
-        ]
-    scenes = [draw_scene("train", recipe["seed"], i, recipe["scene_size"]) for i in range(recipe["scenes"])]
-    np.save(pixels, np.stack([s.image for s in scenes]), allow_pickle=False)
-    rows = [{"ground": s.ground, "objects": [[o.word, o.tint, list(o.box)] for o in s.objects]} for s in scenes]
-    about.write_text(json.dumps({"of": wanted, "scenes": rows}))
-    return scenes
+    """The training split with a share of hard scenes, at the size the model is shown; drawn once, since that takes minutes.
+
+    The drawings are kept beside the work folder, where the next model that asks for the same finds them.
+    """
+    wanted = {k: recipe[k] for k in ("seed", "scenes", "hard_scenes", "scene_size", "image_size")} | {"drawing": DRAWING_VERSION}
+    name = "scenes-" + "-".join(str(wanted[k]) for k in sorted(wanted))
+    about, pixels = work.parent / f"{name}.json", work.parent / f"{name}.npy"
+    if not (about.exists() and pixels.exists()):
+        size, seed = recipe["scene_size"], recipe["seed"]
+        scenes = [draw_scene("train", seed, i, size) for i in range(recipe["scenes"])]
+        scenes += [
+            draw_hard_scene("train", seed, i, size, ("tint", "part")[i % 2]).scene for i in range(recipe["hard_scenes"])
+        ]  # fmt: skip
+        shown = (recipe["image_size"], recipe["image_size"])
+        small = [stack_images([s.image / np.float32(255)], shown, "bicubic")[0].permute(1, 2, 0).numpy() for s in scenes]
+        rows = [{"ground": s.ground, "objects": [[o.word, o.tint, list(o.box)] for o in s.objects]} for s in scenes]
+        with pixels.with_suffix(".partial").open("wb") as file:
+            np.save(file, (np.stack(small) * 255).round().astype(np.uint8), allow_pickle=False)
+        pixels.with_suffix(".partial").replace(pixels)
+        about.write_text(json.dumps({"of": wanted, "scenes": rows}))
+    images = np.load(pixels, mmap_mode="r", allow_pickle=False)
+    rows = json.loads(about.read_text())["scenes"]
+    return [
+        Scene(
+            image,
+            np.zeros((0, 0), np.uint8),
+            row["ground"],
+            tuple(Placed(word, tint, tuple(box)) for word, tint, box in row["objects"]),
+        )
+        for image, row in zip(images, rows, strict=True)
+    ]
 
 
-def train(recipe: dict[str, Any], work: Path, device: str = "cpu", stop_after: int | None = None) -> FluxTrainer:
+def train(recipe: dict[str, Any], work: Path, device: str = "cpu", stop_after: int | None = None) -> Trainer:
     """Train to `recipe.steps`, or from the last checkpoint in `work`; the loss curve is appended to work/losses.jsonl."""
     work.mkdir(parents=True, exist_ok=True)
-    trainer = FluxTrainer(recipe, device)
+    trainer = make_trainer(recipe, device)
     checkpoint = work / "checkpoint.safetensors"
     if checkpoint.exists():
         trainer.restore(load_file(checkpoint))
@@ -209,12 +216,13 @@ def train(recipe: dict[str, Any], work: Path, device: str = "cpu", stop_after: i
     while trainer.step < last:
         recent.append(trainer.train_step(scenes))
         if trainer.step % 50 == 0 or trainer.step == last:
-            means = {k: float(np.mean([r[k] for r in recent])) for k in ("flow", "swap")}
-            line = {"step": trainer.step, **means, "rate": recent[-1]["rate"], "seconds": time.monotonic() - started}
+            means = {k: round(float(np.mean([r[k] for r in recent])), 5) for k in recent[0]}
+            line = {"step": trainer.step, **means, "rate": trainer.rate(), "seconds": round(time.monotonic() - started, 1)}
             recent = []
             with curve.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            log.info("step %(step)d  flow %(flow).4f  swap %(swap).3f  %(seconds).0f s", line)
+            said = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
+            log.info("step %d  %s  %.0f s", trainer.step, said, line["seconds"])
         if trainer.step % recipe["checkpoint_every"] == 0 or trainer.step == last:
             save_file(trainer.state(), checkpoint.with_suffix(".partial"))
             checkpoint.with_suffix(".partial").replace(checkpoint)
@@ -229,4 +237,5 @@ def train_and_write(recipe: dict[str, Any], work: Path, device: str = "cpu", sto
     if trainer.step < recipe["steps"]:
         log.info("stopped at step %d of %d; the same command goes on from here", trainer.step, recipe["steps"])
         return None
-    return write_model(trainer.averaged_parts(), recipe, work / "losses.jsonl", work / "model", device)
+    trainer.take_averaged()
+    return write_model(trainer, work / "losses.jsonl", work / "model")

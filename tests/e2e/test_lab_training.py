@@ -1,56 +1,115 @@
-"""The lab's trainer at toy size: seeded, resumable, and what it writes is read like a real checkpoint."""
+"""The lab's trainers at toy size: seeded, resumable, and what they write is read like a real checkpoint."""
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from conceptseg.backbones.flux import FluxBackbone
 from conceptseg.errors import ConfigError
+from conceptseg.lab.check import check, sample_sheet
+from conceptseg.lab.generation import generate, load_trained
 from conceptseg.lab.recipes import load_recipe
-from conceptseg.lab.train import train, train_and_write
+from conceptseg.lab.train import TRAINERS, make_trainer, train, train_and_write
 
-TOY = [
-    "steps=4", "batch=2", "swap_batch=2", "scenes=6", "compile=false", "checkpoint_every=1", "warmup=1",
-    "phases=[{from: 2, ask: lists, swap_weight: 0.5}]", "sizes.double_blocks=2", "sizes.single_blocks=0", "sizes.heads=2",
-    "sizes.head_width=8", "sizes.rope=[4,2,2]", "sizes.text_width=16", "sizes.text_layers=1",
-]  # fmt: skip
+COMMON = ["steps=4", "batch=4", "scenes=6", "hard_scenes=2", "checkpoint_every=1", "warmup=1"]
+FLOW = [*COMMON, "swap_batch=2", "compile=false", "sizes.heads=2", "sizes.text_width=16", "sizes.text_layers=1"]
+TOYS = {
+    "flux": [
+        *FLOW, "phases=[{from: 2, ask: swaps, swap_weight: 0.5}]", "sizes.double_blocks=2", "sizes.single_blocks=0",
+        "sizes.head_width=8", "sizes.rope=[4,2,2]",
+    ],
+    "sd3": [*FLOW, "sizes.blocks=2", "sizes.dual_attention_blocks=[0]", "sizes.head_width=8", "sizes.clip_width=8"],
+    "sd": [*COMMON, "sizes.channels=[8,8,8]", "sizes.norm_groups=2", "sizes.heads=2", "sizes.text_width=8"],
+    "clip": [*COMMON, "sizes.width=16", "sizes.head_width=8", "sizes.layers=1", "sizes.text_width=8", "sizes.text_layers=1"],
+    "vit": [*COMMON, "sizes.width=16", "sizes.heads=2", "sizes.layers=1"],
+    "dino": [*COMMON, "sizes.width=16", "sizes.heads=2", "sizes.layers=1", "hidden=16", "prototypes=16"],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A finished toy training."""
-    work = tmp_path_factory.mktemp("whole")
-    folder = train_and_write(load_recipe("flux", TOY), work)
-    assert folder is not None
-    return work, folder
+def written(tmp_path_factory):
+    """A finished toy training of every kind: name -> (work folder, model folder)."""
+    found = {}
+    for name in TRAINERS:
+        work = tmp_path_factory.getbasetemp() / "lab" / name
+        folder = train_and_write(load_recipe(name, TOYS[name]), work)
+        assert folder is not None
+        found[name] = work, folder
+    return found
 
 
-def test_a_training_that_was_stopped_goes_on_to_the_same_weights(whole, tmp_path):
-    assert train_and_write(load_recipe("flux", TOY), tmp_path, stop_after=2) is None
-    train(load_recipe("flux", TOY), tmp_path)
-    one, two = load_file(whole[0] / "checkpoint.safetensors"), load_file(tmp_path / "checkpoint.safetensors")
+def card_of(folder):
+    return json.loads((folder / "card.json").read_text())
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_training_that_was_stopped_goes_on_to_the_same_weights(name, written, tmp_path):
+    assert train_and_write(load_recipe(name, TOYS[name]), tmp_path / name, stop_after=2) is None
+    train(load_recipe(name, TOYS[name]), tmp_path / name)
+    one, two = (load_file(work / "checkpoint.safetensors") for work in (written[name][0], tmp_path / name))
     assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=0)
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=0)
 
 
-def test_the_card_says_what_was_done(whole):
-    card = json.loads((whole[1] / "card.json").read_text())
-    assert card["provenance"] == "lab" and card["steps"] == 4 and card["seed"] == 0
-    assert "apple" in card["trained_words"] and card["recipe"]["scenes"] == 6 and card["losses"]
-    assert "never the papers' claims" in (whole[1] / "README.md").read_text()
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_card_says_what_was_done(name, written):
+    folder = written[name][1]
+    card = card_of(folder)
+    assert card["provenance"] == "lab" and card["steps"] == 4 and card["seed"] == 0 and card["losses"]
+    assert "apple" in card["trained_words"] and card["recipe"]["scenes"] == 6
+    assert "claims" in (folder / "README.md").read_text()
+    assert all(load_file(f)[k].dtype != torch.float32 for f in folder.rglob("*.safetensors") for k in load_file(f))
 
 
-def test_the_written_model_is_read_like_a_real_checkpoint(whole):
-    backbone = FluxBackbone(str(whole[1]), image_size=64, resize="bicubic", text_tokens=16)
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_written_model_is_read_back_to_the_averaged_weights(name, written):
+    folder = written[name][1]
+    trainer = make_trainer(load_recipe(name, TOYS[name]))
+    trainer.restore(load_file(written[name][0] / "checkpoint.safetensors"))
+    trainer.take_averaged()
+    again = load_trained(card_of(folder), folder)
+    kept = {"dino": ("teacher.model.", "model.")}.get(name, ("", ""))
+    wanted = {k.removeprefix(kept[0]): v for k, v in trainer.trained.state_dict().items() if k.startswith(kept[0])}
+    found = {k.removeprefix(kept[1]): v for k, v in again.trained.state_dict().items() if k.startswith(kept[1])}
+    for key in wanted.keys() - {k for k in wanted if k.startswith("head.") and name != "vit"}:
+        torch.testing.assert_close(found[key], wanted[key].half().float(), rtol=0, atol=0)
+
+
+def test_a_written_flux_is_read_like_a_real_checkpoint(written):
+    backbone = FluxBackbone(str(written["flux"][1]), image_size=48, resize="bicubic", text_tokens=16)
     assert backbone.provenance == "lab" and backbone.layers == (0, 1)
-    latents = backbone.latents(torch.rand(1, 3, 64, 64))
-    assert latents.shape == (1, 12, 32, 32)
-    assert backbone.concepts([["apple", "grass"]]).shape == (1, 2, 16)
-    velocity = backbone.denoise(latents, 0.5, backbone.text(["a apple"]), backbone.zero_pooled(1))
-    assert velocity is not None and velocity.shape == (1, 256, 48) and torch.isfinite(velocity).all()
+    latents = backbone.latents(torch.rand(1, 3, 48, 48))
+    assert latents.shape == (1, 12, 24, 24)
+    velocity = backbone.denoise(latents, 0.5, backbone.prompts(["a apple"]))
+    assert velocity is not None and velocity.shape == (1, 144, 48) and torch.isfinite(velocity).all()
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "sd"])
+def test_diffusion_models_make_pictures_from_captions(name, written, tmp_path):
+    folder = written[name][1]
+    trainer = load_trained(card_of(folder), folder)
+    made = generate(trainer, ["a red kite on snow", "a ball on grass"], seed=3, steps=2)
+    assert made.shape == (2, 48, 48, 3) and made.dtype == np.uint8
+    assert (generate(trainer, ["a red kite on snow", "a ball on grass"], seed=3, steps=2) == made).all()
+    sample_sheet([("a red kite on snow", made[0])], tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size > 0
+
+
+def test_a_model_without_pictures_is_not_asked_for_any(written):
+    folder = written["vit"][1]
+    with pytest.raises(ConfigError, match="makes no images"):
+        generate(load_trained(card_of(folder), folder), ["a kite"])
+
+
+@pytest.mark.parametrize("name", ["clip", "vit", "dino"])
+def test_a_check_states_chance_beside_its_finding(name, written):
+    folder = written[name][1]
+    found = check(card_of(folder), folder, (card_of(folder), folder))
+    assert found and all(0 <= f.value <= 1 and 0 < f.chance < 0.5 and f.n > 50 for f in found)
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest():
@@ -61,3 +120,8 @@ def test_an_unknown_recipe_is_refused_with_the_nearest():
 def test_a_misspelt_recipe_setting_is_refused_with_the_nearest():
     with pytest.raises(ConfigError, match='Did you mean "steps"'):
         load_recipe("flux", ["stpes=3"])
+
+
+def test_an_unknown_kind_of_model_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match='Did you mean "sd3"'):
+        make_trainer({**load_recipe("sd3"), "kind": "sd33"})
