@@ -17,7 +17,7 @@ from conceptseg.errors import ConceptSegError, did_you_mean
 SCHEMA = 1
 ABSENT = "\u2013"  # an en dash, where a row has no such metric
 
-Kind = Literal["standard", "released", "published"]
+Kind = Literal["standard", "released", "published", "cost"]
 Group = Literal["controls", "methods"]
 Provenance = Literal["control", "lab", "weights", "random"]
 Status = Literal["ok", "not run", "failed"]
@@ -29,7 +29,7 @@ class ReportError(ConceptSegError):
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One metric, with its definition. Larger is better in every column."""
+    """One metric, with its definition. Larger is better in every column but those of kind "cost", which no row wins."""
 
     name: str
     """Key of the metric in every row's `values`."""
@@ -42,7 +42,9 @@ class Column:
     source: str
     """Where the definition, or the quoted number, comes from."""
     kind: Kind
-    """Correct definition, what released code computes, or quoted; the three never share a column."""
+    """Correct definition, what released code computes, or quoted (the three never share a column); or what computing cost."""
+    places: int = 1
+    """Decimals of a percentage: one for numbers computed here, as many as were printed for quoted ones."""
 
     @property
     def heading(self) -> str:
@@ -51,7 +53,7 @@ class Column:
     @property
     def caveat(self) -> str:
         """Printed under the heading of every column that is not the correct definition computed here."""
-        return {"standard": "", "released": "released", "published": "quoted"}[self.kind]
+        return {"standard": "", "released": "released", "published": "quoted", "cost": ""}[self.kind]
 
     def written(self, value: Value) -> tuple[str, str]:
         """The number and its interval as text; the interval is empty for a quoted number that has none.
@@ -61,17 +63,17 @@ class Column:
         """
         numbers = [v for v in (value.value, value.low, value.high) if v is not None]
         if self.percent:
-            scale, places = 100, 1
+            scale, places = 100, self.places
         else:
             largest = max(abs(v) for v in numbers)
             scale, places = 1, 3 if largest < 10 else 1 if largest < 1000 else 0
         value_text, *bounds = (f"{scale * v:.{places}f}" for v in numbers)
-        return value_text, f"[{', '.join(bounds)}]" if bounds else ""
+        return value_text + value.mark, f"[{', '.join(bounds)}]" if bounds else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One number with what makes it readable. Only quoted numbers (a `published` column) may lack interval and n."""
+    """One number with what makes it readable. Only quoted numbers and costs may lack interval and n."""
 
     value: float
     """The metric, as a share where its column is in percent."""
@@ -81,6 +83,24 @@ class Value:
     """Upper end of the interval."""
     n: int | None
     """Samples that the number rests on."""
+    mark: str = ""
+    """A sign printed behind the number and explained in the table's notes, such as one for another definition."""
+
+
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """A further run behind a row, where a table reads one method under several protocols side by side."""
+
+    kind: str
+    """Columns that it fills: "released" or "standard"."""
+    protocol: str
+    """Name and version."""
+    run_id: str
+    view: str
+    segmenter: str
+    n: int
+    excluded: int
+    failed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +141,18 @@ class Row:
     """What supervision stands behind its model."""
     argmax: str = ""
     """Whether its channels may be compared by argmax: "yes" or "no"."""
+    also: tuple[Behind, ...] = ()
+    """Runs of other protocols that fill the columns which this row's own run does not."""
+    series: str = ""
+    """In a table that is a curve: the line that this row is a point of."""
+    x: float | None = None
+    """In a table that is a curve: where on the axis."""
+
+    @property
+    def runs(self) -> tuple[Behind, ...]:
+        """Every run that fills a column of this row, its own first; empty where nothing was run."""
+        own = Behind("", "", self.run_id, self.view, self.segmenter, self.n, self.excluded, self.failed)
+        return (own, *self.also) if self.run_id else self.also
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +169,8 @@ class Block:
     """What is asked of a method, in a sentence."""
     rows: tuple[Row, ...]
     """In printing order within each group."""
+    axis: str = ""
+    """What a curve's x is, such as "layer"; empty where rows are no points."""
 
     @property
     def ordered_rows(self) -> tuple[Row, ...]:
@@ -151,7 +185,7 @@ class Block:
     def best(self, column: Column) -> str | None:
         """The largest value of a method as it is printed, so that rows that look alike share the place; None for quotations."""
         values = [row.values[column.name] for row in self.rows if row.group == "methods" and column.name in row.values]
-        if column.kind == "published" or not values:
+        if column.kind in ("published", "cost") or not values:
             return None
         return column.written(max(values, key=lambda value: value.value))[0]
 
@@ -194,20 +228,26 @@ class Results:
                 "  Compute the table again, or use the conceptseg version that wrote it."
             )
         body = {key: value for key, value in data.items() if key != "schema"}
-        blocks = _each(Block, {"rows": _each(Row, {"values": _values})})
+        blocks = _each(Block, {"rows": _each(Row, {"values": _values, "also": _each(Behind)})})
         return _read(cls, body, where, {"columns": _each(Column), "blocks": blocks, "notes": _notes})
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and dicts, `from_json`'s inverse; `interval`, `sheet` and declared properties only where set."""
+        """Plain lists and dicts, `from_json`'s inverse. Keys that older tables lack are written only where they say something."""
         body = asdict(self)
-        for key in ("interval", "sheet"):
-            if not body[key]:
-                del body[key]
-        for row in (row for block in body["blocks"] for row in block["rows"]):
-            for key in [key for key in ("told", "trained_on", "argmax") if not row[key]]:
-                del row[key]
+        places = [body, *body["columns"], *body["blocks"]]
+        places += [row for block in body["blocks"] for row in block["rows"]]
+        places += [value for block in body["blocks"] for row in block["rows"] for value in row["values"].values()]
+        for place in places:
+            for key in [key for key, unset in _OPTIONAL.items() if key in place and place[key] in unset]:
+                del place[key]
         plain: dict[str, Any] = json.loads(json.dumps({"schema": SCHEMA, **body}, allow_nan=False))
         return plain
+
+
+_OPTIONAL: dict[str, tuple[object, ...]] = {
+    "interval": ("",), "sheet": (None, ""), "places": (1,), "mark": ("",), "told": ("",), "trained_on": ("",), "argmax": ("",),
+    "also": ((), []), "series": ("",), "x": (None,), "axis": ("",),
+}  # fmt: skip
 
 
 def load(path: Path) -> Results:
@@ -271,6 +311,8 @@ def _row_problems(results: Results) -> list[str]:
                 problems.append(f"{where}: n={row.n}, excluded={row.excluded}, failed={row.failed}, but counts can't be negative")
             if row.status == "ok" and (row.n < 1 or not row.run_id):
                 problems.append(f"{where}: status is ok with n={row.n} and run id {row.run_id!r}, but a number needs both")
+            if (row.x is not None) != bool(row.series and block.axis):
+                problems.append(f"{where}: a point of a curve has series, x and an axis, or none of them")
             for name, value in row.values.items():
                 if name not in columns:
                     problems.append(f'{where}: unknown metric "{name}". {did_you_mean(name, columns)}')
@@ -289,11 +331,11 @@ def _value_problems(value: Value, column: Column) -> list[str]:
     if (value.low is None) != (value.high is None):
         problems.append("has one end of an interval without the other")
     elif value.low is None or value.high is None:
-        if column.kind != "published" and value.n != 1:
-            problems.append("has no interval; only quoted numbers (kind published) and single images may lack one")
+        if column.kind not in ("published", "cost") and value.n != 1:
+            problems.append("has no interval; only quoted numbers (kind published), costs and single images may lack one")
     elif value.low > value.high:  # the value itself may lie outside: percentile intervals of skewed statistics do that
         problems.append(f"its interval [{value.low:g}, {value.high:g}] is upside down")
-    if (value.n is None and column.kind != "published") or (value.n is not None and value.n < 1):
+    if (value.n is None and column.kind not in ("published", "cost")) or (value.n is not None and value.n < 1):
         problems.append(f"n is {value.n}, but a number rests on at least one sample")
     if column.percent and any(abs(v) > 1 + 1e-9 for v in numbers):
         problems.append(f"{value.value:g} is not a share between -1 and 1, as a column in percent wants")

@@ -14,7 +14,12 @@ HEADER = """# Results
 Every section between two `conceptseg` marks is written by the command that it names; edit the text around them, not inside.
 """
 _MARK = re.compile(r"^<!-- conceptseg:(begin|end) (\S+) -->[ \t\r]*$", re.MULTILINE)
-_KINDS = {"standard": "standard definition", "released": "as released code computes it", "published": "quoted, not computed here"}
+_KINDS = {
+    "standard": "standard definition",
+    "released": "as released code computes it",
+    "published": "quoted, not computed here",
+    "cost": "what it cost here",
+}
 
 
 def render(results: Results) -> str:
@@ -146,12 +151,12 @@ def _definition(column: Column) -> str:
 def _runs(blocks: Sequence[Block]) -> str:
     rows = [
         [
-            _text(block.name), _text(row.name), _code(row.run_id), _code(row.extractor), _code(row.backbone or ""),
-            _code(row.view), _code(row.segmenter), str(row.n), str(row.excluded), str(row.failed),
+            _text(block.name), _text(row.name), _code(run.run_id), _code(row.extractor), _code(row.backbone or ""),
+            _code(run.view), _code(run.segmenter), str(run.n), str(run.excluded), str(run.failed),
         ]
         for block in blocks
         for row in block.ordered_rows
-        if row.run_id
+        for run in row.runs
     ]  # fmt: skip
     if not rows:
         return "None: no row of this table was run."

@@ -14,7 +14,7 @@ from conceptseg.report.results import ABSENT, Block, Column, Results, Row
 
 WIDTH_OF_A_FILE = 120  # columns where output is no terminal
 _NAME_WIDTH = 18  # the least; names wrap
-_KINDS = {"standard": "", "released": " (released code)", "published": " (quoted)"}
+_KINDS = {"standard": "", "released": " (released code)", "published": " (quoted)", "cost": " (cost)"}
 
 
 def print_table(results: Results, console: Console | None = None) -> None:
@@ -64,11 +64,11 @@ def _runs(results: Results) -> dict[str, list[str]]:
     runs: dict[str, list[str]] = {}
     for block in results.blocks:
         for row in block.ordered_rows:
-            if row.run_id:
-                on = f" on {row.backbone}" if row.backbone else ""
-                read = ", ".join(part for part in (f"view {row.view}" if row.view else "", row.segmenter) if part)
+            on = f" on {row.backbone}" if row.backbone else ""
+            for run in row.runs:
+                read = ", ".join(part for part in (f"view {run.view}" if run.view else "", run.segmenter) if part)
                 how = f"{row.extractor}{on}, {read}" if read else f"{row.extractor}{on}"
-                runs.setdefault(row.run_id, []).append(f"{block.name}, {row.name} ({how})")
+                runs.setdefault(run.run_id, []).append(f"{block.name}, {row.name} ({how})")
     return runs
 
 
