@@ -1,13 +1,19 @@
-"""Concept tokens that travel beside the text of a stock Flux: what each block yields, the spaces it is scored in, the stream."""
+"""Concept tokens that travel beside the text of a stock transformer: what blocks yield, the spaces it is scored in, the stream.
+
+What differs between model families (which modules hold what, rotation, modulation) lies in the families' files, each with a
+`ConceptCarrier`; what they share lies here.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from einops import repeat
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -20,9 +26,10 @@ Vectors = tuple[Tensor, Tensor]
 
 @dataclass
 class BlockActivations:
-    """What one double block yields for scoring, all before any output projection and before rotary embedding.
+    """What one block yields for scoring, all before any output projection and before rotary embedding.
 
-    R rows, A heads, C concepts, L image tokens; concept_* are [R C A d] or [R C A·d], image_* [R L A d] or [R L A·d].
+    R rows, A heads, C concept tokens, L image tokens, N text tokens; concept_* are [R C A d] or [R C A·d], image_* [R L A d] or
+    [R L A·d], text_keys [R N A d].
     """
 
     concept_queries: Tensor
@@ -34,6 +41,9 @@ class BlockActivations:
     image_values: Tensor
     image_outputs: Tensor
     rotated_image_keys: Tensor
+    text_keys: Tensor
+    image_outputs_beside_concepts: Callable[[], Tensor]
+    """What image tokens would read if they attended to image and concepts instead of text; [R L A·d], computed when asked for."""
     project_concepts: Callable[[Tensor], Tensor]
     project_image: Callable[[Tensor], Tensor]
 
@@ -57,6 +67,10 @@ SPACES: dict[str, tuple[str, Callable[[BlockActivations], Vectors]]] = {
             _by_head(a.concept_outputs.unflatten(-1, a.image_queries.shape[2:])),
             _by_head(a.image_outputs.unflatten(-1, a.image_queries.shape[2:])),
         ),
+    ),
+    "output_beside_concepts": (
+        "attention outputs, where the image's are those of image tokens that read image and concepts (released SD3 code)",
+        lambda a: (a.concept_outputs, a.image_outputs_beside_concepts()),
     ),
     "output_projected": (
         "attention outputs after the output projections (what the reference's diffusers port scores)",
@@ -85,105 +99,145 @@ SPACES: dict[str, tuple[str, Callable[[BlockActivations], Vectors]]] = {
 }
 
 
+@dataclass(frozen=True)
+class ConceptTokens:
+    """The tokens that stand for the words of each row.
+
+    tokens: [B T d] as the text encoder gives them. words: [B C T], the share that each token has in each word's vectors when they
+    are scored, None where token c is word c; a token of no word (a begin-of-text token) travels along and is not scored.
+    present: [B T], False for padding, which joins no attention; None where all are present.
+    """
+
+    tokens: Float[Tensor, "B T d"]
+    words: Float[Tensor, "B C T"] | None = None
+    present: Bool[Tensor, "B T"] | None = None
+
+    def repeated(self, draws: int) -> ConceptTokens:
+        """Every row `draws` times, copies of a row side by side."""
+        each = [None if t is None else repeat(t, "B ... -> (B n) ...", n=draws) for t in (self.tokens, self.words, self.present)]
+        assert each[0] is not None
+        return ConceptTokens(each[0], each[1], each[2])
+
+    def by_word(self, vectors: Float[Tensor, "R *A T d"]) -> Float[Tensor, "R *A C d"]:
+        """Vectors of words from vectors of tokens."""
+        if self.words is None:
+            return vectors
+        shares = self.words.to(vectors)
+        return (shares if vectors.ndim == 3 else shares[:, None]) @ vectors
+
+
 @dataclass
 class ConceptStream:
-    """Concept tokens that travel through the double blocks beside text and image: they read the image, nothing reads them.
+    """Concept tokens that travel through the blocks beside text and image: they read the image, nothing reads them.
 
-    Each concept token uses the text stream's weights with the modulation of (t, pooled); its queries attend to concept
-    keys and image keys. `on_block(layer, activations)` is called in every block up to `last_layer`, where the forward pass
-    ends (when `stop` is set) before that block's projections and everything after it.
+    Each concept token uses the text stream's weights; its queries attend to concept keys and image keys.
+    `on_block(layer, activations)` is called in every block up to `last_layer`, where the forward pass ends (when `stop` is set)
+    before that block's projections and everything after it.
 
-    concepts: [R C d_text], one row per row of the forward pass; pooled: [R p].
+    concepts: [R T d_text], one row per row of the forward pass that concepts accompany; pooled: [R p], the pooled vector that
+    modulates concepts in families that have one (Flux); present: [R T], False for padding; rows: which rows of the forward
+    pass concepts accompany (the conditional half of classifier-free guidance), all by default.
     Source: Helbling et al. 2025, arXiv:2502.04320, section 4; released code for pooled = 0 and the ablation switches.
     """
 
-    concepts: Float[Tensor, "R C d"]
-    pooled: Float[Tensor, "R p"]
+    concepts: Float[Tensor, "R T d"]
+    pooled: Float[Tensor, "R p"] | None
     on_block: Callable[[int, BlockActivations], None]
     last_layer: int
     cross_attention: bool = True
     self_attention: bool = True
     stop: bool = True
-    _state: dict[str, Any] = field(default_factory=dict)
+    present: Bool[Tensor, "R T"] | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
 
+
+@dataclass
+class Heads:
+    """Queries, keys and values of one kind of token, [R n A d] each, after normalisation and before rotation."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    rotate: Callable[[Tensor], Tensor] = lambda x: x
+    """What attention does to queries and keys before it multiplies them."""
+
+
+class ConceptCarrier(ABC):
+    """Carries one stream through one forward pass of a family's stock model, by hooks."""
+
+    def __init__(self, stream: ConceptStream) -> None:
+        self.stream = stream
+        self.state: dict[str, Any] = {}
+
+    @abstractmethod
     def attach(self, taps: TapSet) -> None:
         """Hook the stock model. Raises TapError if it is not laid out as expected or has fused projections."""
-        taps.after("time_text_embed", self._modulation)
-        taps.before("context_embedder", self._embed)
-        count = len(list(taps.module("transformer_blocks").children()))
-        for layer in range(min(self.last_layer + 1, count)):
-            block = f"transformer_blocks.{layer}"
-            attention = taps.module(f"{block}.attn")
-            if getattr(attention, "fused_projections", False):
-                raise TapError(
-                    f"tapping {block}.attn: its projections are fused, so queries, keys and values can't be read. "
-                    f"Call unfuse_qkv_projections() on the transformer first."
-                )
-            for name in ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k", "to_add_out"):
-                taps.module(f"{block}.attn.{name}")
-            taps.before(block, self._rotary)
-            taps.after(f"{block}.attn.norm_q", self._keep("image_queries"))
-            taps.after(f"{block}.attn.norm_k", self._keep("image_keys"))
-            taps.after(f"{block}.attn.to_v", self._keep("image_values"))
-            taps.before(f"{block}.attn.to_out.0", self._at_output(layer, taps.module(block)))
 
-    def _modulation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        # forward(), not a call: the module's own hooks (this one) must not run again.
-        self._state["temb"] = module.forward(*args[:-1], self.pooled.to(output.dtype))
+    def wanted_blocks(self, taps: TapSet, path: str) -> list[tuple[int, str, Any]]:
+        """(layer, path, block) of every block up to the last layer."""
+        count = len(list(taps.module(path).children()))
+        return [(k, f"{path}.{k}", taps.module(f"{path}.{k}")) for k in range(min(self.stream.last_layer + 1, count))]
 
-    def _embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._state["residual"] = module.forward(self.concepts.to(args[0].dtype))
+    def refuse_fused(self, path: str, attention: nn.Module) -> None:
+        """Raises TapError where queries, keys and values come out of one matrix."""
+        if getattr(attention, "fused_projections", False):
+            raise TapError(
+                f"tapping {path}: its projections are fused, so queries, keys and values can't be read. "
+                f"Call unfuse_qkv_projections() on the transformer first."
+            )
 
-    def _rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._state["rotary"] = kwargs["image_rotary_emb"]
-        self._state["text_tokens"] = kwargs["encoder_hidden_states"].shape[1]
+    def keep(self, name: str, change: Callable[[Tensor], Tensor] = lambda x: x) -> Callable[..., None]:
+        """A tap that remembers the concepts' rows of a module's output."""
 
-    def _keep(self, name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            self._state[name] = output
+        def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            self.state[name] = change(output[self.stream.rows])
 
-        return keep
+        return tap
 
-    def _at_output(self, layer: int, block: Any) -> Callable[..., None]:
-        def at_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._advance(layer, block, image_outputs=args[0])
+    def attend(
+        self,
+        layer: int,
+        concepts: Heads,
+        image: Heads,
+        image_outputs: Float[Tensor, "R L D"],
+        text_keys: Float[Tensor, "R N A d"],
+        project_concepts: Callable[[Tensor], Tensor],
+        project_image: Callable[[Tensor], Tensor],
+    ) -> Float[Tensor, "R T D"]:
+        """Attention of the concepts in one block, handed to `on_block`; ends the forward pass after the last layer."""
+        stream = self.stream
+        rotated_image_keys, rotated_concept_keys = image.rotate(image.keys), concepts.rotate(concepts.keys)
+        own = (rotated_concept_keys, concepts.values, stream.present)
+        seen = [own] if stream.self_attention else []
+        seen += [(rotated_image_keys, image.values, None)] if stream.cross_attention else []
+        # With neither, a concept sees only itself.
+        outputs = _attention(concepts.rotate(concepts.queries), seen) if seen else concepts.values
+        outputs = outputs.flatten(2).to(image_outputs.dtype)
 
-        return at_output
+        def beside_concepts() -> Tensor:
+            both = [(rotated_image_keys, image.values, None), own]
+            return _attention(image.rotate(image.queries), both).flatten(2).to(image_outputs.dtype)
 
-    def _advance(self, layer: int, block: Any, image_outputs: Float[Tensor, "R L D"]) -> None:
-        """One double block for the concepts: attention, scoring, residual update."""
-        from diffusers.models.embeddings import apply_rotary_emb
-
-        state, attention = self._state, block.attn
-        residual = state["residual"]
-        normed, gate, shift_mlp, scale_mlp, gate_mlp = block.norm1_context(residual, emb=state["temb"])
-        queries = attention.norm_added_q(attention.add_q_proj(normed).unflatten(-1, (-1, attention.head_dim)))
-        keys = attention.norm_added_k(attention.add_k_proj(normed).unflatten(-1, (-1, attention.head_dim)))
-        values = attention.add_v_proj(normed).unflatten(-1, (-1, attention.head_dim))
-        # Concepts and text sit at position 0, where the rotary embedding is the identity; only image keys are turned.
-        cosine, sine = (part[state["text_tokens"] :] for part in state["rotary"])
-        image_keys = apply_rotary_emb(state["image_keys"], (cosine, sine), sequence_dim=1)
-        image_values = state["image_values"].unflatten(-1, (-1, attention.head_dim))
-        seen_keys = [k for k, on in ((keys, self.self_attention), (image_keys, self.cross_attention)) if on]
-        seen_values = [v for v, on in ((values, self.self_attention), (image_values, self.cross_attention)) if on]
-        if seen_keys:
-            outputs = scaled_dot_product_attention(
-                queries.transpose(1, 2), torch.cat(seen_keys, 1).transpose(1, 2), torch.cat(seen_values, 1).transpose(1, 2)
-            ).transpose(1, 2)
-        else:
-            outputs = values  # neither: a concept sees only itself
-        outputs = outputs.flatten(2).to(residual.dtype)
-        self.on_block(
+        stream.on_block(
             layer,
             BlockActivations(
-                concept_queries=queries, concept_keys=keys, concept_values=values, concept_outputs=outputs,
-                image_queries=state["image_queries"], image_keys=state["image_keys"], image_values=image_values,
-                image_outputs=image_outputs, rotated_image_keys=image_keys,
-                project_concepts=attention.to_add_out, project_image=attention.to_out[0].forward,
+                concept_queries=concepts.queries, concept_keys=concepts.keys, concept_values=concepts.values,
+                concept_outputs=outputs, image_queries=image.queries, image_keys=image.keys, image_values=image.values,
+                image_outputs=image_outputs, rotated_image_keys=rotated_image_keys, text_keys=text_keys,
+                image_outputs_beside_concepts=beside_concepts, project_concepts=project_concepts, project_image=project_image,
             ),
         )  # fmt: skip
-        if layer == self.last_layer and self.stop:
+        if layer == stream.last_layer and stream.stop:
             raise StopForward
-        residual = residual + gate[:, None] * attention.to_add_out(outputs)
-        mlp_in = block.norm2_context(residual) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
-        state["residual"] = residual + gate_mlp[:, None] * block.ff_context(mlp_in)
+        return outputs
+
+
+def _attention(queries: Float[Tensor, "R n A d"], seen: list[tuple[Tensor, Tensor, Tensor | None]]) -> Float[Tensor, "R n A d"]:
+    """Attention to several groups of (keys, values, present) side by side; present None means that all are."""
+    keys, values = (torch.cat([group[i] for group in seen], 1) for i in (0, 1))  # type: ignore[misc]
+    mask = None
+    if any(group[2] is not None for group in seen):
+        masks = [torch.ones_like(k[..., 0, 0], dtype=torch.bool) if here is None else here for k, _, here in seen]
+        mask = torch.cat(masks, 1)[:, None, None]
+    queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))  # heads before tokens
+    return scaled_dot_product_attention(queries, keys, values, attn_mask=mask).transpose(1, 2)

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from conceptseg.backbones.base import sample_noise, sample_seed, shared_noise, stack_images
-from conceptseg.backbones.concept_stream import SPACES, BlockActivations, ConceptStream
-from conceptseg.backbones.flux import FluxBackbone
+from conceptseg.backbones.concept_stream import SPACES, BlockActivations, ConceptStream, ConceptTokens
+from conceptseg.backbones.mmdit import MultiModalBackbone, Prompts
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.extractors.base import Extractor, Provenance
 from conceptseg.saliency.cells import CellStore, cell_scores, kinds_by_layer
@@ -43,7 +43,7 @@ class ConceptAttention(Extractor):
 
     def __init__(
         self,
-        backbone: FluxBackbone,
+        backbone: MultiModalBackbone,
         concept_cross_attention: bool = True,
         concept_self_attention: bool = True,
         noise: str = "per_sample",
@@ -59,7 +59,7 @@ class ConceptAttention(Extractor):
         self.noise, self.posterior, self.guidance, self.seed = noise, posterior, guidance, seed
 
     def axes(self) -> Axes:
-        return Axes(spaces=tuple(SPACES), layers=self.backbone.layers, has_timesteps=True)
+        return Axes(spaces=self.backbone.spaces, layers=self.backbone.layers, has_timesteps=True)
 
     @property
     def provenance(self) -> Provenance:
@@ -70,74 +70,75 @@ class ConceptAttention(Extractor):
 
     def stream(self, batch: Batch, views: Sequence[View]) -> Iterator[SaliencyMaps]:
         backbone = self.backbone
-        size = (backbone.image_size, backbone.image_size)
-        images = stack_images([task.image for task in batch.tasks], size, backbone.resize)
+        images = stack_images([task.image for task in batch.tasks], backbone.size, backbone.resize)
         generators = None
         if self.posterior == "sample":
             generators = [torch.Generator().manual_seed(sample_seed(self.seed, key, "posterior")) for key in batch.keys]
-        latents = backbone.latents(images, generators)
-        captions = backbone.text(batch.captions)
+        prompts = backbone.prompts(batch.captions)
         concepts = backbone.concepts([c.names for c in batch.concepts])
-        cells = self.read_cells(latents, captions, concepts, batch.keys, views)
-        grid = latents.shape[-2] // 2, latents.shape[-1] // 2
+        latents = backbone.latents(images, generators)
+        cells = self.read_cells(latents, prompts, concepts, batch.keys, views)
         for view in views:
-            yield SaliencyMaps(view.key, cells.read(view, grid), self.comparable)
+            yield SaliencyMaps(view.key, cells.read(view, backbone.grid(latents)), self.comparable)
 
     def read_cells(
         self,
-        latents: Float[Tensor, "B c H W"],
-        captions: Float[Tensor, "B N d"],
-        concepts: Float[Tensor, "B C d"],
+        latents: Float[Tensor, "B *c H W"],
+        prompts: Prompts,
+        concepts: ConceptTokens,
         keys: Sequence[str],
         views: Sequence[View],
     ) -> CellStore:
         """Fill every cell that the views ask for: one forward pass per timestep, with all noise draws side by side."""
-        backbone, cells = self.backbone, CellStore()
+        cells = CellStore()
         for level in sorted({t for view in views for t in view.timesteps}):
             asked = [view for view in views if level in view.timesteps]
             draws = max(view.draws for view in asked)
-            wanted = kinds_by_layer(asked)
-            rows = len(latents) * draws
-
-            def score(
-                layer: int, found: BlockActivations, level: float = level, draws: int = draws, wanted: Any = wanted
-            ) -> None:
-                vectors: dict[tuple[str, Normalize], tuple[Tensor, Tensor]] = {}
-                for kind in wanted.get(layer, ()):
-                    name = (kind.space, kind.normalize)
-                    if name not in vectors:
-                        vectors[name] = _vectors(found, kind)
-                    scores = rearrange(cell_scores(*vectors[name], kind), "(B N) C L -> N B C L", N=draws)
-                    for draw in range(draws):
-                        cells.put(kind, layer, level, draw, scores[draw])
-
-            stream = ConceptStream(
-                repeat(concepts, "B C d -> (B N) C d", N=draws), backbone.zero_pooled(rows), score, last_layer=max(wanted),
-                cross_attention=self.cross_attention, self_attention=self.self_attention,
-            )  # fmt: skip
+            stream = self.concept_stream(concepts.repeated(draws), asked, level, draws, cells)
             noisy, t = self.noised(latents, level, keys, draws)
-            text = repeat(captions, "B N d -> (B n) N d", n=draws)
-            backbone.denoise(noisy, t, text, backbone.zero_pooled(rows), stream, self.guidance)
+            self.backbone.denoise(noisy, t, prompts.repeated(draws), stream, self.guidance)
         return cells
 
+    def concept_stream(
+        self, concepts: ConceptTokens, asked: Sequence[View], level: float, draws: int, cells: CellStore, **options: Any
+    ) -> ConceptStream:
+        """The stream of one forward pass, which puts every cell of this level that the views ask for into the store."""
+        wanted = kinds_by_layer(asked)
+
+        def score(layer: int, found: BlockActivations) -> None:
+            vectors: dict[tuple[str, Normalize], tuple[Tensor, Tensor]] = {}
+            for kind in wanted.get(layer, ()):
+                name = (kind.space, kind.normalize)
+                if name not in vectors:
+                    vectors[name] = _vectors(found, kind, concepts)
+                scores = rearrange(cell_scores(*vectors[name], kind), "(B N) C L -> N B C L", N=draws)
+                for draw in range(draws):
+                    cells.put(kind, layer, level, draw, scores[draw])
+
+        return ConceptStream(
+            concepts.tokens, self.backbone.concept_pooled(len(concepts.tokens)), score, last_layer=max(wanted),
+            cross_attention=self.cross_attention, self_attention=self.self_attention, present=concepts.present, **options,
+        )  # fmt: skip
+
     def noised(
-        self, latents: Float[Tensor, "B c H W"], level: float, keys: Sequence[str], draws: int
-    ) -> tuple[Float[Tensor, "R c H W"], float]:
+        self, latents: Float[Tensor, "B *c H W"], level: float, keys: Sequence[str], draws: int
+    ) -> tuple[Float[Tensor, "R *c H W"], float]:
         """t · noise + (1 - t) · latents for every image and draw (draws fastest), and the t that the model is told."""
         if self.noise == "per_sample":
             noise = torch.stack([sample_noise(latents.shape[1:], self.seed, keys, d) for d in range(draws)], dim=1).to(latents)
-            return rearrange(level * noise + (1 - level) * latents[:, None], "B N c H W -> (B N) c H W"), level
+            return rearrange(level * noise + (1 - level) * latents[:, None], "B N ... -> (B N) ..."), level
         dtype = torch.bfloat16 if self.backbone.dtype == torch.float32 else self.backbone.dtype
         noise = torch.stack(
             [shared_noise(latents.shape[1:], self.seed, d, self.backbone.device, dtype) for d in range(draws)], dim=1
         )
         mixed = level * noise + (1 - level) * latents[:, None].to(dtype)
-        return rearrange(mixed, "B N c H W -> (B N) c H W"), float(torch.tensor(level, dtype=dtype))
+        return rearrange(mixed, "B N ... -> (B N) ..."), float(torch.tensor(level, dtype=dtype))
 
 
-def _vectors(found: BlockActivations, kind: CellKind) -> tuple[Tensor, Tensor]:
-    concept_vectors, image_vectors = SPACES[kind.space][1](found)
-    concept_vectors = concept_vectors.float()
+def _vectors(found: BlockActivations, kind: CellKind, concepts: ConceptTokens) -> tuple[Tensor, Tensor]:
+    """Vectors of words and of image tokens in one space, the words' in float32 and normalised."""
+    token_vectors, image_vectors = SPACES[kind.space][1](found)
+    concept_vectors = concepts.by_word(token_vectors.float())
     if kind.normalize is Normalize.LINEAR:
         concept_vectors = linear_over_concepts(concept_vectors)
     elif kind.normalize is Normalize.UNIT:

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -26,8 +25,11 @@ class CellStore:
     def __len__(self) -> int:
         return len(self._cells)
 
-    def read(self, view: View, grid: tuple[int, int]) -> Float[Tensor, "B C h w"]:
-        """Fold the view's cells: per-cell steps were done in the hook; then mean or sum, softmax of the mean, blur."""
+    def read(self, view: View, grid: tuple[int, ...]) -> Float[Tensor, "B C *grid"]:
+        """Fold the view's cells: per-cell steps were done in the hook; then mean or sum, softmax of the mean, blur.
+
+        grid: (h, w), or (f, h, w) for video, whose frames are blurred each for itself.
+        """
         cells = torch.stack(
             [
                 self._cells[view.cell, layer, timestep, draw]
@@ -39,8 +41,8 @@ class CellStore:
         folded = cells.sum(0) if view.fold is Fold.SUM else cells.mean(0)
         if view.softmax is Softmax.OF_MEAN:
             folded = softmax_over_concepts(folded, view.temperature)
-        maps = rearrange(folded, "B C (h w) -> B C h w", h=grid[0], w=grid[1])
-        return gaussian_blur(maps, view.blur) if view.blur else maps
+        maps = folded.unflatten(-1, grid)
+        return gaussian_blur(maps.flatten(1, -3), view.blur).view_as(maps) if view.blur else maps
 
 
 def cell_scores(

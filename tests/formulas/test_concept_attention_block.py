@@ -12,8 +12,9 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
-from conceptseg.backbones.concept_stream import SPACES, ConceptStream
+from conceptseg.backbones.concept_stream import SPACES, ConceptStream, ConceptTokens
 from conceptseg.backbones.flux import FluxBackbone
+from conceptseg.backbones.mmdit import Prompts
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.saliency.views import Axes, Fold, Normalize, Softmax, View, expand_views
 
@@ -135,35 +136,38 @@ class Oracle:
             self.heads(self.linear(f"{at}.attn.{v}", normed)),
         )
 
-    def __call__(self, noisy, caption, concepts, level):
-        """Per layer, what the blocks hold for scoring. noisy: latents [c 2h 2w]."""
+    def __call__(self, noisy, caption, concepts, level, pooled=None):
+        """Per layer, what the blocks hold for scoring. noisy: latents [c 2h 2w]; pooled: the caption's vector, zeros if None."""
         positions = [(0, row, column) for row in range(GRID[0]) for column in range(GRID[1])]
         tokens = torch.stack([noisy[:, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].reshape(-1) for _, r, c in positions])
         x, p, c = (
             self.linear("x_embedder", tokens), self.linear("context_embedder", caption), self.linear("context_embedder", concepts)
         )  # fmt: skip
-        vector = self.conditioning(level, torch.zeros(10, dtype=torch.float64))
+        zeros = torch.zeros(10, dtype=torch.float64)
+        vector, concept_vector = self.conditioning(level, zeros if pooled is None else pooled), self.conditioning(level, zeros)
         found = []
         for layer in range(LAYERS):
             at = f"transformer_blocks.{layer}"
             modulation = {
                 "image": self.linear(f"{at}.norm1.linear", silu(vector)).chunk(6),
                 "text": self.linear(f"{at}.norm1_context.linear", silu(vector)).chunk(6),
+                "concepts": self.linear(f"{at}.norm1_context.linear", silu(concept_vector)).chunk(6),
             }
             normed = {
                 name: (1 + modulation[stream][1]) * layer_norm(value) + modulation[stream][0]
-                for name, stream, value in (("x", "image", x), ("p", "text", p), ("c", "text", c))
+                for name, stream, value in (("x", "image", x), ("p", "text", p), ("c", "concepts", c))
             }
             qx, kx, vx = self.projected(at, "image", normed["x"])
             qp, kp, vp = self.projected(at, "text", normed["p"])
             qc, kc, vc = self.projected(at, "text", normed["c"])
-            ox, op, oc, turned_keys = [], [], [], []
+            ox, oxc, op, oc, turned_keys = [], [], [], [], []
             for a in range(HEADS):
                 turned_q = torch.stack([rotate(q, at_) for q, at_ in zip(qx[a], positions, strict=True)])
                 turned_k = torch.stack([rotate(k, at_) for k, at_ in zip(kx[a], positions, strict=True)])
                 turned_keys.append(turned_k)
                 keys, values = torch.cat([kp[a], turned_k]), torch.cat([vp[a], vx[a]])
                 ox.append(attend(turned_q, keys, values))
+                oxc.append(attend(turned_q, torch.cat([turned_k, kc[a]]), torch.cat([vx[a], vc[a]])))
                 op.append(attend(qp[a], keys, values))
                 seen = [(kc[a], vc[a])] * self.own + [(turned_k, vx[a])] * self.cross
                 keys, values = (torch.cat([pair[i] for pair in seen]) for i in (0, 1)) if seen else (None, None)
@@ -171,12 +175,12 @@ class Oracle:
             found.append(
                 {
                     "qc": qc, "kc": kc, "vc": vc, "oc": torch.stack(oc), "qx": qx, "kx": torch.stack(turned_keys), "vx": vx,
-                    "ox": torch.stack(ox), "at": at,
+                    "ox": torch.stack(ox), "oxc": torch.stack(oxc), "at": at,
                 }
             )  # fmt: skip
             x = self.updated(x, found[-1]["ox"], modulation["image"], f"{at}.attn.to_out.0", f"{at}.ff")
             p = self.updated(p, torch.stack(op), modulation["text"], f"{at}.attn.to_add_out", f"{at}.ff_context")
-            c = self.updated(c, found[-1]["oc"], modulation["text"], f"{at}.attn.to_add_out", f"{at}.ff_context")
+            c = self.updated(c, found[-1]["oc"], modulation["concepts"], f"{at}.attn.to_add_out", f"{at}.ff_context")
         return found
 
     def joined(self, x):
@@ -194,6 +198,7 @@ class Oracle:
         return {
             "output": lambda: (whole(f["oc"]), whole(f["ox"])),
             "output_per_head": lambda: (f["oc"], f["ox"]),
+            "output_beside_concepts": lambda: (whole(f["oc"]), whole(f["oxc"])),
             "output_projected": lambda: (
                 self.linear(f"{f['at']}.attn.to_add_out", self.joined(f["oc"]))[None],
                 self.linear(f"{f['at']}.attn.to_out.0", self.joined(f["ox"]))[None],
@@ -236,7 +241,9 @@ class Oracle:
 
 
 def maps_of(extractor, given, views, keys=("a", "b")):
-    cells = extractor.read_cells(given["latents"], given["captions"], given["concepts"], keys[: len(given["latents"])], views)
+    cells = extractor.read_cells(
+        given["latents"], Prompts(given["captions"]), ConceptTokens(given["concepts"]), keys[: len(given["latents"])], views
+    )
     return [cells.read(view, GRID) for view in views]
 
 
@@ -325,6 +332,20 @@ def test_a_model_with_embedded_guidance_is_the_written_out_formula(guidance):
     torch.testing.assert_close(got.double(), expected(model, extractor, given, view_of(), BOTH, guidance), **CLOSE)
 
 
+def test_the_captions_pooled_vector_modulates_image_and_text_and_never_the_concepts(model):
+    given, extractor = inputs(rows=1), ConceptAttention(wrapped(model))
+    pooled = torch.randn(1, 10, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    noisy, level = extractor.noised(given["latents"], LEVEL, ["a"], 1)
+    found = Oracle(model)(noisy[0], given["captions"][0], given["concepts"][0], level, pooled[0])
+    cells = extractor.read_cells(
+        given["latents"], Prompts(given["captions"], pooled), ConceptTokens(given["concepts"]), ["a"], [view_of()]
+    )
+    got = cells.read(view_of(), GRID)[0]
+    torch.testing.assert_close(got.double(), Oracle(model).map(view_of(), [found]), **CLOSE)
+    (zeros,) = maps_of(extractor, given, [view_of()])
+    assert (got - zeros[0]).abs().max() > 0.1
+
+
 def test_without_attention_a_concepts_output_is_its_value(model):
     output, value = maps_of(ConceptAttention(wrapped(model), *NEITHER), inputs(), [view_of("output_per_head"), view_of("value")])
     assert not torch.equal(output, value)  # the image vectors differ
@@ -338,7 +359,7 @@ def activations(model, given, switches=BOTH, last_layer=LAYERS - 1):
     stream = ConceptStream(
         given["concepts"], backbone.zero_pooled(2), lambda layer, found: blocks.append(found), last_layer, *switches
     )
-    assert backbone.denoise(given["latents"], LEVEL, given["captions"], backbone.zero_pooled(2), stream) is None
+    assert backbone.denoise(given["latents"], LEVEL, Prompts(given["captions"]), stream) is None
     return blocks
 
 
@@ -376,8 +397,8 @@ def test_two_concept_sets_leave_the_same_velocity_bit_for_bit(model):
         stream = ConceptStream(
             inputs(concepts=count, seed=seed)["concepts"], torch.zeros(2, 10), lambda layer, found: None, LAYERS - 1, stop=False
         )
-        velocities.append(backbone.denoise(given["latents"], LEVEL, given["captions"], backbone.zero_pooled(2), stream))
-    plain = backbone.denoise(given["latents"], LEVEL, given["captions"], backbone.zero_pooled(2))
+        velocities.append(backbone.denoise(given["latents"], LEVEL, Prompts(given["captions"]), stream))
+    plain = backbone.denoise(given["latents"], LEVEL, Prompts(given["captions"]))
     assert torch.equal(velocities[0], velocities[1]) and torch.equal(velocities[0], plain)
 
 
@@ -433,9 +454,9 @@ def test_the_last_layer_is_the_greatest_of_each_timestep(model):
     depth = []
 
     class Watched(FluxBackbone):
-        def denoise(self, noisy, level, text, pooled, stream=None, guidance=0.0):
+        def denoise(self, noisy, level, prompts, stream=None, guidance=0.0):
             depth.append((level, stream.last_layer, len(noisy)))
-            return super().denoise(noisy, level, text, pooled, stream, guidance)
+            return super().denoise(noisy, level, prompts, stream, guidance)
 
     backbone = Watched("lab:none", dtype="float64")
     backbone.transformer, backbone.config = model, dict(model.config)

@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from conceptseg.backbones.base import schedule, shared_noise
-from conceptseg.backbones.concept_stream import SPACES, ConceptStream
+from conceptseg.backbones.concept_stream import SPACES, ConceptStream, ConceptTokens
 from conceptseg.backbones.flux import FluxBackbone
 from conceptseg.backbones.latents import image_ids, pack, unpack
+from conceptseg.backbones.mmdit import Prompts
 from conceptseg.extractors.concept_attention import ConceptAttention, _vectors
 from conceptseg.saliency.cells import CellStore, cell_scores
 from conceptseg.saliency.views import CellKind, Fold, Normalize, Softmax, View
@@ -98,7 +99,7 @@ class Recorded:
             last_layer=2, cross_attention=cross, self_attention=own, stop=False,
         )  # fmt: skip
         noisy = unpack(flux["in.img"][rows], GRID)
-        self.velocity = backbone.denoise(noisy, level, flux["in.txt"][rows], pooled, stream)
+        self.velocity = backbone.denoise(noisy, level, Prompts(flux["in.txt"][rows], pooled), stream)
 
     def stacked(self, read):
         return torch.stack([read(block) for block in self.blocks])
@@ -203,7 +204,7 @@ def test_every_heatmap_is_the_references(recorded, flux, name):
 
 
 def _scores(block, view):
-    return cell_scores(*_vectors(block, view.cell), view.cell)
+    return cell_scores(*_vectors(block, view.cell, ConceptTokens(torch.empty(0, 0, 0))), view.cell)
 
 
 class Given(ConceptAttention):
@@ -220,7 +221,7 @@ def test_a_view_over_two_timesteps_is_the_references(backbone, flux, name):
     levels = tuple(flux["in.timesteps"][int(t)].item() for t in times)
     view = View(space, tuple(map(int, layers)), levels, normalize=normalize, softmax=softmax)
     cells = Given(backbone).read_cells(
-        unpack(flux["in.img"][:1], GRID), flux["in.txt"][:1], flux["in.concepts"][:1], ["one"], [view]
+        unpack(flux["in.img"][:1], GRID), Prompts(flux["in.txt"][:1]), ConceptTokens(flux["in.concepts"][:1]), ["one"], [view]
     )
     maps = cells.read(view, GRID)
     compare(f"multi_t heat_{heat}", maps[0] if heat == "output_softmax_of_mean" else maps, flux[name], SHARES)
@@ -239,7 +240,7 @@ def test_ids_are_the_references(flux):
 
 def test_the_concepts_leave_the_velocity_as_it_is(backbone, recorded, flux):
     noisy = unpack(flux["in.img"], GRID)
-    plain = backbone.denoise(noisy, flux["in.timesteps"], flux["in.txt"], flux["in.y_pooled"])
+    plain = backbone.denoise(noisy, flux["in.timesteps"], Prompts(flux["in.txt"], flux["in.y_pooled"]))
     assert torch.equal(recorded("batch2").velocity, plain)
 
 
@@ -263,8 +264,8 @@ def read_maps(backbone, evaluation):
         concepts = evaluation["in.concepts_embedded"]
         extractor = ConceptAttention(backbone, *switches, noise="shared", seed=seed)
         cells = extractor.read_cells(
-            evaluation["in.latents"], evaluation["in.t5_caption"],
-            concepts.roll(-1, 1) if background_first else concepts, ["one"], [view],
+            evaluation["in.latents"], Prompts(evaluation["in.t5_caption"]),
+            ConceptTokens(concepts.roll(-1, 1) if background_first else concepts), ["one"], [view],
         )  # fmt: skip
         return cells.read(view, GRID)[0]
 

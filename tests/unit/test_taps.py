@@ -6,7 +6,8 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from conceptseg.backbones.concept_stream import ConceptStream
-from conceptseg.backbones.flux import FluxBackbone
+from conceptseg.backbones.flux import FluxBackbone, FluxCarrier
+from conceptseg.backbones.mmdit import Prompts
 from conceptseg.backbones.taps import StopForward, TapSet
 from conceptseg.errors import TapError
 
@@ -145,7 +146,7 @@ def denoise(model):
     backbone = FluxBackbone("lab:none")
     backbone.transformer, backbone.config = model, dict(model.config)
     stream = ConceptStream(torch.randn(1, 3, 12), torch.zeros(1, 10), lambda layer, found: None, last_layer=1)
-    backbone.denoise(torch.randn(1, 4, 4, 4), 0.5, torch.randn(1, 5, 12), torch.zeros(1, 10), stream)
+    backbone.denoise(torch.randn(1, 4, 4, 4), 0.5, Prompts(torch.randn(1, 5, 12)), stream)
 
 
 def test_fused_projections_are_refused_with_the_way_out(flux):
@@ -173,4 +174,4 @@ def test_a_block_without_a_text_projection_is_refused_by_name(flux, name):
 def test_a_host_that_is_no_flux_is_refused(host):
     stream = ConceptStream(torch.randn(1, 3, 12), torch.zeros(1, 10), lambda layer, found: None, last_layer=1)
     with pytest.raises(TapError, match='tapping Host: wanted "time_text_embed"'), TapSet(host) as taps:
-        stream.attach(taps)
+        FluxCarrier(stream).attach(taps)
