@@ -93,6 +93,8 @@ class Axes:
     spaces: tuple[str, ...]
     layers: tuple[int, ...] = ()
     has_timesteps: bool = False
+    has_vectors: bool = True
+    """Whether scores are dot products of concept vectors, which `normalize` changes; attention probabilities are not."""
 
 
 def parse_span(text: str | int | Sequence[int], offered: Sequence[int]) -> tuple[int, ...]:
@@ -201,6 +203,8 @@ def _expand(where: str, given: dict[str, Any], axes: Axes) -> Iterator[tuple[lis
     for key in ("normalize", "softmax", "temperature", "fold", "blur"):
         if not axes.layers and options[key] != getattr(neutral, key):
             raise ViewError(f"{where}.{key} is {options[key]}, but this extractor gives one map and has no cells: leave it out.")
+    if not axes.has_vectors and options["normalize"] is not Normalize.NONE:
+        raise ViewError(f"{where}.normalize is {options['normalize']}, but this extractor's scores are not products of vectors.")
     if options["softmax"] is Softmax.NONE and options["temperature"] != 1:
         raise ViewError(f"{where}.temperature is {options['temperature']:g}, but {where}.softmax is none: nothing would use it.")
     for space in spaces:

@@ -21,7 +21,7 @@ from conceptseg.config import instantiate, plain, register
 from conceptseg.data.drawn import Scenes
 from conceptseg.errors import ConfigError, ViewError
 from conceptseg.extractors.base import Extractor, Told, TrainedOn
-from conceptseg.lab.models import build_flux, save
+from conceptseg.lab.models import build_flux, build_sd, save
 from conceptseg.saliency.views import expand_views
 from conceptseg.types import Batch, SaliencyMaps, Task
 
@@ -48,7 +48,23 @@ def tiny_flux(folder):
     return {"path": str(folder), "dtype": "float32", "device": "cpu", "image_size": 32, "text_tokens": 8}
 
 
-TINY = {"conceptseg.backbones.flux.FluxBackbone": tiny_flux}
+def tiny_sd(folder):
+    torch.manual_seed(0)
+    parts = build_sd(
+        {
+            "channels": [8, 8], "reads_text": [True, True], "heads": 2, "norm_groups": 4, "text_tokens": 16, "text_width": 16,
+            "text_layers": 1, "image_size": 32, "codec_patch": 2, "latent_scale": 1.5,
+        }
+    )  # fmt: skip
+    save(parts, folder)
+    (folder / "card.json").write_text(json.dumps({"provenance": "random"}))
+    return {"path": str(folder), "dtype": "float32", "device": "cpu", "image_size": 32}
+
+
+TINY = {
+    "conceptseg.backbones.flux.FluxBackbone": tiny_flux,
+    "conceptseg.backbones.unet.UNetBackbone": tiny_sd,
+}
 
 
 @pytest.fixture(scope="session")
@@ -350,4 +366,6 @@ def test_every_distinct_text_is_encoded_once(extractor, views, tasks):
     for _ in range(2):
         read(extractor, tasks, views)
     texts = {text for task in tasks for text in (task.caption, *task.concepts.names)}
+    if hasattr(extractor, "texts"):  # a method that makes prompts of words says which
+        texts = extractor.texts(Batch(tasks))
     assert set(encoded.values()) == {1} and len(encoded) == len(texts)
