@@ -11,6 +11,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,7 @@ def _table(config: DictConfig, overrides: Sequence[str]) -> int:
 
     from conceptseg.assemble import shard_of
     from conceptseg.keys import digest
+    from conceptseg.paper_table import compute_paper_table
     from conceptseg.report.results import save
     from conceptseg.report.results_md import update
     from conceptseg.report.terminal import print_table
@@ -153,24 +155,29 @@ def _table(config: DictConfig, overrides: Sequence[str]) -> int:
     whole = plain(config)
     report = whole["report"]
     extra = [o for o in overrides if not o.lstrip("+~").startswith("table")]
+    of_table = [o for o in overrides if o.lstrip("+~").startswith("table.")]
     meaningful = [o for o in extra if not o.lstrip("+~").startswith(QUIET)]
+    meaningful += [o for o in of_table if not o.startswith("table.backbones=")]
     publish = report["publish"] == "yes" or (report["publish"] == "auto" and not meaningful)
-    place = name.replace("/", "-")
+    on_lab = whole["table"].get("backbones") == "lab"
+    place = name.replace("/", "-") + ("-lab" if on_lab else "")
     if publish:
         folder = Path(report["benchmarks"]) / place
     else:
         folder = Path(whole["runtime"]["runs"]) / "tables" / f"{place}-{digest(sorted(meaningful), 6)}"
 
-    def composed(more: Sequence[str]) -> dict[str, Any]:
+    @cache  # many rows differ only in what they read off
+    def composed(*more: str) -> dict[str, Any]:
         found: dict[str, Any] = plain(compose(config_name="evaluate", overrides=[*more]))
         return found
 
     def with_runtime(more: Sequence[str]) -> dict[str, Any]:
-        return composed([*more, *(o for o in extra if o.startswith(("runtime.", "report.")))])
+        return composed(*more, *(o for o in extra if o.startswith(("runtime.", "report."))))
 
-    settings = [o for o in meaningful if not o.startswith(("runtime.", "report."))]
-    command = shlex.join(["conceptseg", f"table={name}", *settings])
-    results = compute_table(place, whole["table"], with_runtime, settings, folder, command)
+    settings = [o for o in extra if not o.lstrip("+~").startswith(QUIET)]
+    command = shlex.join(["conceptseg", f"table={name}", *of_table, *settings])
+    compute = compute_paper_table if "published" in whole["table"] else compute_table
+    results = compute(place, whole["table"], with_runtime, settings, folder, command)
     if shard_of(whole["runtime"]).index != 0:
         return 0
     save(folder / "results.json", results)
@@ -238,7 +245,7 @@ def _doctor(config: DictConfig) -> int:
 
 @guarded
 def lab() -> int:
-    """conceptseg-lab train <name>: train a lab model on drawn scenes; with --ship, put it into the package."""
+    """conceptseg-lab train | check | sweep <name>: train a lab model, measure what it can do, and where it keeps it."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="conceptseg-lab", description=lab.__doc__)
@@ -250,13 +257,27 @@ def lab() -> int:
     training.add_argument("--device", default="cpu")
     training.add_argument("--ship", action="store_true", help="copy the finished model into the package")
     training.add_argument("--stop-after", type=int, default=None, help="stop at this step, to go on another time")
+    checking = commands.add_parser("check", help="measure what a model can do, against chance and drawn scenes")
+    sweeping = commands.add_parser(
+        "sweep", help="layer x timestep x space of a diffusion model, on scenes of unseen combinations"
+    )
+    for command in (checking, sweeping):
+        command.add_argument("name", help="a shipped model, for example flux")
+        command.add_argument("--model", type=Path, default=None, help="its folder, if it is not the shipped one")
+        command.add_argument("--write", action="store_true", help="write the findings and pictures into its card")
+    checking.add_argument("--judge", type=Path, default=None, help="folder of the CLIP that judges generated scenes")
+    sweeping.add_argument("overrides", nargs="*", help="settings of the evaluation, for example dataset.count=16")
     said = parser.parse_args()
     _calm()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return {"train": _lab_train, "check": _lab_check, "sweep": _lab_sweep}[said.command](said)
+
+
+def _lab_train(said: Any) -> int:
     from conceptseg.lab.recipes import load_recipe
     from conceptseg.lab.train import train_and_write
 
-    recipe = load_recipe(said.name, said.overrides)
+    recipe = load_recipe(said.name, said.overrides, said.device)
     folder = train_and_write(recipe, said.work / said.name, said.device, said.stop_after)
     if folder:
         if said.ship:
@@ -264,5 +285,40 @@ def lab() -> int:
 
             print(f"shipped: {ship(folder, said.name)}")
         print(f"model: {folder}")
-        print(f"try it: conceptseg backbone@extractor.backbone=lab_{said.name} extractor.backbone.path={folder}")
+        print(f"what it can do: conceptseg-lab check {said.name} --model {folder}")
+    return 0
+
+
+def _lab_check(said: Any) -> int:
+    from conceptseg.lab.cards import add_to_card, model_folder, read_card
+    from conceptseg.lab.check import check
+
+    folder = model_folder(said.name, said.model)
+    judge = folder if said.name == "clip" else model_folder("clip", said.judge)
+    found = check(read_card(folder), folder, (read_card(judge), judge), folder / "samples.png" if said.write else None)
+    for finding in found:
+        print(f"{said.name}: {finding}")
+    if said.write:
+        add_to_card(folder, "check", [finding.plain() for finding in found])
+        print(f"written: {folder / 'card.json'}")
+    return 0
+
+
+def _lab_sweep(said: Any) -> int:
+    from hydra import compose, initialize_config_module
+
+    from conceptseg.lab.cards import add_to_card, model_folder
+    from conceptseg.lab.sweep import heat_map, overrides_for, sweep
+
+    folder = model_folder(said.name, said.model)
+    register()
+    overrides = [*overrides_for(said.name), *([f"extractor.backbone.path={folder}"] if said.model else []), *said.overrides]
+    with initialize_config_module("conceptseg.conf", version_base="1.3"):
+        found = sweep(plain(compose("evaluate", overrides=overrides)))
+    for line in found.lines():
+        print(line)
+    if said.write:
+        heat_map(found, folder / "sweep.png")
+        add_to_card(folder, "sweep", found.plain())
+        print(f"written: {folder / 'sweep.png'}")
     return 0

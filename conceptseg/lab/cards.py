@@ -13,8 +13,12 @@ import torch
 
 from conceptseg.assemble import versions
 from conceptseg.data.scenes import DRAWING_VERSION, TINTS
+from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.lab.captions import GLUE, NOUNS
 from conceptseg.lab.train import Trainer
+
+GENERATING = ("flux", "sd3", "sd")
+"""Models that make pictures; their cards show some."""
 
 
 def write_model(trainer: Trainer, curve: Path, folder: Path) -> Path:
@@ -49,7 +53,7 @@ def _readme(card: dict[str, Any]) -> str:
     kept = card["losses"][:: max(1, len(card["losses"]) // 12)]
     names = list(kept[0])
     rows = "\n".join("| " + " | ".join(str(row[name]) for name in names) + " |" for row in kept)
-    return f"""# lab {card["name"]}
+    text = f"""# lab {card["name"]}
 
 {card["warning"]}
 
@@ -61,13 +65,49 @@ def _readme(card: dict[str, Any]) -> str:
 | training time | {card["minutes"]:g} min on {card["machine"]}, {card["threads"]} thread(s), other work beside it |
 | made with | torch {card["versions"].get("torch", "?")}, diffusers {card["versions"].get("diffusers", "?")} |
 | again | `conceptseg-lab train {card["name"]}` |
-
-Losses:
+"""
+    if "check" in card:
+        text += f"\n## What it can do\n\n`conceptseg-lab check {card['name']}`, n = {card['check'][0]['n']}:\n\n"
+        text += "| | found | chance | drawn scenes |\n|---|--:|--:|--:|\n"
+        for finding in card["check"]:
+            ceiling = "" if finding["drawn"] is None else f"{100 * finding['drawn']:.1f} %"
+            text += f"| {finding['what']} | {100 * finding['value']:.1f} % | {100 * finding['chance']:.1f} % | {ceiling} |\n"
+        if card["name"] in GENERATING:
+            text += "\n![scenes made from captions](samples.png)\n"
+    if "sweep" in card:
+        text += f"\n## Where it keeps it\n\n`conceptseg-lab sweep {card['name']}`: {card['sweep']['about']}.\n\n"
+        text += "".join(f"- {line}\n" for line in card["sweep"]["best"])
+        text += "\n![layer by timestep by space](sweep.png)\n"
+    return f"""{text}
+## Losses
 
 | {" | ".join(names)} |
 |{"--:|" * len(names)}
 {rows}
 """
+
+
+def model_folder(name: str, folder: Path | None = None) -> Path:
+    """A written model's folder, or the shipped one of that name. Raises ConfigError where there is none."""
+    shipped = Path(str(resources.files("conceptseg.lab"))) / "weights"
+    found = folder or shipped / name
+    if not (found / "card.json").exists():
+        there = sorted(f.name for f in shipped.iterdir())
+        raise ConfigError(f"conceptseg-lab: {found} has no card.json, so it is no written model. {did_you_mean(name, there)}")
+    return found
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """card.json of a written model."""
+    card: dict[str, Any] = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    return card
+
+
+def add_to_card(folder: Path, key: str, finding: Any) -> None:
+    """Put a finding into card.json and write the readme anew."""
+    card = {**read_card(folder), key: finding}
+    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_readme(card), encoding="utf-8")
 
 
 def ship(folder: Path, name: str) -> Path:
@@ -76,4 +116,6 @@ def ship(folder: Path, name: str) -> Path:
     if target.exists():
         shutil.rmtree(target)
     shutil.copytree(folder, target)
+    for file in target.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
     return target

@@ -12,14 +12,20 @@ from omegaconf.errors import OmegaConfBaseException
 from conceptseg.errors import ConfigError, did_you_mean
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The recipe conf/lab/<name>.yaml with "key=value" overrides. Raises ConfigError for an unknown name or key."""
+def load_recipe(name: str, overrides: Sequence[str] = (), device: str = "cpu") -> dict[str, Any]:
+    """The recipe conf/lab/<name>.yaml, on a GPU with its `gpu` settings laid over it, then with "key=value" overrides.
+
+    Raises ConfigError for an unknown name or key.
+    """
     folder = resources.files("conceptseg.conf").joinpath("lab")
     names = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
     if name not in names:
         raise ConfigError(f'conceptseg-lab train: no recipe "{name}". {did_you_mean(name, names)}')
     recipe = OmegaConf.create(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+    on_gpu = recipe.pop("gpu", {})
     OmegaConf.set_struct(recipe, True)
+    if device.startswith("cuda"):
+        recipe = OmegaConf.merge(recipe, on_gpu)
     try:
         whole = OmegaConf.merge(recipe, OmegaConf.from_dotlist(list(overrides)))
     except OmegaConfBaseException as error:

@@ -111,7 +111,7 @@ class DINOTrainer(Trainer):
         return {"agreement": loss, "spread": spread, "total": loss}
 
     def after_step(self) -> None:
-        done = self.step / self.recipe["steps"]
+        done = min(1.0, self.step / self.recipe["horizon"])
         keep = 1 - (1 - self.recipe["teacher_momentum"]) * (math.cos(math.pi * done) + 1) / 2
         with torch.no_grad():
             for name in ("model", "head"):

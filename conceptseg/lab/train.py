@@ -97,11 +97,11 @@ class Trainer(ABC):
         return pixels.to(self.device).float() / 127.5 - 1
 
     def rate(self) -> float:
-        """Learning rate of the coming step: linear warm-up, then cosine to zero."""
+        """Learning rate of the coming step: linear warm-up, then a cosine that reaches zero at `horizon`."""
         recipe = self.recipe
         if self.step < recipe["warmup"]:
             return float(recipe["learning_rate"]) * (self.step + 1) / recipe["warmup"]
-        done = (self.step - recipe["warmup"]) / max(1, recipe["steps"] - recipe["warmup"])
+        done = (self.step - recipe["warmup"]) / max(1, recipe["horizon"] - recipe["warmup"])
         return float(recipe["learning_rate"]) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     def train_step(self, scenes: list[Scene]) -> dict[str, float]:

@@ -1,12 +1,15 @@
 """The lab's trainers at toy size: seeded, resumable, and what they write is read like a real checkpoint."""
 
 import json
+import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from conceptseg import cli
 from conceptseg.backbones.flux import FluxBackbone
 from conceptseg.errors import ConfigError
 from conceptseg.lab.check import check, sample_sheet
@@ -14,7 +17,7 @@ from conceptseg.lab.generation import generate, load_trained
 from conceptseg.lab.recipes import load_recipe
 from conceptseg.lab.train import TRAINERS, make_trainer, train, train_and_write
 
-COMMON = ["steps=4", "batch=4", "scenes=6", "hard_scenes=2", "checkpoint_every=1", "warmup=1"]
+COMMON = ["steps=4", "horizon=5", "batch=4", "scenes=6", "hard_scenes=2", "checkpoint_every=1", "warmup=1"]
 FLOW = [*COMMON, "swap_batch=2", "compile=false", "sizes.heads=2", "sizes.text_width=16", "sizes.text_layers=1"]
 TOYS = {
     "flux": [
@@ -110,6 +113,51 @@ def test_a_check_states_chance_beside_its_finding(name, written):
     folder = written[name][1]
     found = check(card_of(folder), folder, (card_of(folder), folder))
     assert found and all(0 <= f.value <= 1 and 0 < f.chance < 0.5 and f.n > 50 for f in found)
+
+
+def lab(monkeypatch, *said):
+    """Run conceptseg-lab as the shell would; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["conceptseg-lab", *map(str, said)])
+    with pytest.raises(SystemExit) as ended:
+        cli.lab()
+    return ended.value.code
+
+
+@pytest.mark.parametrize(("name", "cells"), [("flux", 2 * 4 * 6), ("sd3", 2 * 4 * 6), ("sd", 6 * 2 * 6)])
+def test_a_sweep_reads_every_layer_and_noise_level_and_lands_in_the_card(name, cells, written, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / name
+    shutil.copytree(written[name][1], folder)
+    few = [f"runtime.runs={tmp_path}", "dataset.count=2", "report.resamples=10", "runtime.progress=false"]
+    assert lab(monkeypatch, "sweep", name, *few, "--model", folder, "--write") == 0
+    found = card_of(folder)["sweep"]
+    assert len(found["cells"]) == cells and found["n"] == 2
+    assert all(0 <= cell["ap_image"][0] <= 1 for cell in found["cells"])
+    assert "best at layer" in capsys.readouterr().out
+    assert (folder / "sweep.png").stat().st_size > 0 and "sweep.png" in (folder / "README.md").read_text()
+
+
+def test_a_check_lands_in_the_card(written, tmp_path, monkeypatch, capsys):
+    shutil.copytree(written["clip"][1], tmp_path / "clip")
+    assert lab(monkeypatch, "check", "clip", "--model", tmp_path / "clip", "--write") == 0
+    assert "chance 8.3 %" in capsys.readouterr().out
+    assert "CLIP names the object" in (tmp_path / "clip" / "README.md").read_text()
+
+
+def test_a_model_without_noise_levels_is_not_swept(written, monkeypatch, capsys):
+    assert lab(monkeypatch, "sweep", "vit", "--model", written["vit"][1]) == 1
+    assert "no noise levels" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_card_is_no_model(tmp_path, monkeypatch, capsys):
+    assert lab(monkeypatch, "check", "clip", "--model", tmp_path) == 1
+    assert "card.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_recipe_says_what_a_gpu_does_otherwise(name):
+    cpu, gpu = load_recipe(name), load_recipe(name, ["seed=3"], device="cuda:0")
+    assert gpu["batch"] > cpu["batch"] and gpu["steps"] > cpu["steps"] and gpu["seed"] == 3
+    assert gpu["sizes"] == cpu["sizes"] and "gpu" not in cpu
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest():
