@@ -62,6 +62,8 @@ class Report:
     """Whether a table goes to results_md and benchmarks: yes, no, or auto (only when nothing but runtime was overridden)."""
     pictures: int = 8
     """Samples on a picture sheet."""
+    costs: bool = False
+    """Whether seconds, peak memory and forward passes are printed beside the numbers."""
     columns: list[str] = field(default_factory=lambda: ["accuracy", "miou_dataset", "miou_image", "foreground_iou", "ap_image"])
     """Metrics printed for a single evaluation."""
 
@@ -169,7 +171,7 @@ def explain_refusal(overrides: Sequence[str]) -> str | None:
     with initialize_config_module("conceptseg.conf", version_base="1.3"):
         known = OmegaConf.to_container(compose("evaluate"), resolve=False)
         loader = GlobalHydra.instance().config_loader()
-        groups = {name: loader.get_group_options(name) for name in loader.list_groups("") if name != "hydra"}
+        groups = {name: list(_options(loader, name)) for name in loader.list_groups("") if name != "hydra"}
     assert isinstance(known, dict)
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
@@ -180,6 +182,15 @@ def explain_refusal(overrides: Sequence[str]) -> str | None:
         elif override[0] not in "+~" and not key.startswith("hydra") and (refused := _unknown_key(key, known, groups)):
             return f"{refused} To add one, write +{key}=..."
     return None
+
+
+def _options(loader: Any, group: str, prefix: str = "") -> Iterator[str]:
+    """Options of a group, those in folders below it as folder/option."""
+    from hydra.core.object_type import ObjectType
+
+    yield from (prefix + option for option in loader.get_group_options(group, ObjectType.CONFIG))
+    for folder in loader.get_group_options(group, ObjectType.GROUP):
+        yield from _options(loader, f"{group}/{folder}", f"{prefix}{folder}/")
 
 
 def _unknown_key(key: str, known: Mapping[Any, Any], groups: Iterable[str]) -> str | None:

@@ -17,6 +17,7 @@ from conceptseg.metrics.definitions import DEFINITIONS
 from conceptseg.metrics.intervals import Interval
 from conceptseg.report.results import Block, Column, Results, Row, Value
 from conceptseg.run import Reading, carry_out, draw_sheet, interval_text, readings, write_results
+from conceptseg.store.cost import read_cost
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,9 @@ Compose = Callable[[Sequence[str]], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Done:
+class Done:
+    """An evaluation that was carried out."""
+
     evaluation: Evaluation
     readings: tuple[Reading, ...]
 
@@ -49,8 +52,8 @@ def compute_table(
     `extra` are the user's own overrides, put after each row's; those of `extractor.` and `backbone@` concern only rows
     that have such a key.
     """
-    columns = columns_of(table["columns"])
-    done: dict[str, _Done] = {}
+    columns: tuple[Column, ...] = columns_of(table["columns"])
+    done: dict[str, Done] = {}
     blocks = []
     pictures: list[tuple[str, Evaluation, str, str]] = []
     report: Mapping[str, Any] = {}
@@ -58,13 +61,12 @@ def compute_table(
         rows = []
         first: Evaluation | None = None
         for row in block["rows"]:
-            finished = _evaluated(
-                [*block.get("overrides", []), *row["overrides"]], extra, compose, table["columns"], done, row["name"]
-            )
+            config = composed([*block.get("overrides", []), *row["overrides"]], extra, compose)
+            finished = evaluated(config, table["columns"], done, row["name"])
             evaluation = finished.evaluation
             report = evaluation.config["report"]
             first = first or evaluation
-            reading = _chosen(finished, row.get("view"), row.get("segmenter", block["segmenter"]), row["name"])
+            reading = chosen(finished, row.get("view"), row.get("segmenter", block["segmenter"]), row["name"])
             rows.append(_row(row, evaluation, reading, row["overrides"]))
             if row.get("picture") and block.get("pictures", False) and reading.n:
                 pictures.append((row["name"], evaluation, reading.view, reading.segmenter))
@@ -74,30 +76,34 @@ def compute_table(
     sheet = None
     if pictures:
         sheet = draw_sheet(folder / "sheet.png", pictures, report["pictures"])
+    if report["costs"]:
+        columns += COSTS
     return Results(
         name, table["title"], command, __version__, columns, tuple(blocks), tuple(table.get("notes", ())), interval_text(report),
         None if sheet is None or sheet.is_absolute() or ".." in sheet.parts else sheet.as_posix(),
     )  # fmt: skip
 
 
-def _evaluated(
-    overrides: Sequence[str], extra: Sequence[str], compose: Compose, metrics: Sequence[str], done: dict[str, _Done], title: str
-) -> _Done:
+def composed(overrides: Sequence[str], extra: Sequence[str], compose: Compose) -> dict[str, Any]:
+    """A row's config with those of the user's overrides that concern it."""
     config = compose(overrides)
-    mine = [o for o in extra if _concerns(o, config)]
-    if mine:
-        config = compose([*overrides, *mine])
+    mine = [o for o in extra if concerns(o, config)]
+    return compose([*overrides, *mine]) if mine else config
+
+
+def evaluated(config: dict[str, Any], metrics: Sequence[str], done: dict[str, Done], title: str) -> Done:
+    """Compute what is missing, once for every config of a table."""
     place = canonical_json(config)
     if place not in done:
         evaluation = assemble(config)
         carry_out(evaluation, title)
         found = readings(evaluation, metrics)
         write_results(evaluation, found)
-        done[place] = _Done(evaluation, tuple(found))
+        done[place] = Done(evaluation, tuple(found))
     return done[place]
 
 
-def _concerns(override: str, config: Mapping[str, Any]) -> bool:
+def concerns(override: str, config: Mapping[str, Any]) -> bool:
     key = override.lstrip("+~").split("=", 1)[0]
     if key.startswith("backbone@"):
         return "backbone" in config["extractor"]
@@ -110,7 +116,7 @@ def _concerns(override: str, config: Mapping[str, Any]) -> bool:
     return True
 
 
-def _chosen(finished: _Done, view: str | None, segmenter: str, row: str) -> Reading:
+def chosen(finished: Done, view: str | None, segmenter: str, row: str) -> Reading:
     names = list(dict.fromkeys(r.name for r in finished.readings))
     wanted = view or names[0]
     for reading in finished.readings:
@@ -134,15 +140,42 @@ def _row(row: Mapping[str, Any], evaluation: Evaluation, reading: Reading, overr
         name=row["name"], group=row.get("group", "methods"), extractor=extractor,
         backbone=backbone.path if backbone else None, provenance=evaluation.extractor.provenance, run_id=evaluation.run_id,
         view=reading.view, segmenter=reading.segmenter, n=reading.n, excluded=reading.excluded, failed=reading.failed,
-        values={m: value_of(i) for m, i in reading.values.items()}, status="ok" if reading.n else "failed",
+        values={m: value_of(i) for m, i in reading.values.items()} | costs_of(evaluation), status="ok" if reading.n else "failed",
         note=note or ("" if reading.n else "no sample could be scored: see the rows of its run"),
-        **_declared(evaluation.extractor),
+        **declared(evaluation.extractor),
     )  # fmt: skip
 
 
-def _declared(extractor: Extractor) -> dict[str, str]:
+def declared(extractor: Extractor) -> dict[str, Any]:
     """What a method says of itself, as columns of its row."""
     return {"told": extractor.told, "trained_on": extractor.trained_on, "argmax": "yes" if extractor.comparable else "no"}
+
+
+COSTS = (
+    Column(
+        "cost_seconds", "s/image", False, "Wall time of an image, model and scoring, of the process that computed it.", "", "cost"
+    ),
+    Column("cost_memory", "peak GB", False, "Most memory a process held: of the accelerator, else resident.", "", "cost"),
+    Column(
+        "cost_passes",
+        "passes/image",
+        False,
+        "Calls of the backbone's network over images; several images share a call.",
+        "",
+        "cost",
+    ),
+)
+
+
+def costs_of(evaluation: Evaluation) -> dict[str, Value]:
+    """What the run recorded of its cost, where report.costs asks for it; all views of a run share it."""
+    cost = read_cost(evaluation.store.folder) if evaluation.config["report"]["costs"] else None
+    if cost is None or not cost.images:
+        return {}
+    passes = cost.passes_per_image
+    found = {"cost_seconds": cost.seconds / cost.images, "cost_memory": cost.peak_bytes / 1e9}
+    found |= {} if passes is None else {"cost_passes": passes}
+    return {name: Value(number, None, None, None) for name, number in found.items()}
 
 
 def value_of(interval: Interval) -> Value:
@@ -167,15 +200,15 @@ def single_table(evaluation: Evaluation, found: Sequence[Reading], command: str)
             group="methods" if evaluation.extractor.provenance != "control" else "controls",
             extractor=type(evaluation.extractor).__name__, backbone=None, provenance=evaluation.extractor.provenance,
             run_id=evaluation.run_id, view=r.view, segmenter=r.segmenter, n=r.n, excluded=r.excluded, failed=r.failed,
-            values={m: value_of(i) for m, i in r.values.items()}, status="ok" if r.n else "failed",
-            note=f"{r.waiting} samples are not computed yet" if r.waiting else "", **_declared(evaluation.extractor),
+            values={m: value_of(i) for m, i in r.values.items()} | costs_of(evaluation), status="ok" if r.n else "failed",
+            note=f"{r.waiting} samples are not computed yet" if r.waiting else "", **declared(evaluation.extractor),
         )
         for r in found
     )  # fmt: skip
     data = f"{evaluation.dataset.name}, {len(evaluation.dataset.keys())} samples"
     block = Block(type(evaluation.extractor).__name__, data, evaluation.protocol.label, "", rows_)
     report = evaluation.config["report"]
+    columns = columns_of(report["columns"]) + (COSTS if report["costs"] else ())
     return Results(
-        "evaluation", f"Run {evaluation.run_id}", command, __version__, columns_of(report["columns"]), (block,), (),
-        interval_text(report),
+        "evaluation", f"Run {evaluation.run_id}", command, __version__, columns, (block,), (), interval_text(report)
     )  # fmt: skip

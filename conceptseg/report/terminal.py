@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import groupby
 
 from rich import box
 from rich.console import Console
@@ -29,7 +30,7 @@ def print_table(results: Results, console: Console | None = None) -> None:
         console.print()
         _line(console, Text.assemble((block.name, "bold"), f": {block.text}" if block.text else ""))
         _line(console, Text(f"{block.dataset}; protocol {block.protocol}", style="dim"))
-        for table in _tables(block, results.columns, console.width):
+        for table in _pieces(block, results.columns, console.width):
             console.print(table, highlight=False)
     console.print()
     for column in results.columns:
@@ -72,7 +73,16 @@ def _runs(results: Results) -> dict[str, list[str]]:
     return runs
 
 
-def _tables(block: Block, columns: tuple[Column, ...], width: int) -> list[Table]:
+def _pieces(block: Block, columns: tuple[Column, ...], width: int) -> list[Table]:
+    """One table where it fits; else, in a table that quotes, what is quoted, released and standard stands apart."""
+    whole = _tables(block, columns, width, notes=True)
+    if len(whole) == 1 or not any(column.kind == "published" for column in columns):
+        return whole
+    kinds = [tuple(group) for _, group in groupby(columns, key=lambda column: column.kind)]
+    return [table for place, kind in enumerate(kinds) for table in _tables(block, kind, width, notes=place == 0)]
+
+
+def _tables(block: Block, columns: tuple[Column, ...], width: int, notes: bool) -> list[Table]:
     texts = [_cell(block, row, column, "\n") for row in block.rows for column in columns]
     headings = [line for column in columns for line in (column.heading, column.caveat)]
     narrow = 2 + max(len(line) for line in headings + [line for text in texts for line in text.plain.split("\n")])
@@ -82,7 +92,8 @@ def _tables(block: Block, columns: tuple[Column, ...], width: int) -> list[Table
     left = room - sum(_declared_width(block, heading, name) + 2 for heading, name in declared)
     room, declared = (left, declared) if left >= narrow else (room, ())  # on a narrow terminal they go under the name
     separator, per_table = (" ", len(columns)) if wide * len(columns) <= room else ("\n", max(1, room // narrow))
-    return [_table(block, columns[i : i + per_table], separator, declared) for i in range(0, len(columns), per_table)]
+    starts = range(0, len(columns), per_table)
+    return [_table(block, columns[i : i + per_table], separator, declared, notes and i == 0) for i in starts]
 
 
 def _declared_width(block: Block, heading: str, name: str) -> int:
@@ -90,7 +101,9 @@ def _declared_width(block: Block, heading: str, name: str) -> int:
     return max(len(heading), *(len(word) for row in block.rows for word in getattr(row, name).split()))
 
 
-def _table(block: Block, columns: tuple[Column, ...], separator: str, declared: tuple[tuple[str, str], ...]) -> Table:
+def _table(
+    block: Block, columns: tuple[Column, ...], separator: str, declared: tuple[tuple[str, str], ...], notes: bool
+) -> Table:
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("", min_width=_NAME_WIDTH, max_width=44, overflow="fold")
     table.add_column("provenance", no_wrap=True)
@@ -102,7 +115,7 @@ def _table(block: Block, columns: tuple[Column, ...], separator: str, declared: 
         table.add_column(heading, justify="right", no_wrap=True)
     rows = block.ordered_rows
     for row, following in zip(rows, (*rows[1:], None), strict=True):
-        shown = Text.assemble(row.name, (f"\n{row.note}", "italic dim") if row.note else "")
+        shown = Text.assemble(row.name, (f"\n{row.note}", "italic dim") if row.note and notes else "")
         properties = [getattr(row, field) or ABSENT for _, field in block.declared]
         if block.declared and not declared:
             named = zip(block.declared, properties, strict=True)

@@ -35,9 +35,10 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"errors", "store", "metrics", "types"},
     "run": GROUND | PEERS | {"assemble", "evaluate", "extractors", "protocols", "store", "report"},
     "tables": GROUND | PEERS | {"assemble", "extractors", "run", "report", "store"},
+    "paper_table": GROUND | PEERS | {"assemble", "run", "report", "tables"},
     "compare": GROUND | {"metrics", "store"},
     "lab": GROUND | PEERS | {"assemble", "evaluate", "extractors", "protocols", "run", "store"},
-    "cli": GROUND | {"assemble", "config", "lab", "report", "run", "tables"},
+    "cli": GROUND | {"assemble", "config", "lab", "paper_table", "report", "run", "tables"},
     "__main__": {"cli"},
 }
 MODELS = {"torch", "torchvision", "torchmetrics", "diffusers", "transformers", "open_clip"}

@@ -1,0 +1,81 @@
+"""Every table of a paper: all rows are quoted, and whatever has an extractor composes for both protocols and for the lab."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from composing import CONF, plainly
+
+from conceptseg.config import instantiate
+from conceptseg.paper_table import KINDS, overrides_of
+from conceptseg.report.published import load_claim, shipped
+from conceptseg.saliency.views import expand_views
+
+FOLDER = CONF / "table"
+SHEETS: dict[str, dict[str, Any]] = {
+    path.relative_to(FOLDER).with_suffix("").as_posix(): yaml.safe_load(path.read_text(encoding="utf-8"))
+    for path in sorted(FOLDER.glob("*/*.yaml"))
+}
+PAPER = {name: sheet for name, sheet in SHEETS.items() if "published" in sheet}
+EACH = pytest.mark.parametrize("name", PAPER)
+ROWS = [
+    pytest.param(sheet, block, row, kind, id=f"{name}: {row['name']}, {kind}")
+    for name, sheet in PAPER.items()
+    for block in sheet["blocks"]
+    for row in block["rows"]
+    for kind in KINDS
+    if "overrides" in row and kind in sheet
+]
+
+
+def test_every_table_that_was_promised_is_there():
+    wanted = {"imagenet_segmentation", "voc_single", "voc_multi", "ablation_space", "ablation_attention", "layers", "timesteps"}
+    assert {f"conceptattention/{one}" for one in wanted} <= PAPER.keys()
+    assert any(name.startswith("daam/") for name in PAPER)
+
+
+@EACH
+def test_every_row_of_the_paper_is_a_row_here(name):
+    sheet = PAPER[name]
+    quotes = {row.get("quotes", row["name"]) for block in sheet["blocks"] for row in block["rows"]}
+    claim = load_claim(shipped(sheet["published"]))
+    assert quotes - {None} <= {row.row for row in claim.rows}
+    if sheet["published"] == name.replace("/", "-") and sheet.get("quoted"):
+        assert {row.row for row in claim.rows} <= quotes
+    assert set(sheet.get("quoted", ())) <= claim.columns.keys()
+
+
+@EACH
+def test_a_row_without_an_extractor_says_what_it_needs(name):
+    for block in PAPER[name]["blocks"]:
+        for row in block["rows"]:
+            assert "overrides" in row or row["needs"]
+
+
+@pytest.mark.parametrize(("sheet", "block", "row", "kind"), ROWS)
+@pytest.mark.parametrize("on_lab", [False, True], ids=["real", "lab"])
+def test_a_row_composes_and_its_view_and_segmenter_exist(sheet, block, row, kind, on_lab):
+    if on_lab and "lab" not in row:
+        return
+    whole = plainly(*overrides_of(row, block, sheet, kind, on_lab))
+    segmenters = {s.key: s for s in instantiate(whole["protocol"], "protocol").segmenters}
+    segmenter = row.get("segmenter", sheet[kind]["segmenter"])
+    wanted = segmenter.get(kind, sheet[kind]["segmenter"]) if isinstance(segmenter, dict) else segmenter
+    assert wanted in segmenters
+    path = (whole["extractor"].get("backbone") or {}).get("path", "lab:")
+    assert path.startswith("lab:") or not on_lab
+    assert (whole["dataset"]["_target_"].rpartition(".")[2] == "Scenes") == on_lab or "needs" in row
+    view = row.get("view")
+    view = view.get(kind) if isinstance(view, dict) else view
+    assert view is None or view in whole["views"]
+
+
+def test_the_lab_models_that_ship_offer_what_the_rows_read():
+    sheet = PAPER["conceptattention/imagenet_segmentation"]
+    block = sheet["blocks"][0]
+    row = next(r for r in block["rows"] if r["name"] == "ConceptAttention Flux")
+    for kind in KINDS:
+        whole = plainly(*overrides_of(row, block, sheet, kind, on_lab=True))
+        assert "output" in expand_views(whole["views"], instantiate(whole["extractor"], "extractor").axes())

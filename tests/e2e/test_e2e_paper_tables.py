@@ -1,0 +1,68 @@
+"""Tables of papers: what can't be run is quoted and says what it needs; the lab fills rows under both protocols."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+
+def results_of(folder):
+    (path,) = folder.glob("results.json")
+    table = json.loads(path.read_text())
+    return table, [row for block in table["blocks"] for row in block["rows"]]
+
+
+@pytest.fixture(scope="module")
+def quoted(shared):
+    """A table of which nothing can be run on this machine."""
+    said = shared.run("table=conceptattention/ablation_attention")
+    return said, *results_of(shared.folder / "benchmarks" / "conceptattention-ablation_attention")
+
+
+def test_rows_without_weights_are_not_run_and_say_what_they_need_and_how(quoted):
+    said, _, rows = quoted
+    assert [row["status"] for row in rows] == ["not run"] * 4
+    note = rows[0]["note"]
+    assert note.startswith("needs FLUX.1-schnell, 34 GB in bf16 and gtsegs_ijcv.mat (scripts/fetch_imagenet_segmentation.py)")
+    assert "conceptseg dataset=imagenet_segmentation" in note and "protocol=imagenet_released" in note
+    assert rows[0]["extractor"] == "ConceptAttention"
+    assert "not run" in said.out and not any(row["run_id"] for row in rows)
+
+
+def test_quoted_numbers_stand_in_their_own_columns_with_their_mark(quoted):
+    _, table, rows = quoted
+    kinds = {column["name"]: column["kind"] for column in table["columns"]}
+    assert rows[3]["values"]["published/miou"] == {"value": 0.7104, "low": None, "high": None, "n": None, "mark": "\u2020"}
+    assert all(kinds[name] == "published" for row in rows for name in row["values"])
+    assert {kind for kind in kinds.values()} == {"published", "released", "standard"}
+    assert any("\u2020 is acc/(2-acc)" in note for note in table["notes"])
+
+
+def test_a_quoted_table_is_published_and_checks(quoted, shared):
+    assert "71.04\u2020" in (shared.folder / "RESULTS.md").read_text()
+    assert shared.run("--check", name="conceptseg-report").code == 0
+
+
+def test_the_lab_fills_both_protocols_beside_the_quoted_numbers(shared):
+    shared.run("table=conceptattention/ablation_attention", "table.backbones=lab", "dataset.count=2", "report.costs=true")
+    (folder,) = (shared.folder / "runs" / "tables").glob("conceptattention-ablation_attention-lab-*")
+    table, rows = results_of(folder)
+    assert [(row["status"], row["provenance"], row["n"]) for row in rows] == [("ok", "lab", 2)] * 4
+    for row in rows:
+        groups = {name.partition("/")[0] for name in row["values"]}
+        assert groups == {"published", "released", "standard", "cost_seconds", "cost_memory", "cost_passes"}
+        (other,) = row["also"]
+        assert other["kind"] == "standard" and other["run_id"] != row["run_id"]
+        accuracy = row["values"]["released/accuracy"]["value"]
+        assert row["values"]["released/published_miou_from_accuracy"]["value"] == pytest.approx(accuracy / (2 - accuracy))
+    assert "not to be held against quoted ones" in table["notes"][0]
+
+
+def test_the_layers_of_a_model_are_points_of_a_curve(shared):
+    shared.run("table=conceptattention/layers", "table.backbones=lab", "dataset.count=2")
+    (folder,) = (shared.folder / "runs" / "tables").glob("conceptattention-layers-lab-*")
+    table, rows = results_of(folder)
+    assert table["blocks"][0]["axis"] == "layer"
+    assert [row["x"] for row in rows] == [float(i) for i in range(len(rows))] and len(rows) > 1
+    assert {row["series"] for row in rows} == {"ConceptAttention Flux"}
