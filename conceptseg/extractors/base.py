@@ -28,7 +28,7 @@ class Extractor(ABC):
 
     version: ClassVar[int]
     """Raised whenever the numbers change; part of the run id."""
-    comparable: ClassVar[bool] = True
+    comparable: bool = True
     """May channels be compared by argmax?"""
     needs_truth: ClassVar[bool] = False
     """True for controls that are shown the mask; never for a method."""
@@ -72,6 +72,6 @@ class OneView(Extractor):
         """One map per concept, larger where the concept is."""
 
     def stream(self, batch: Batch, views: Sequence[View]) -> Iterator[SaliencyMaps]:
-        scores = self.saliency(batch)
+        scores = self.saliency(batch).float()
         for view in views:
             yield SaliencyMaps(view.key, scores, self.comparable)

@@ -1,0 +1,131 @@
+"""What methods on an image encoder share: what they declare, and how one map a class becomes one a concept."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from conceptseg.backbones.clip import CLIPBackbone
+from conceptseg.backbones.image_encoder import Explained, ImageEncoder
+from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.extractors.base import OneView, Provenance, Told
+from conceptseg.types import BACKGROUND, Batch
+
+TOLD_BY_CLASS: dict[str, Told] = {"predicted": "own prediction", "given": "true name"}
+
+
+class ImageModelMethod(OneView):
+    """A method that shows images, as they are, to one encoder."""
+
+    def __init__(self, backbone: ImageEncoder) -> None:
+        self.backbone = backbone
+        self.trained_on = backbone.trained_on
+
+    @property
+    def provenance(self) -> Provenance:
+        return self.backbone.provenance
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "backbone": self.backbone.identity()}
+
+
+def on_every_channel(batch: Batch, maps: Float[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
+    """A map without words, once for each of them."""
+    return repeat(maps, "B h w -> B C h w", C=len(batch.concepts[0]))
+
+
+class ClassMethod(ImageModelMethod):
+    """A method that explains one class score, and says of which class.
+
+    explained_class: "predicted" explains the model's own most probable label, whatever was asked for, and shows that map on
+        every channel; "given" explains each class word that was asked for and leaves background channels at 0. Maps of two
+        classes have no common scale, so channels are not compared.
+    """
+
+    comparable = False
+
+    def __init__(self, backbone: ImageEncoder, explained_class: str = "predicted") -> None:
+        super().__init__(backbone)
+        if explained_class not in TOLD_BY_CLASS:
+            raise ConfigError(
+                f'extractor.explained_class: unknown "{explained_class}". {did_you_mean(explained_class, TOLD_BY_CLASS)}'
+            )
+        self.explained_class, self.told = explained_class, TOLD_BY_CLASS[explained_class]
+
+    def by_class(
+        self, batch: Batch, output: Float[Tensor, "B k"], explain: Callable[[Explained], Float[Tensor, "B h w"]]
+    ) -> Float[Tensor, "B C h w"]:
+        """Maps of `explain` on the channels they belong to. It is called once a class word that some image asks for."""
+        if self.explained_class == "predicted":
+            return on_every_channel(batch, explain(self.backbone.predicted(output)).detach())
+        channels: list[Tensor | None] = []
+        labels = torch.tensor([c.labels for c in batch.concepts], device=output.device)
+        for channel in range(labels.shape[1]):
+            asked = labels[:, channel] != BACKGROUND
+            if not asked.any():
+                channels.append(None)
+                continue
+            # An image for which this channel is background lends its first class word, and the map is put to 0 below.
+            names = [
+                c.names[channel if label else next(i for i, v in enumerate(c.labels) if v)]
+                for c, label in zip(batch.concepts, asked.tolist(), strict=True)
+            ]
+            maps = explain(self.backbone.named(names)).detach()
+            channels.append(torch.where(asked[:, None, None], maps, torch.zeros_like(maps)))
+        shown = next(m for m in channels if m is not None)
+        return torch.stack([torch.zeros_like(shown) if m is None else m for m in channels], dim=1)
+
+
+class PatchTextMethod(ImageModelMethod):
+    """Cosine of patch vectors with the vector of each word: implement `patch_vectors`."""
+
+    told = "true name"
+    backbone: CLIPBackbone
+
+    def __init__(self, backbone: CLIPBackbone) -> None:
+        super().__init__(backbone)
+        needs_text(backbone)
+
+    @abstractmethod
+    def patch_vectors(self, batch: Batch) -> Float[Tensor, "B h w k"]:
+        """Vectors in the space that image and text share."""
+
+    def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
+        with torch.no_grad():
+            vectors = normalize(self.patch_vectors(batch), dim=-1)
+            words = word_vectors(self.backbone, batch)
+            return torch.einsum("bhwk,bck->bchw", vectors, words)
+
+
+def word_vectors(backbone: CLIPBackbone, batch: Batch) -> Float[Tensor, "B C k"]:
+    """Unit vectors of the words that each image is asked about."""
+    flat = [name for concepts in batch.concepts for name in concepts.names]
+    return rearrange(backbone.text_vectors(flat), "(B C) k -> B C k", B=len(batch))
+
+
+def needs_text(backbone: object) -> None:
+    """Raises ConfigError for an encoder that reads no text."""
+    if not isinstance(backbone, CLIPBackbone):
+        raise ConfigError(
+            f"extractor.backbone is a {type(backbone).__name__}, which reads no text, and this method compares patches with "
+            f"words. Choose a CLIP model (backbone@extractor.backbone=lab_clip or clip_vit_b_16_laion2b)."
+        )
+
+
+def needs_gradient(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+    """The same images as the root of a graph: the model's own weights take no gradient."""
+    return images.detach().clone().requires_grad_()
+
+
+def last_layers(count: int, depth: int, key: str) -> range:
+    """The last `count` blocks. Raises ConfigError where there are fewer."""
+    if not 0 < count <= depth:
+        raise ConfigError(f"extractor.{key} is {count}, but this model has {depth} blocks: wanted 1 to {depth}.")
+    return range(depth - count, depth)
