@@ -1,0 +1,48 @@
+"""NACLIP (Hajimiri et al. 2025, arXiv:2404.08181): the last block attends by keys alone and to its neighbourhood."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from conceptseg.backbones.clip import CLIPBackbone
+from conceptseg.backbones.taps import TapSet
+from conceptseg.backbones.tower import tap_normed
+from conceptseg.extractors.image_model import PatchTextMethod
+from conceptseg.types import Batch
+
+
+def neighbourhood(grid: tuple[int, int], sigma: float) -> Float[Tensor, "L L"]:
+    """exp(-distance² / 2σ²) between patches, distances in patches; 1 on the diagonal."""
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    at = torch.stack([rows.flatten(), columns.flatten()], dim=1).double()
+    return torch.exp(-((at[:, None] - at[None]) ** 2).sum(-1) / (2 * sigma**2))
+
+
+class NACLIP(PatchTextMethod):
+    """softmax(k kᵀ / √d + neighbourhood) times the values, through the output projection; residual and MLP are dropped.
+
+    sigma: of the neighbourhood, in patches.
+    """
+
+    version = 1
+
+    def __init__(self, backbone: CLIPBackbone, sigma: float = 5.0) -> None:
+        super().__init__(backbone)
+        self.sigma = sigma
+
+    def patch_vectors(self, batch: Batch) -> Float[Tensor, "B h w k"]:
+        tower, last = self.backbone.tower, len(self.backbone.tower.blocks) - 1
+        normed: list[Tensor] = []
+        with TapSet(self.backbone.model) as taps:
+            tap_normed(taps, tower, last, normed.append)
+            self.backbone.run(self.backbone.images(batch.tasks), taps)
+        _, keys, values = tower.query_key_value(last, normed[0])
+        near = pad(neighbourhood(tower.grid, self.sigma), (tower.prefix, 0, tower.prefix, 0)).to(keys)
+        attention = torch.softmax(keys @ keys.mT * keys.shape[-1] ** -0.5 + near, dim=-1)
+        proj = tower.blocks[last].proj
+        mixed = linear(rearrange(attention @ values, "B A T k -> B T (A k)"), proj.weight, proj.bias)
+        return rearrange(self.backbone.project(mixed[:, tower.prefix :]), "B (h w) k -> B h w k", h=tower.grid[0])
