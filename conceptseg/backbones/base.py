@@ -137,7 +137,7 @@ def sample_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
 
 
-def sample_noise(shape: Sequence[int], seed: int, keys: Sequence[str], draw: int) -> Float[Tensor, "B c H W"]:
+def sample_noise(shape: Sequence[int], seed: int, keys: Sequence[str], draw: int) -> Float[Tensor, "B *c H W"]:
     """Standard normal noise [B *shape], float32, that depends on (seed, sample key, draw) and not on batch or rank."""
     return torch.stack(
         [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(sample_seed(seed, key, draw))) for key in keys]

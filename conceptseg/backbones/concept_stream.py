@@ -168,6 +168,8 @@ class ConceptCarrier(ABC):
     def __init__(self, stream: ConceptStream) -> None:
         self.stream = stream
         self.state: dict[str, Any] = {}
+        self.image_tokens = 0
+        """Tokens of the image's own, without what a model appends to them; set before `attach`."""
 
     @abstractmethod
     def attach(self, taps: TapSet) -> None:

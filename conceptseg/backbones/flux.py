@@ -6,15 +6,18 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from conceptseg.backbones.concept_stream import ConceptCarrier, Heads
+from conceptseg.backbones.concept_stream import ConceptCarrier, ConceptStream, Heads
+from conceptseg.backbones.encode_only import EncodeOnlyFlux
 from conceptseg.backbones.latents import image_ids, pack, unpack
 from conceptseg.backbones.mmdit import MultiModalBackbone, Prompts, chosen
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
+from conceptseg.errors import ConfigError
 
 
 class FluxCarrier(ConceptCarrier):
@@ -97,10 +100,26 @@ class FluxBackbone(MultiModalBackbone):
     carrier = FluxCarrier
     text_parts = ("text_encoder", "clip")
 
-    def __init__(self, path: str, revision: str | None = None, pooled: str = "zeros", **settings: Any) -> None:
+    def __init__(
+        self, path: str, revision: str | None = None, pooled: str = "zeros", load: str = "whole", **settings: Any
+    ) -> None:
         super().__init__(path, revision, **settings)
         chosen("pooled", pooled, ("zeros", "caption"))
-        self.pooled = pooled
+        chosen("load", load, ("whole", "encode_only"))
+        if load == "encode_only" and pooled == "caption":
+            raise ConfigError(
+                "extractor.backbone.load is encode_only, which makes constants of the modulation, but extractor.backbone.pooled "
+                "is caption, which makes it another for every caption. Use pooled=zeros or load=whole."
+            )
+        self.pooled, self.load = pooled, load
+
+    @cached_property
+    def cut(self) -> EncodeOnlyFlux:
+        """Reads and holds the cut transformer of load=encode_only."""
+        return EncodeOnlyFlux(self.checkpoint, self.config, self.dtype, self.device)
+
+    def release(self, *parts: str) -> None:
+        super().release(*parts, *(["cut"] if "transformer" in parts else []))
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), **({} if self.pooled == "zeros" else {"pooled": self.pooled})}
@@ -171,6 +190,31 @@ class FluxBackbone(MultiModalBackbone):
 
     # ------------------------------------------------------------ the denoiser
 
+    def denoise(
+        self,
+        noisy: Float[Tensor, "R *c H W"],
+        level: float | Float[Tensor, " R"],
+        prompts: Prompts,
+        stream: ConceptStream | None = None,
+        guidance: float = 0.0,
+    ) -> Tensor | None:
+        if self.load == "encode_only":
+            if stream is None or not stream.stop or isinstance(level, Tensor):
+                raise ConfigError(
+                    "extractor.backbone.load is encode_only, so there is no output to make an image of. "
+                    "Use load=whole to generate."
+                )
+            conditions = (float(level), guidance, len(noisy))
+            self.transformer = self.cut.at(stream.last_layer, conditions, lambda model: self._conditioning(model, *conditions))
+        return super().denoise(noisy, level, prompts, stream, guidance)
+
+    @torch.inference_mode()
+    def _conditioning(self, model: Any, level: float, guidance: float, rows: int) -> Float[Tensor, "R d"]:
+        """What every modulation of one forward pass is made of, as the stock model forms it."""
+        told = [level, guidance] if self.config.get("guidance_embeds") else [level]
+        scaled = [torch.full((rows,), value, dtype=torch.float64, device=self.device).to(self.dtype) * 1000 for value in told]
+        return model.time_text_embed(*scaled, self.zero_pooled(rows))
+
     @property
     def latent_channels(self) -> int:
         return int(self.config["in_channels"]) // 4
@@ -185,6 +229,9 @@ class FluxBackbone(MultiModalBackbone):
             guidance=torch.full((rows,), guidance, device=self.device) if self.config.get("guidance_embeds") else None,
             return_dict=False,
         )[0]  # fmt: skip
+
+    def sigmas(self, steps: int) -> dict[str, Any]:
+        return {"sigmas": np.linspace(1.0, 1 / steps, steps).tolist()}
 
     def as_latents(self, velocity: Tensor, grid: tuple[int, ...]) -> Tensor:
         return unpack(velocity, (grid[0], grid[1]))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -203,10 +204,21 @@ class MultiModalBackbone(ABC):
     def encode(self, strings: Sequence[str]) -> Iterable[TextRecord]:
         """One record a string: "tokens" [N d], "length" [] (tokens before the end mark), "pooled" [p] if the family has it."""
 
+    @cached_property
+    def text_pipeline(self) -> Any:
+        """The checkpoint's own pipeline with nothing but its text parts, in families whose text comes from a chat model."""
+        from diffusers import DiffusionPipeline
+
+        with self.checkpoint.loading("text_encoder"):
+            pipeline = DiffusionPipeline.from_pretrained(
+                transformer=None, vae=None, torch_dtype=self.dtype, **self.checkpoint.source()
+            )
+        return pipeline.to(self.device)
+
     @property
-    @abstractmethod
     def tokenizer(self) -> Any:
         """The tokenizer whose tokens stand for concepts."""
+        return self.text_pipeline.tokenizer
 
     def encode_text(self, strings: Sequence[str]) -> None:
         """Put every string that is new into the cache. Raises DataError for a word the tokenizer does not know."""
@@ -255,6 +267,10 @@ class MultiModalBackbone(ABC):
         self.encode_text(captions)
         return Prompts(self._stacked("tokens", captions))
 
+    def generation_prompts(self, captions: Sequence[str]) -> Prompts:
+        """Encoded captions as the model was trained on them, for making images."""
+        return self.prompts(captions)
+
     def concepts(self, names: Sequence[Sequence[str]]) -> ConceptTokens:
         """Tokens of each row's words, every word encoded alone; of several tokens, what `concept_pooling` says."""
         self.encode_text([word for row in names for word in row])
@@ -284,7 +300,7 @@ class MultiModalBackbone(ABC):
                 z = z + posterior.std * noise.to(z)
         return (z - (self.vae.config["shift_factor"] or 0.0)) * self.vae.config["scaling_factor"]
 
-    def images(self, latents: Float[Tensor, "B c H W"]) -> Float[Tensor, "B 3 H W"]:
+    def images(self, latents: Float[Tensor, "B *c h w"]) -> Float[Tensor, "B *f 3 H W"]:
         """Scaled latents -> images in 0..1."""
         with torch.inference_mode():
             z = latents.to(self.vae_dtype) / self.vae.config["scaling_factor"] + (self.vae.config["shift_factor"] or 0.0)
@@ -324,11 +340,44 @@ class MultiModalBackbone(ABC):
         """Image tokens as the maps lay them out: (h, w), or (f, h, w) for video."""
         return latents.shape[-2] // 2, latents.shape[-1] // 2
 
+    def fitting_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of these proportions that tokens tile, at about the area of `size`."""
+        step = self.pixels_per_token
+        scale = (self.size[0] * self.size[1] / (height * width)) ** 0.5
+        if self.largest_grid is not None:
+            scale = min(scale, step * self.largest_grid / max(height, width))
+        return max(step, round(height * scale / step) * step), max(step, round(width * scale / step) * step)
+
+    @property
+    def largest_grid(self) -> int | None:
+        """Tokens a side above which the model has no positions; None where it has for any."""
+        return None
+
+    # ------------------------------------------------------------ making images
+
+    classifier_free: ClassVar[bool] = False
+    """Whether the family is guided by a second pass without a caption, rather than told a strength."""
+
+    def levels(self, steps: int, tokens: int) -> list[float]:
+        """Noise levels of the checkpoint's own schedule, from its first to 0, steps + 1 of them."""
+        scheduler = self.scheduler
+        shift = {"mu": shift_of(tokens, scheduler.config)} if scheduler.config.get("use_dynamic_shifting") else {}
+        scheduler.set_timesteps(steps, **self.sigmas(steps), **shift)
+        return [float(sigma) for sigma in scheduler.sigmas]
+
+    def sigmas(self, steps: int) -> dict[str, Any]:
+        """What the family's pipeline asks of its scheduler beyond the number of steps."""
+        return {}
+
     # ------------------------------------------------------------ one denoiser call
 
     @abstractmethod
     def call(self, noisy: Tensor, level: Float[Tensor, " R"], prompts: Prompts, guidance: float) -> Tensor:
         """The stock model's answer to noisy latents [R c H W] at levels in 0..1, as it gives it."""
+
+    def mix(self, noise: Tensor, latents: Tensor, level: float) -> Tensor:
+        """Latents at a noise level in 0..1, on the straight line from image to noise that flow matching takes."""
+        return level * noise + (1 - level) * latents
 
     def as_latents(self, velocity: Tensor, grid: tuple[int, ...]) -> Tensor:
         """The answer in the shape of the latents."""
@@ -349,11 +398,13 @@ class MultiModalBackbone(ABC):
             if stream is None:
                 return self.call(noisy.to(self.dtype), levels, prompts, guidance)
             with TapSet(self.transformer) as taps:
-                self.carrier(stream).attach(taps)
+                carrier = self.carrier(stream)
+                carrier.image_tokens = prod(self.grid(noisy))
+                carrier.attach(taps)
                 return taps.run(lambda: self.call(noisy.to(self.dtype), levels, prompts, guidance))
 
 
-def pooled_tokens(rows: Sequence[Sequence[Float[Tensor, "n d"]]], pooling: str) -> ConceptTokens:
+def pooled_tokens(rows: Sequence[Sequence[Float[Tensor, "_ d"]]], pooling: str) -> ConceptTokens:
     """Rows of words, each given by its tokens -> the tokens that travel, and what share each has in its word.
 
     Source of "first": Helbling et al. 2025 as released (the other poolings are this project's).
@@ -379,6 +430,16 @@ def _one_token(tokens: Float[Tensor, "n d"], pooling: str) -> Float[Tensor, " d"
     if pooling == "mean":
         return tokens.mean(0)
     return tokens.amax(0) if pooling == "max" else tokens[0 if pooling == "first" else -1]
+
+
+def shift_of(tokens: int, config: Mapping[str, Any]) -> float:
+    """mu of a schedule that is shifted by the number of image tokens: linear through two points of its config.
+
+    Source: spec §1.12; the points of diffusers' schedulers where the config lacks them.
+    """
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(low + (tokens - few) * (high - low) / (many - few))
 
 
 def chosen(key: str, value: str, choices: Sequence[str]) -> None:

@@ -137,6 +137,7 @@ class SD3Backbone(MultiModalBackbone):
     carrier = SD3Carrier
     spaces = tuple(s for s in SPACES if s != "output_projected")
     text_parts = ("text_encoder", "text_encoders")
+    classifier_free = True
 
     def __init__(
         self, path: str, revision: str | None = None, clip_tokens: int = 77, concept_text: str = "joined", **settings: Any
@@ -210,7 +211,7 @@ class SD3Backbone(MultiModalBackbone):
         record = self.texts[word]
         return record["tokens"][self.clip_tokens :][: max(1, int(record["length"]))].to(self.device)
 
-    def _joined_words(self, words: Sequence[str]) -> tuple[Float[Tensor, "m d"], list[Float[Tensor, "n d"]]]:
+    def _joined_words(self, words: Sequence[str]) -> tuple[Float[Tensor, "m d"], list[Tensor]]:
         """CLIP tokens of one joined prompt: those before the first word (begin-of-text), and those of each word."""
         tokenizer, joined = self.tokenizers[0], " ".join(words)
         marks = int(tokenizer(joined).input_ids[0] == tokenizer.bos_token_id)
@@ -224,6 +225,10 @@ class SD3Backbone(MultiModalBackbone):
         return tokens[:marks], list(tokens[marks : marks + sum(counts)].split(counts))
 
     # ------------------------------------------------------------ the denoiser
+
+    @property
+    def largest_grid(self) -> int | None:
+        return int(self.config["pos_embed_max_size"])
 
     def grid(self, latents: Tensor) -> tuple[int, ...]:
         patch = int(self.config["patch_size"])

@@ -9,26 +9,34 @@ below (what is run).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from inspect import signature
+from math import prod
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from conceptseg.backbones.base import sample_noise, sample_seed, shared_noise, stack_images
 from conceptseg.backbones.concept_stream import SPACES, BlockActivations, ConceptStream, ConceptTokens
 from conceptseg.backbones.mmdit import MultiModalBackbone, Prompts
+from conceptseg.backbones.sheets import backbone_of
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.extractors.base import Extractor, Provenance
+from conceptseg.extractors.explanation import Explanation, as_pixels, read_pixels
 from conceptseg.saliency.cells import CellStore, cell_scores, kinds_by_layer
 from conceptseg.saliency.normalize import linear_over_concepts, unit_length
-from conceptseg.saliency.views import Axes, CellKind, Normalize, View
+from conceptseg.saliency.views import Axes, CellKind, Normalize, View, expand_views
 from conceptseg.types import Batch, SaliencyMaps
 
 
 class ConceptAttention(Extractor):
-    """Reads real images noised to a level t, in as many forward passes as there are timesteps.
+    """Reads real images noised to a level t, in as many forward passes as there are timesteps; or images while they are made.
 
     concept_cross_attention, concept_self_attention: what concepts attend to (the paper's Table 4; both on is the method).
     noise: "per_sample" depends on (seed, sample, draw) alone; "shared" is the reference's: one noise for all images from
@@ -120,18 +128,114 @@ class ConceptAttention(Extractor):
             cross_attention=self.cross_attention, self_attention=self.self_attention, present=concepts.present, **options,
         )  # fmt: skip
 
+    # ------------------------------------------------------------ maps while an image is made
+
+    def generate(
+        self,
+        captions: Sequence[str],
+        concepts: Sequence[Sequence[str]],
+        views: Sequence[View],
+        steps: int = 4,
+        size: tuple[int, int] | None = None,
+        guidance: float = 0.0,
+        negative: str = "",
+        read_steps: Sequence[int] | None = None,
+    ) -> tuple[Float[Tensor, "B *f 3 H W"], list[SaliencyMaps]]:
+        """Make one image a caption and read each view on the way, over all steps or those numbered in `read_steps`.
+
+        A view's own timesteps are replaced by the levels of the steps that are read. Image b starts from noise of seed + b, on
+        the CPU in float32. guidance: what a guidance-distilled model is told, or, in families with classifier-free guidance, its
+        strength (on above 1; concepts accompany the conditional half). Raises ConfigError for a size that tokens do not tile.
+        Source: Helbling et al. 2025, arXiv:2502.04320, section 4; released pipeline (spec §1.13).
+        """
+        backbone, cells = self.backbone, CellStore()
+        prompts, tokens = backbone.generation_prompts(captions), backbone.concepts(concepts)
+        halves = guidance > 1 and backbone.classifier_free
+        both = prompts.after(backbone.generation_prompts([negative] * len(captions))) if halves else prompts
+        shape = backbone.latent_shape(*(size or backbone.size))
+        starts = [torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + b)) for b in range(len(captions))]
+        x = torch.stack(starts).to(backbone.device)
+        grid = backbone.grid(x)
+        levels = backbone.levels(steps, prod(grid))
+        read = range(steps) if read_steps is None else sorted({range(steps)[k] for k in read_steps})
+        asked = [replace(view, timesteps=tuple(levels[k] for k in read), draws=1) for view in views]
+        rows = slice(len(captions), None) if halves else slice(None)
+        for step, level in enumerate(levels[:-1]):
+            stream = self.concept_stream(tokens, asked, level, 1, cells, rows=rows, stop=False) if step in read else None
+            answer = backbone.denoise(torch.cat([x, x]) if halves else x, level, both, stream, guidance)
+            assert answer is not None
+            velocity = backbone.as_latents(answer, grid).float()
+            if halves:
+                without, with_caption = velocity.chunk(2)
+                velocity = without + guidance * (with_caption - without)
+            x = x + (levels[step + 1] - level) * velocity
+        maps = [SaliencyMaps(view.key, cells.read(view, grid), self.comparable) for view in asked]
+        return backbone.images(x), maps
+
+    # ------------------------------------------------------------ for people
+
+    @classmethod
+    def from_pretrained(cls, path: str, revision: str | None = None, device: str = "cpu", **settings: Any) -> ConceptAttention:
+        """ConceptAttention on a hub repository, a folder, "lab:<name>", or a sheet of conf/backbone.
+
+        settings: of the backbone or of this class. Repositories that conf/backbone knows need no revision. No weights are read.
+        """
+        own = {k: settings.pop(k) for k in list(settings) if k in signature(cls).parameters}
+        return cls(backbone_of(path, revision, device, **settings), **own)
+
+    def explain(
+        self,
+        image_or_prompt: Image.Image | np.ndarray | Path | str,
+        concepts: Sequence[str],
+        caption: str | None = None,
+        size: tuple[int, int] | None = None,
+        steps: int = 4,
+        guidance: float = 0.0,
+        **view: Any,
+    ) -> Explanation:
+        """Where the model finds each concept in an image, or in the image that it makes of a prompt.
+
+        image_or_prompt: a PIL image, RGB array ([H W 3], uint8, or float in 0..1) or Path to read; a string is a prompt.
+        caption: what is said of a real image; by default "a x and a y" of the concepts. size: (height, width) the model is shown;
+        by default the image's own proportions at the area of the backbone's image size. steps, guidance: for prompts.
+        view: settings of the view: space, layers, timesteps, draws, normalize, softmax, fold, blur; by default the paper's:
+        output space, upper half of the layers, t = 0.5 (prompts: all steps), softmax over concepts. Raises ConfigError, ViewError
+        or DataError.
+        """
+        names = tuple(concepts)
+        if not names or isinstance(concepts, str):
+            raise ConfigError(f"explain: wanted a list of concepts, such as ['dragon', 'rock'], but got {concepts!r}.")
+        chosen = {"space": "output", "layers": "last half", "timesteps": [0.5], "softmax": "per_cell", **view}
+        (one,) = expand_views({"view": chosen}, self.axes()).values()
+        about = {"backbone": self.backbone.identity(), "provenance": self.provenance}
+        if isinstance(image_or_prompt, str):
+            images, (maps,) = self.generate([image_or_prompt], [names], [one], steps, size, guidance)
+            return Explanation(
+                names, maps.scores[0], as_pixels(images[0]), {**about, "prompt": image_or_prompt, "view": maps.view}
+            )
+        image = read_pixels(image_or_prompt)
+        size = size or self.backbone.fitting_size(image.shape[0], image.shape[1])
+        shown = stack_images([image.astype(np.float32) / 255], size, self.backbone.resize)
+        said = " and ".join(f"a {name}" for name in names) if caption is None else caption
+        prompts, tokens = self.backbone.prompts([said]), self.backbone.concepts([names])
+        latents = self.backbone.latents(shown)
+        found = self.read_cells(latents, prompts, tokens, ["explained"], [one]).read(one, self.backbone.grid(latents))[0]
+        return Explanation(names, found, image, {**about, "caption": said, "view": one.key})
+
+    # ------------------------------------------------------------ noise
+
     def noised(
         self, latents: Float[Tensor, "B *c H W"], level: float, keys: Sequence[str], draws: int
     ) -> tuple[Float[Tensor, "R *c H W"], float]:
         """t · noise + (1 - t) · latents for every image and draw (draws fastest), and the t that the model is told."""
         if self.noise == "per_sample":
             noise = torch.stack([sample_noise(latents.shape[1:], self.seed, keys, d) for d in range(draws)], dim=1).to(latents)
-            return rearrange(level * noise + (1 - level) * latents[:, None], "B N ... -> (B N) ..."), level
+            return rearrange(self.backbone.mix(noise, latents[:, None], level), "B N ... -> (B N) ..."), level
         dtype = torch.bfloat16 if self.backbone.dtype == torch.float32 else self.backbone.dtype
         noise = torch.stack(
             [shared_noise(latents.shape[1:], self.seed, d, self.backbone.device, dtype) for d in range(draws)], dim=1
         )
-        mixed = level * noise + (1 - level) * latents[:, None].to(dtype)
+        mixed = self.backbone.mix(noise, latents[:, None].to(dtype), level)
         return rearrange(mixed, "B N ... -> (B N) ..."), float(torch.tensor(level, dtype=dtype))
 
 

@@ -31,6 +31,14 @@ HEADLINES: dict[str, tuple[str, ...]] = {
     "flux_voc_single_standard": (*FLUX, "dataset=pascal_voc", "protocol=voc_single_standard"),
     "flux_voc_multi_standard": (*FLUX, "dataset=pascal_voc", "protocol=voc_multi_standard"),
 }
+HEADLINES |= {
+    name: (f"experiment={name}",)
+    for name in (
+        "ca_imagenet_paper", "ca_imagenet_standard", "ca_voc_single_paper", "ca_voc_single_standard", "ca_voc_multi_paper",
+        "ca_voc_multi_standard", "ca_table1_imagenet_sd35", "ca_table1_voc_single_sd35", "ca_table3", "ca_table4_both",
+        "ca_table4_cross_only", "ca_table4_self_only", "ca_table4_neither", "ca_figure7_layers", "ca_figure7_timesteps",
+    )
+}  # fmt: skip
 NUMBERS = ("extractor", "dataset", "protocol", "views")
 """What a run id and its numbers depend on; how a run is carried out and printed is left out."""
 

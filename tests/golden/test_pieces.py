@@ -115,7 +115,7 @@ def test_a_concept_is_embedded_as_the_first_token_of_its_word_alone(pieces, tmp_
     backbone.tokenizer = Words()
     backbone.text_encoder = lambda input_ids: SimpleNamespace(last_hidden_state=pieces["embed.t5_hidden"][input_ids[:, 0]])
     backbone.config = {"pooled_projection_dim": 9}
-    assert torch.equal(backbone.concepts([["0", "1", "2"]]), pieces["embed.concepts"])
+    assert torch.equal(backbone.concepts([["0", "1", "2"]]).tokens, pieces["embed.concepts"])
     assert torch.equal(backbone.zero_pooled(1), pieces["embed.vec"])
     assert not pieces["embed.concept_ids"].any()
 

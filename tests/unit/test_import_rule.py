@@ -36,9 +36,11 @@ ALLOWED: dict[str, set[str]] = {
     "run": GROUND | PEERS | {"assemble", "evaluate", "extractors", "protocols", "store", "report"},
     "tables": GROUND | PEERS | {"assemble", "extractors", "run", "report", "store"},
     "paper_table": GROUND | PEERS | {"assemble", "run", "report", "tables"},
+    "html_report": GROUND | PEERS | {"config", "protocols", "report", "store"},
     "compare": GROUND | {"metrics", "store"},
     "lab": GROUND | PEERS | {"assemble", "evaluate", "extractors", "protocols", "run", "store"},
-    "cli": GROUND | {"assemble", "config", "lab", "paper_table", "report", "run", "tables"},
+    "explain": GROUND | {"extractors"},
+    "cli": GROUND | {"assemble", "config", "html_report", "lab", "paper_table", "report", "run", "tables"},
     "__main__": {"cli"},
 }
 MODELS = {"torch", "torchvision", "torchmetrics", "diffusers", "transformers", "open_clip"}

@@ -1,0 +1,73 @@
+"""What a sweep costs beside one view: every layer x three spaces, read from the same forward pass.
+
+    python benchmarks/speed/sweep.py [--rounds 15]
+
+Two models: the shipped lab Flux, and one of its widths with the 19 double blocks of FLUX.1 (random weights). One view reads the
+output space of the last layer, so both sides run the same blocks. Rounds of both sides alternate; medians are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from statistics import median
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+from conceptseg.backbones.concept_stream import ConceptTokens
+from conceptseg.backbones.flux import FluxBackbone
+from conceptseg.backbones.mmdit import Prompts
+from conceptseg.extractors.concept_attention import ConceptAttention
+from conceptseg.saliency.views import Axes, Softmax, View, expand_views
+
+SPACES = ["output", "cross", "value"]
+
+
+def deep_flux() -> FluxBackbone:
+    """The lab Flux's widths with 19 double blocks, random weights."""
+    torch.manual_seed(0)
+    backbone = FluxBackbone("lab:flux")
+    config = {**backbone.config, "num_layers": 19}
+    backbone.transformer, backbone.config = FluxTransformer2DModel.from_config(config).eval(), config
+    return backbone
+
+
+def seconds(extractor: ConceptAttention, views: list[View], rows: int, side: int) -> float:
+    """Wall time of one batch of `rows` images with seven concepts."""
+    config = extractor.backbone.config
+    g = torch.Generator().manual_seed(0)
+    latents = torch.randn(rows, config["in_channels"] // 4, 2 * side, 2 * side, generator=g)
+    prompts = Prompts(torch.randn(rows, 16, config["joint_attention_dim"], generator=g))
+    concepts = ConceptTokens(torch.randn(rows, 7, config["joint_attention_dim"], generator=g))
+    started = time.perf_counter()
+    extractor.read_cells(latents, prompts, concepts, [str(k) for k in range(rows)], views)
+    return time.perf_counter() - started
+
+
+def ratio(backbone: FluxBackbone, rounds: int, rows: int = 8, side: int = 16) -> tuple[float, int, int]:
+    """(time of all cells over time of one view, number of cells, forward passes of one sweep)."""
+    extractor = ConceptAttention(backbone)
+    axes = Axes(backbone.spaces, backbone.layers, has_timesteps=True)
+    setting = {"space": SPACES, "each": "layer", "timesteps": [0.5], "softmax": "per_cell"}
+    sweep = list(expand_views({"all": setting}, axes).values())
+    one = [View("output", (backbone.layers[-1],), (0.5,), softmax=Softmax.PER_CELL)]
+    before = backbone.forward_passes
+    seconds(extractor, sweep, rows, side)  # also warms up
+    passes = backbone.forward_passes - before
+    seconds(extractor, one, rows, side)
+    pairs = [(seconds(extractor, sweep, rows, side), seconds(extractor, one, rows, side)) for _ in range(rounds)]
+    return median(a for a, _ in pairs) / median(b for _, b in pairs), len(sweep), passes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
+    for name, backbone in (("lab:flux", FluxBackbone("lab:flux")), ("lab width, 19 double blocks", deep_flux())):
+        found, cells, passes = ratio(backbone, rounds)
+        print(f"{name}: {cells} cells in {passes} forward pass: {found:.3f} x the time of one view")
+
+
+if __name__ == "__main__":
+    main()

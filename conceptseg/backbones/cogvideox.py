@@ -1,0 +1,168 @@
+"""CogVideoX: a stock CogVideoXTransformer3DModel; maps are frames x height x width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from conceptseg.backbones.concept_stream import SPACES, ConceptCarrier, Heads
+from conceptseg.backbones.mmdit import MultiModalBackbone, Prompts
+from conceptseg.backbones.taps import TapSet
+from conceptseg.backbones.text_cache import TextRecord
+from conceptseg.errors import ConfigError
+
+
+class CogVideoXCarrier(ConceptCarrier):
+    """Concepts beside text and video, which share one set of weights; concepts take the text's part of every modulation.
+
+    The released code pads concepts with zeros to 226 tokens, which join its attention and its softmax; here there is no padding.
+    Source: Helbling et al. 2025, arXiv:2502.04320, as released (spec §3.3), but for that.
+    """
+
+    def attach(self, taps: TapSet) -> None:
+        taps.before("patch_embed", self._embed)
+        for layer, path, block in self.wanted_blocks(taps, "transformer_blocks"):
+            attention = block.attn1
+            self.refuse_fused(f"{path}.attn1", attention)
+            taps.before(path, self._inputs)
+            # Queries and keys are rotated in place after these modules: what is kept must be a copy.
+            for name, norm, projection in (("queries", "norm_q", "to_q"), ("keys", "norm_k", "to_k")):
+                if getattr(attention, norm) is None:
+                    taps.after(f"{path}.attn1.{projection}", self.keep(name, lambda x, a=attention: _heads(x, a).clone()))  # type: ignore[misc]
+                else:
+                    taps.after(f"{path}.attn1.{norm}", self.keep(name, lambda x: x.transpose(1, 2).clone()))
+            taps.after(f"{path}.attn1.to_v", self.keep("values", lambda x, a=attention: _heads(x, a)))  # type: ignore[misc]
+            taps.before(f"{path}.attn1.to_out.0", self._at_output(layer, block))
+
+    def _embed(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.state["residual"] = module.text_proj(self.stream.concepts.to(args[0].dtype))
+
+    def _inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.state["temb"] = kwargs["temb"][self.stream.rows]
+        self.state["rotary"] = kwargs["image_rotary_emb"]
+        self.state["text"] = kwargs["encoder_hidden_states"].shape[1]
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        rotary = self.state["rotary"]
+        return x if rotary is None else apply_rotary_emb(x, rotary, sequence_dim=1)
+
+    def _at_output(self, layer: int, block: Any) -> Any:
+        def at_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._advance(layer, block, image_outputs=args[0][self.stream.rows][:, self.state["text"] :])
+
+        return at_output
+
+    def _advance(self, layer: int, block: Any, image_outputs: Float[Tensor, "R L D"]) -> None:
+        """One block for the concepts: attention, scoring, residual update."""
+        state, attention, text = self.state, block.attn1, self.state["text"]
+        residual = state["residual"]
+        _, normed, _, gate = block.norm1.forward(residual, residual, state["temb"])
+        # forward(): the video's queries, keys and values are read at these very modules.
+        concepts = Heads(
+            _normed(attention.norm_q, _heads(attention.to_q.forward(normed), attention)),
+            _normed(attention.norm_k, _heads(attention.to_k.forward(normed), attention)),
+            _heads(attention.to_v.forward(normed), attention),
+        )
+        image = Heads(state["queries"][:, text:], state["keys"][:, text:], state["values"][:, text:], self._rotate)
+        project = attention.to_out[0].forward
+        outputs = self.attend(layer, concepts, image, image_outputs, state["keys"][:, :text], project, project)
+        residual = residual + gate * project(outputs)
+        _, normed, _, gate = block.norm2.forward(residual, residual, state["temb"])
+        state["residual"] = residual + gate * block.ff(normed)
+
+
+def _heads(x: Float[Tensor, "R n D"], attention: Any) -> Float[Tensor, "R n A d"]:
+    return x.unflatten(-1, (attention.heads, -1))
+
+
+def _normed(norm: nn.Module | None, x: Float[Tensor, "R n A d"]) -> Float[Tensor, "R n A d"]:
+    return x if norm is None else norm.forward(x)
+
+
+class CogVideoXBackbone(MultiModalBackbone):
+    """CogVideoX 2b and 5b. Reads videos [B 3 F H W] in 0..1, F = 4k + 1 frames; levels are its timesteps over 1000."""
+
+    kind = "cogvideox"
+    transformer_class = "CogVideoXTransformer3DModel"
+    carrier = CogVideoXCarrier
+    autoencoders = ("AutoencoderKLCogVideoX",)
+    spaces = tuple(SPACES)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return self.part("tokenizer", AutoTokenizer)
+
+    @cached_property
+    def text_encoder(self) -> Any:
+        from transformers import T5EncoderModel
+
+        return self.placed(self.part("text_encoder", T5EncoderModel, torch_dtype=self.dtype))
+
+    def encode(self, strings: Sequence[str]) -> Iterable[TextRecord]:
+        ids = self.tokenizer(
+            list(strings), padding="max_length", truncation=True, max_length=self.text_tokens, return_tensors="pt"
+        ).input_ids
+        end = self.tokenizer.eos_token_id
+        for one, row in zip(self.text_encoder(input_ids=ids.to(self.device)).last_hidden_state, ids.tolist(), strict=True):
+            yield {"tokens": one, "length": torch.tensor(row.index(end) if end in row else len(row))}
+
+    @cached_property
+    def scheduler(self) -> Any:
+        from diffusers import CogVideoXDDIMScheduler
+
+        return self.part("scheduler", CogVideoXDDIMScheduler)
+
+    def levels(self, steps: int, tokens: int) -> list[float]:
+        raise ConfigError("maps while a video is made are not offered on CogVideoX: read a finished video instead.")
+
+    def latents(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Videos [B 3 F H W] in 0..1 -> scaled latents [B f c h w]: the posterior's mean, or a sample with its generator."""
+        self.check_size(images.shape[-2], images.shape[-1])
+        with torch.inference_mode():
+            posterior = self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)).latent_dist
+            z = posterior.mean
+            if generators is not None:
+                z = z + posterior.std * torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]).to(z)
+        return z.transpose(1, 2) * self.vae.config["scaling_factor"]
+
+    def mix(self, noise: Tensor, latents: Tensor, level: float) -> Tensor:
+        share = self.scheduler.alphas_cumprod[round(1000 * level) - 1].to(latents)
+        return share.sqrt() * latents + (1 - share).sqrt() * noise
+
+    def grid(self, latents: Tensor) -> tuple[int, ...]:
+        patch, deep = int(self.config["patch_size"]), self.config.get("patch_size_t") or 1
+        return latents.shape[1] // int(deep), latents.shape[-2] // patch, latents.shape[-1] // patch
+
+    def call(self, noisy: Tensor, level: Float[Tensor, " R"], prompts: Prompts, guidance: float) -> Tensor:
+        return self.transformer(
+            hidden_states=noisy, encoder_hidden_states=prompts.hidden.to(self.dtype),
+            timestep=(1000 * level).round().long() - 1, image_rotary_emb=self._rotary(self.grid(noisy)), return_dict=False,
+        )[0]  # fmt: skip
+
+    def _rotary(self, grid: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+        """As CogVideoXPipeline makes it: None for the 2b model, which adds its positions to the tokens."""
+        from diffusers.models.embeddings import get_3d_rotary_pos_embed
+        from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+        if not self.config.get("use_rotary_positional_embeddings"):
+            return None
+        frames, height, width = grid
+        patch = int(self.config["patch_size"])
+        base = int(self.config["sample_height"]) // patch, int(self.config["sample_width"]) // patch
+        shared = {
+            "embed_dim": self.config["attention_head_dim"], "grid_size": (height, width), "temporal_size": frames,
+            "device": self.device,
+        }  # fmt: skip
+        if self.config.get("patch_size_t"):
+            return get_3d_rotary_pos_embed(crops_coords=None, grid_type="slice", max_size=base, **shared)
+        corners = get_resize_crop_region_for_grid((height, width), base[1], base[0])
+        return get_3d_rotary_pos_embed(crops_coords=corners, **shared)

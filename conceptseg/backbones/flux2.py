@@ -1,0 +1,184 @@
+"""FLUX.2: a stock Flux2Transformer2DModel; modulation is shared by all blocks, and there is no pooled vector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from conceptseg.backbones.concept_stream import ConceptCarrier, ConceptStream, ConceptTokens, Heads
+from conceptseg.backbones.mmdit import MultiModalBackbone, Prompts
+from conceptseg.backbones.taps import TapSet
+from conceptseg.backbones.text_cache import TextRecord
+from conceptseg.errors import ConfigError
+
+
+class Flux2Carrier(ConceptCarrier):
+    """Concepts in the double blocks: text weights and the text's own modulation; all at one text position.
+
+    Source: the released FLUX.2 code of Helbling et al. 2025, arXiv:2502.04320 (spec §3.2).
+    """
+
+    def __init__(self, stream: ConceptStream, position: int = 510) -> None:
+        super().__init__(stream)
+        self.position = position
+
+    def attach(self, taps: TapSet) -> None:
+        self.state["host"] = taps.model
+        taps.before("context_embedder", self._embed)
+        for layer, path, block in self.wanted_blocks(taps, "transformer_blocks"):
+            self.refuse_fused(f"{path}.attn", block.attn)
+            for name in ("add_q_proj", "add_v_proj", "norm_added_q", "to_add_out"):
+                taps.module(f"{path}.attn.{name}")
+            taps.before(path, self._inputs)
+            taps.after(f"{path}.attn.norm_q", self.keep("image_queries"))
+            taps.after(f"{path}.attn.norm_k", self.keep("image_keys"))
+            taps.after(f"{path}.attn.to_v", self.keep("image_values"))
+            taps.after(f"{path}.attn.norm_added_k", self.keep("text_keys"))
+            taps.before(f"{path}.attn.to_out.0", self._at_output(layer, block))
+
+    def _embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # forward(), not a call: the module's own hooks (this one) must not run again.
+        self.state["residual"] = module.forward(self.stream.concepts.to(args[0].dtype))
+
+    def _inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        text = kwargs["encoder_hidden_states"].shape[1]
+        self.state["rotary"] = tuple(part[text:] for part in kwargs["image_rotary_emb"])
+        place = torch.tensor([[0, 0, 0, self.position]], device=kwargs["hidden_states"].device)
+        self.state["own_rotary"] = self.state["host"].pos_embed(place)
+        modulation = kwargs["temb_mod_txt"]
+        self.state["modulation"] = modulation[:, None] if modulation.ndim == 2 else modulation
+
+    def _rotate(self, x: Tensor, rotary: str) -> Tensor:
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        cosine, sine = (part.expand(x.shape[1], -1) for part in self.state[rotary])
+        return apply_rotary_emb(x, (cosine, sine), sequence_dim=1)
+
+    def _at_output(self, layer: int, block: Any) -> Any:
+        def at_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._advance(layer, block, image_outputs=args[0][self.stream.rows])
+
+        return at_output
+
+    def _advance(self, layer: int, block: Any, image_outputs: Float[Tensor, "R L D"]) -> None:
+        """One double block for the concepts: attention, scoring, residual update."""
+        state, attention = self.state, block.attn
+        residual = state["residual"]
+        given = state["modulation"]
+        rows = given[self.stream.rows] if len(given) > 1 else given  # one row where all levels are equal
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = rows.chunk(6, dim=-1)
+        normed = (1 + scale) * block.norm1_context(residual) + shift
+        concepts = Heads(
+            attention.norm_added_q(_heads(attention.add_q_proj(normed), attention)),
+            attention.norm_added_k.forward(_heads(attention.add_k_proj(normed), attention)),
+            _heads(attention.add_v_proj(normed), attention),
+            lambda x: self._rotate(x, "own_rotary"),
+        )
+        image = Heads(
+            state["image_queries"], state["image_keys"], _heads(state["image_values"], attention),
+            lambda x: self._rotate(x, "rotary"),
+        )  # fmt: skip
+        outputs = self.attend(
+            layer, concepts, image, image_outputs, state["text_keys"], attention.to_add_out, attention.to_out[0].forward
+        )
+        residual = residual + gate * attention.to_add_out(outputs)
+        mlp_in = block.norm2_context(residual) * (1 + scale_mlp) + shift_mlp
+        state["residual"] = residual + gate_mlp * block.ff_context(mlp_in)
+
+
+def _heads(x: Float[Tensor, "R n D"], attention: Any) -> Float[Tensor, "R n A d"]:
+    return x.unflatten(-1, (-1, attention.head_dim))
+
+
+class Flux2Backbone(MultiModalBackbone):
+    """FLUX.2-dev.
+
+    concept_token: which of the `text_tokens` tokens of a word's chat message stands for it, and its position: 510 of 512 in the
+    released code. Text goes through the checkpoint's own pipeline (Mistral, layers 10, 20 and 30 side by side).
+    """
+
+    kind = "flux2"
+    transformer_class = "Flux2Transformer2DModel"
+    autoencoders = ("AutoencoderKLFlux2",)
+    text_parts = ("text_pipeline",)
+
+    def __init__(self, path: str, revision: str | None = None, concept_token: int = 510, **settings: Any) -> None:
+        super().__init__(path, revision, **settings)
+        if self.concept_pooling != "first":
+            raise ConfigError(
+                f"extractor.backbone.concept_pooling is {self.concept_pooling}, but on FLUX.2 a concept is the token at "
+                f"extractor.backbone.concept_token of its message: leave the pooling at first."
+            )
+        self.concept_token = concept_token
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "concept_token": self.concept_token}
+
+    def carrier(self, stream: ConceptStream) -> Flux2Carrier:  # type: ignore[override]
+        return Flux2Carrier(stream, self.concept_token)
+
+    def encode(self, strings: Sequence[str]) -> Iterable[TextRecord]:
+        for string in strings:
+            tokens, _ = self.text_pipeline.encode_prompt([string], max_sequence_length=self.text_tokens)
+            yield {"tokens": tokens[0], "length": torch.tensor(len(tokens[0]))}
+
+    def concepts(self, names: Sequence[Sequence[str]]) -> ConceptTokens:
+        self.encode_text([word for row in names for word in row])
+        rows = [torch.stack([self.texts[word]["tokens"][self.concept_token] for word in row]) for row in names]
+        return ConceptTokens(torch.stack(rows).to(self.device))
+
+    def latents(self, images: Float[Tensor, "B 3 H W"], generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Images in 0..1 -> latents [B 4c h w], a token a pixel, whitened by the autoencoder's running statistics."""
+        self.check_size(images.shape[-2], images.shape[-1])
+        with torch.inference_mode():
+            posterior = self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)).latent_dist
+            z = posterior.mean
+            if generators is not None:
+                z = z + posterior.std * torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]).to(z)
+        mean, spread = self._whitening(z)
+        return (rearrange(z, "B c (h a) (w b) -> B (c a b) h w", a=2, b=2) - mean) / spread
+
+    def images(self, latents: Tensor) -> Tensor:
+        mean, spread = self._whitening(latents)
+        z = rearrange(latents.float() * spread + mean, "B (c a b) h w -> B c (h a) (w b)", a=2, b=2)
+        with torch.inference_mode():
+            return (self.vae.decode(z.to(self.vae_dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    def _whitening(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        norm = self.vae.bn
+        spread = torch.sqrt(norm.running_var + self.vae.config["batch_norm_eps"])
+        return norm.running_mean.view(-1, 1, 1).to(like), spread.view(-1, 1, 1).to(like)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        self.check_size(height, width)
+        return int(self.config["in_channels"]), height // self.pixels_per_token, width // self.pixels_per_token
+
+    def grid(self, latents: Tensor) -> tuple[int, ...]:
+        return latents.shape[-2], latents.shape[-1]
+
+    def levels(self, steps: int, tokens: int) -> list[float]:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        sigmas = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
+        self.scheduler.set_timesteps(sigmas=sigmas, mu=compute_empirical_mu(image_seq_len=tokens, num_steps=steps))
+        return [float(sigma) for sigma in self.scheduler.sigmas]
+
+    def call(self, noisy: Tensor, level: Float[Tensor, " R"], prompts: Prompts, guidance: float) -> Tensor:
+        rows, (h, w) = len(noisy), self.grid(noisy)
+        steps = [torch.arange(1), torch.arange(h), torch.arange(w), torch.arange(1)]
+        text = [torch.arange(1)] * 3 + [torch.arange(prompts.hidden.shape[1])]
+        return self.transformer(
+            hidden_states=rearrange(noisy, "B c h w -> B (h w) c"), encoder_hidden_states=prompts.hidden.to(self.dtype),
+            timestep=level.to(self.dtype), img_ids=torch.cartesian_prod(*steps).to(self.device),
+            txt_ids=torch.cartesian_prod(*text).to(self.device),
+            guidance=torch.full((rows,), guidance, device=self.device) if self.config.get("guidance_embeds", True) else None,
+            return_dict=False,
+        )[0]  # fmt: skip
+
+    def as_latents(self, velocity: Tensor, grid: tuple[int, ...]) -> Tensor:
+        return rearrange(velocity, "B (h w) c -> B c h w", h=grid[0], w=grid[1])

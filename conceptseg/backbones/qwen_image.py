@@ -1,0 +1,161 @@
+"""Qwen-Image: a stock QwenImageTransformer2DModel; every block has a text and an image stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from conceptseg.backbones.concept_stream import ConceptCarrier, Heads
+from conceptseg.backbones.latents import pack, unpack
+from conceptseg.backbones.mmdit import MultiModalBackbone, Prompts
+from conceptseg.backbones.taps import TapSet
+from conceptseg.backbones.text_cache import TextRecord
+from conceptseg.errors import TapError
+
+
+class QwenImageCarrier(ConceptCarrier):
+    """Concepts in the double blocks: text weights and the text's own modulation; all where the caption begins.
+
+    This family has rotary positions for text, on the diagonal after the image's; concepts share the first of them. No published
+    code covers this model: the stream is that of FLUX.1 (Helbling et al. 2025, arXiv:2502.04320, section 4) on its blocks.
+    """
+
+    def attach(self, taps: TapSet) -> None:
+        if getattr(taps.model, "zero_cond_t", False):
+            raise TapError(
+                "tapping QwenImageTransformer2DModel: editing models (zero_cond_t) read two images; take a base model."
+            )
+        self.state["text_norm"] = taps.module("txt_norm")
+        taps.before("txt_in", self._embed)
+        for layer, path, block in self.wanted_blocks(taps, "transformer_blocks"):
+            self.refuse_fused(f"{path}.attn", block.attn)
+            taps.before(path, self._inputs)
+            taps.after(f"{path}.attn.norm_q", self.keep("image_queries"))
+            taps.after(f"{path}.attn.norm_k", self.keep("image_keys"))
+            taps.after(f"{path}.attn.to_v", self.keep("image_values"))
+            taps.after(f"{path}.attn.norm_added_k", self.keep("text_keys"))
+            taps.before(f"{path}.attn.to_out.0", self._at_output(layer, block))
+
+    def _embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # forward(), not a call: the module's own hooks (this one) must not run again.
+        self.state["residual"] = module.forward(self.state["text_norm"](self.stream.concepts.to(args[0].dtype)))
+
+    def _inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.state["temb"] = kwargs["temb"][self.stream.rows]
+        image, text = kwargs["image_rotary_emb"]
+        self.state["image_rotary"], self.state["concept_rotary"] = image, text[:1]
+
+    def _rotate(self, x: Tensor, rotary: str) -> Tensor:
+        from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
+
+        return apply_rotary_emb_qwen(x, self.state[rotary].expand(x.shape[1], -1), use_real=False)
+
+    def _at_output(self, layer: int, block: Any) -> Any:
+        def at_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._advance(layer, block, image_outputs=args[0][self.stream.rows])
+
+        return at_output
+
+    def _advance(self, layer: int, block: Any, image_outputs: Float[Tensor, "R L D"]) -> None:
+        """One block for the concepts: attention, scoring, residual update."""
+        state, attention = self.state, block.attn
+        residual = state["residual"]
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block.txt_mod(state["temb"])[:, None].chunk(6, dim=-1)
+        normed = block.txt_norm1(residual) * (1 + scale) + shift
+        concepts = Heads(
+            attention.norm_added_q(_heads(attention.add_q_proj(normed), attention)),
+            attention.norm_added_k.forward(_heads(attention.add_k_proj(normed), attention)),
+            _heads(attention.add_v_proj(normed), attention),
+            lambda x: self._rotate(x, "concept_rotary"),
+        )
+        image = Heads(
+            state["image_queries"], state["image_keys"], _heads(state["image_values"], attention),
+            lambda x: self._rotate(x, "image_rotary"),
+        )  # fmt: skip
+        outputs = self.attend(
+            layer, concepts, image, image_outputs, state["text_keys"], attention.to_add_out, attention.to_out[0].forward
+        )
+        residual = residual + gate * attention.to_add_out(outputs)
+        state["residual"] = residual + gate_mlp * block.txt_mlp(block.txt_norm2(residual) * (1 + scale_mlp) + shift_mlp)
+
+
+def _heads(x: Float[Tensor, "R n D"], attention: Any) -> Float[Tensor, "R n A d"]:
+    return x.unflatten(-1, (attention.heads, -1))
+
+
+class QwenImageBackbone(MultiModalBackbone):
+    """Qwen-Image. Text goes through the checkpoint's own pipeline (Qwen2.5-VL under its template) without padding."""
+
+    kind = "qwen_image"
+    transformer_class = "QwenImageTransformer2DModel"
+    carrier = QwenImageCarrier
+    autoencoders = ("AutoencoderKLQwenImage",)
+    text_parts = ("text_pipeline",)
+    classifier_free = True
+
+    def encode(self, strings: Sequence[str]) -> Iterable[TextRecord]:
+        for string in strings:
+            tokens, _ = self.text_pipeline.encode_prompt([string], max_sequence_length=self.text_tokens)
+            own = len(self.tokenizer(string).input_ids)  # the template's end follows them
+            yield {"tokens": tokens[0], "length": torch.tensor(min(own, len(tokens[0])))}
+
+    def prompts(self, captions: Sequence[str]) -> Prompts:
+        self.encode_text(captions)
+        return padded([self.texts[caption]["tokens"].to(self.device) for caption in captions])
+
+    def latents(self, images: Float[Tensor, "B 3 H W"], generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Images in 0..1 -> latents [B c 2h 2w], whitened by the autoencoder's published statistics."""
+        self.check_size(images.shape[-2], images.shape[-1])
+        with torch.inference_mode():
+            posterior = self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)[:, :, None]).latent_dist
+            z = posterior.mean
+            if generators is not None:
+                z = z + posterior.std * torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]).to(z)
+        mean, spread = self._whitening(z)
+        return (z[:, :, 0] - mean) / spread
+
+    def images(self, latents: Tensor) -> Tensor:
+        mean, spread = self._whitening(latents)
+        with torch.inference_mode():
+            z = (latents.float() * spread + mean).to(self.vae_dtype)[:, :, None]
+            return (self.vae.decode(z, return_dict=False)[0][:, :, 0].float() / 2 + 0.5).clamp(0, 1)
+
+    def _whitening(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.vae.config
+        mean, spread = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("latents_mean", "latents_std"))
+        return mean.to(like), spread.to(like)
+
+    @property
+    def pixels_per_latent(self) -> int:
+        return int(2 ** len(self.vae.config["temperal_downsample"]))
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.config["in_channels"]) // 4
+
+    def sigmas(self, steps: int) -> dict[str, Any]:
+        return {"sigmas": torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()}
+
+    def call(self, noisy: Tensor, level: Float[Tensor, " R"], prompts: Prompts, guidance: float) -> Tensor:
+        h, w = self.grid(noisy)
+        return self.transformer(
+            hidden_states=pack(noisy), encoder_hidden_states=prompts.hidden.to(self.dtype),
+            encoder_hidden_states_mask=prompts.present, timestep=level.to(self.dtype),
+            img_shapes=[[(1, h, w)]] * len(noisy), return_dict=False,
+        )[0]  # fmt: skip
+
+    def as_latents(self, velocity: Tensor, grid: tuple[int, ...]) -> Tensor:
+        return unpack(velocity, (grid[0], grid[1]))
+
+
+def padded(texts: Sequence[Float[Tensor, "_ d"]]) -> Prompts:
+    """Texts of several lengths as one batch, with a mask where they differ."""
+    lengths = torch.tensor([len(text) for text in texts])
+    hidden = pad_sequence(list(texts), batch_first=True)
+    present = torch.arange(hidden.shape[1]) < lengths[:, None]
+    return Prompts(hidden, None, None if present.all() else present.to(hidden.device))

@@ -1,0 +1,134 @@
+"""What `ConceptAttention.explain` gives: maps with names, to look at and to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from conceptseg.errors import ConfigError, DataError, did_you_mean
+
+CAPTION_HEIGHT = 16
+
+
+@dataclass(frozen=True)
+class Explanation(Mapping[str, Tensor]):
+    """Where the model finds each concept: a mapping from names to maps, in the order asked.
+
+    names: the concepts; maps: float32 [C h w] (or [C f h w] for video), larger where the concept is, on the scale that the view
+    gives (shares of 1 with a softmax over concepts); image: what was explained, uint8 RGB [H W 3] (or [f H W 3]); about: settings
+    and provenance.
+    """
+
+    names: tuple[str, ...]
+    maps: Float[Tensor, "C *f h w"]
+    image: UInt8[np.ndarray, "*f H W 3"]
+    about: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise ConfigError(f'no map of "{name}" was asked for. {did_you_mean(name, self.names)}')
+        return self.maps[self.names.index(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def winner(self) -> Tensor:
+        """Index of the concept with the greatest score at each place, [*f h w]."""
+        return self.maps.argmax(0)
+
+    def overlay(self, name: str, opacity: float = 0.6, colours: str = "plasma") -> Image.Image:
+        """The image with one concept's map over it; the colour scale spans all concepts, so that overlays can be compared.
+
+        Raises ConfigError for a name that was not asked for and DataError for video, whose frames are `image[f]` and maps[:, f].
+        """
+        shown = self._coloured(name, colours)
+        picture = np.asarray(Image.fromarray(shown).resize(self._size(), Image.Resampling.BILINEAR))
+        mixed = (1 - opacity) * self.image.astype(np.float32) + opacity * picture.astype(np.float32)
+        return Image.fromarray(np.round(mixed).astype(np.uint8))
+
+    def _size(self) -> tuple[int, int]:
+        if self.image.ndim != 3:
+            raise DataError("an overlay is drawn on one image; of a video take image[f] and maps[:, f].")
+        return self.image.shape[1], self.image.shape[0]
+
+    def _coloured(self, name: str, colours: str) -> UInt8[np.ndarray, "h w 3"]:
+        import matplotlib
+
+        low, high = float(self.maps.min()), float(self.maps.max())
+        scaled = (self[name].float().cpu().numpy() - low) / (high - low or 1.0)
+        found: np.ndarray = np.round(255 * matplotlib.colormaps[colours](scaled)[..., :3]).astype(np.uint8)
+        return found
+
+    def sheet(self) -> Image.Image:
+        """The image, and under each concept's name its map at its own grid and its overlay."""
+        width, height = self._size()
+        count = 1 + len(self.names)
+        sheet = Image.new("RGB", (count * (width + 8) + 8, 2 * height + CAPTION_HEIGHT + 24), "white")
+        draw = ImageDraw.Draw(sheet)
+        sheet.paste(Image.fromarray(self.image), (8, 8 + CAPTION_HEIGHT))
+        for place, name in enumerate(self.names, 1):
+            left = 8 + place * (width + 8)
+            draw.text((left, 4), name, fill="black")
+            grid = Image.fromarray(self._coloured(name, "plasma")).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(grid, (left, 8 + CAPTION_HEIGHT))
+            sheet.paste(self.overlay(name), (left, 16 + CAPTION_HEIGHT + height))
+        return sheet
+
+    def save(self, path: str | Path) -> Path:
+        """Write a picture sheet (.png, .jpg) or the numbers (.safetensors, with names and settings in its metadata).
+
+        Raises ConfigError for another ending.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            import json
+
+            from safetensors.torch import save_file
+
+            metadata = {"names": json.dumps(self.names), "about": json.dumps(dict(self.about), default=str)}
+            save_file({"maps": self.maps.contiguous().cpu()}, path, metadata=metadata)
+        elif path.suffix.lower() in (".png", ".jpg", ".jpeg"):
+            self.sheet().save(path)
+        else:
+            endings = (".png", ".jpg", ".safetensors")
+            raise ConfigError(f'saving to "{path}": unknown ending "{path.suffix}". {did_you_mean(path.suffix, endings)}')
+        return path
+
+
+def as_pixels(image: Float[Tensor, "3 H W"]) -> UInt8[np.ndarray, "H W 3"]:
+    """An image in 0..1 as bytes."""
+    found: np.ndarray = (255 * image).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+    return found
+
+
+def read_pixels(image: Image.Image | np.ndarray | Path) -> UInt8[np.ndarray, "H W 3"]:
+    """RGB bytes of a PIL image, an array (uint8, or float in 0..1) or an image file. Raises DataError for anything else."""
+    if isinstance(image, Path):
+        try:
+            image = Image.open(image)
+        except OSError as error:
+            raise DataError(f"explaining {image}: it can't be read as an image ({error}).") from error
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    array = np.asarray(image)
+    if array.ndim != 3 or array.shape[2] != 3:
+        raise DataError(f"explaining an array of shape {array.shape}: wanted RGB, [height, width, 3].")
+    if array.dtype == np.uint8:
+        return array
+    if not np.issubdtype(array.dtype, np.floating) or array.min() < 0 or array.max() > 1:
+        raise DataError(
+            f"explaining an array of {array.dtype} between {array.min()} and {array.max()}: wanted uint8, or float in 0..1."
+        )
+    found: np.ndarray = np.round(255 * array).astype(np.uint8)
+    return found
