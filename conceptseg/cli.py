@@ -109,10 +109,12 @@ def _evaluate(config: DictConfig) -> int:
     from conceptseg.assemble import assemble
     from conceptseg.report.results import save
     from conceptseg.report.terminal import print_table
+    from conceptseg.report.trackers import check_trackers, track
     from conceptseg.run import carry_out, draw_sheet, readings, write_results
     from conceptseg.tables import single_table
 
     whole = plain(config)
+    check_trackers(whole["report"]["trackers"])
     evaluation = assemble(whole)
     carry_out(evaluation)
     found = readings(evaluation, whole["report"]["columns"])
@@ -125,6 +127,7 @@ def _evaluate(config: DictConfig) -> int:
         return 0
     table = single_table(evaluation, found, shlex.join(["conceptseg", *overrides]))
     save(evaluation.store.folder / "table.json", table)
+    track(table, whole["report"]["trackers"], evaluation.store.folder / "trackers")
     name = next(iter(evaluation.views))
     segmenter = next(r.segmenter for r in found if r.n)
     sheet = draw_sheet(
@@ -149,11 +152,13 @@ def _table(config: DictConfig, overrides: Sequence[str]) -> int:
     from conceptseg.report.results import save
     from conceptseg.report.results_md import update
     from conceptseg.report.terminal import print_table
+    from conceptseg.report.trackers import check_trackers, track
     from conceptseg.tables import compute_table
 
     name = str(HydraConfig.get().runtime.choices["table"])
     whole = plain(config)
     report = whole["report"]
+    check_trackers(report["trackers"])
     extra = [o for o in overrides if not o.lstrip("+~").startswith("table")]
     of_table = [o for o in overrides if o.lstrip("+~").startswith("table.")]
     meaningful = [o for o in extra if not o.lstrip("+~").startswith(QUIET)]
@@ -181,6 +186,7 @@ def _table(config: DictConfig, overrides: Sequence[str]) -> int:
     if shard_of(whole["runtime"]).index != 0:
         return 0
     save(folder / "results.json", results)
+    track(results, report["trackers"], Path(whole["runtime"]["runs"]) / "trackers" / place)
     if publish:
         update(Path(report["results_md"]), results)
     print_table(results)
@@ -192,12 +198,16 @@ def _table(config: DictConfig, overrides: Sequence[str]) -> int:
 
 @guarded
 def report() -> int:
-    """conceptseg-report [--check]: print the tables that benchmarks/ holds, or say which sections of RESULTS.md are stale."""
+    """conceptseg-report [--check | --write | --export FOLDER]: print, check, write or export the tables of benchmarks/."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="conceptseg-report", description=report.__doc__)
     parser.add_argument("--check", action="store_true", help="exit with 1 if RESULTS.md is not what benchmarks/ gives")
     parser.add_argument("--write", action="store_true", help="bring RESULTS.md up to date from benchmarks/")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write each table as CSV, LaTeX and an HTML page")
+    parser.add_argument("--table", action="append", help="only this one, or a results.json anywhere; may be given several times")
+    parser.add_argument("--pictures", type=int, help="at most so many samples of a block in a page; all unless said")
+    parser.add_argument("--runs", default="runs", type=Path, help="folder of the run folders that pages show")
     parser.add_argument("--results", default="RESULTS.md", type=Path)
     parser.add_argument("--benchmarks", default="benchmarks", type=Path)
     said = parser.parse_args()
@@ -211,13 +221,29 @@ def report() -> int:
             print(problem, file=sys.stderr)
         print(f"{said.results}: " + (f"{len(problems)} stale or missing" if problems else "up to date"))
         return 1 if problems else 0
-    found = [load(path) for path in sorted(said.benchmarks.glob("*/results.json"))]
+    asked = [Path(name) if name.endswith(".json") else said.benchmarks / name / "results.json" for name in said.table or ()]
+    found = [load(path) for path in asked or sorted(said.benchmarks.glob("*/results.json"))]
+    if said.export:
+        return _export(found, said.runs, said.export, said.pictures)
     for table in found:
         if said.write:
             update(said.results, table)
         else:
             print_table(table)
     print(f"{len(found)} tables in {said.benchmarks}" + (f", written to {said.results}" if said.write else ""))
+    return 0
+
+
+def _export(tables: Sequence[Any], runs: Path, folder: Path, pictures: int | None) -> int:
+    _calm()
+    from conceptseg.html_report import write_html
+    from conceptseg.report.exports import to_csv, to_latex
+    from conceptseg.report.results import write_atomically
+
+    for table in tables:
+        write_atomically(folder / f"{table.table}.csv", to_csv(table).encode())
+        write_atomically(folder / f"{table.table}.tex", to_latex(table).encode())
+        print(f"{write_html(table, runs, folder, pictures)}, {table.table}.csv, {table.table}.tex")
     return 0
 
 

@@ -64,6 +64,8 @@ class Report:
     """Samples on a picture sheet."""
     costs: bool = False
     """Whether seconds, peak memory and forward passes are printed beside the numbers."""
+    trackers: list[str] = field(default_factory=list)
+    """Experiment trackers that get every computed number: tensorboard, wandb, mlflow."""
     columns: list[str] = field(default_factory=lambda: ["accuracy", "miou_dataset", "miou_image", "foreground_iou", "ap_image"])
     """Metrics printed for a single evaluation."""
 

@@ -211,8 +211,9 @@ def _run(
     return Row(
         name=row["name"], group=row.get("group", "methods"), extractor=_name_of(evaluation.config),
         backbone=_backbone(evaluation), provenance=evaluation.extractor.provenance, run_id=evaluation.run_id,
-        view=reading.view, segmenter=reading.segmenter, n=reading.n, excluded=reading.excluded, failed=reading.failed, values=values, status="ok" if reading.n else "failed",
-        note=_notes(row, late), also=also, **declared(evaluation.extractor),
+        view=reading.view, segmenter=reading.segmenter, n=reading.n, excluded=reading.excluded, failed=reading.failed,
+        values=values, status="ok" if reading.n else "failed", note=_notes(row, late), also=also,
+        **declared(evaluation.extractor),
     )  # fmt: skip
 
 

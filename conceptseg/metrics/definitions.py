@@ -193,6 +193,16 @@ def _ap_foreground(rows: Rows) -> Statistics:
     return _of_image(rows.ap["foreground"])
 
 
+def _f1_of_image(rows: Rows) -> Statistics:
+    foreground = [index != BACKGROUND for index in rows.classes]
+    inter, pred, label = (t[:, foreground].sum(1).astype(np.float64) for t in (rows.inter, rows.pred, rows.label))
+    return _of_image(np.divide(2 * inter, pred + label, out=np.zeros_like(inter), where=pred + label > 0))
+
+
+def _f1_rowwise(rows: Rows) -> Statistics:
+    return _of_image(rows.ap["f1_rowwise"])
+
+
 def _ap_two_channel(rows: Rows) -> Statistics:
     return _of_image(rows.ap["two_channel"])
 
@@ -272,6 +282,26 @@ DEFINITIONS: dict[str, Definition] = {
                 "have foreground."
             ),
             source="Step-wise average precision as in scikit-learn's average_precision_score.",
+        ),
+        Definition(
+            name="f1_image",
+            label="F1",
+            percent=True,
+            higher_is_better=True,
+            statistics=_f1_of_image,
+            finish=_pooled_ratio,
+            text="F1 of the foreground's pixels within each image, 0 where nothing was there or found; mean over images.",
+            source="The ordinary form of published_f1_rowwise.",
+        ),
+        Definition(
+            name="published_f1_rowwise",
+            label='published "F1" (over rows)',
+            percent=True,
+            higher_is_better=True,
+            statistics=_f1_rowwise,
+            finish=_pooled_ratio,
+            text="Chefer's F1: the mean over the rows of each image of the row's own F1, undefined ones 0; mean over images.",
+            source="Chefer et al. 2021 (arXiv:2012.09838), released code, baselines note §7.1.",
         ),
         Definition(
             name="published_miou_from_accuracy",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 
 from conceptseg.errors import ConfigError
 
@@ -23,6 +23,17 @@ def iou_from_accuracy(accuracy: Float[np.ndarray, "*batch"]) -> Float[np.ndarray
     Source: ConceptAttention (arXiv:2502.04320), released code, experiments/imagenet_segmentation/run_experiment.py.
     """
     return np.asarray(accuracy / (2 - accuracy))
+
+
+def f1_over_rows(found: Bool[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"]) -> float:
+    """Mean over the rows of an image of each row's F1, 0 where a row has nothing and nothing was found in it.
+
+    A coding accident of the reference, which takes the first axis for a batch; the ordinary F1 is f1_image.
+
+    Source: Chefer et al. 2021 (arXiv:2012.09838), released code, as restated in the baselines note, section 7.1.
+    """
+    both, either = 2 * (found & truth).sum(1), found.sum(1) + truth.sum(1)
+    return float(np.mean(np.divide(both, either, out=np.zeros(len(both)), where=either > 0)))
 
 
 def relabel(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[2]
-PARTS = ("pyproject.toml", "README.md", "LICENSE", "conceptseg", "conf")
+PARTS = ("pyproject.toml", "README.md", "LICENSE", "benchmarks", "conceptseg", "conf")
 
 
 def called(*command: str, cwd: Path, **environment: str) -> str:
@@ -75,6 +75,12 @@ def test_every_module_ships(names):
 
 def test_every_sheet_of_conf_ships(names):
     assert inside(REPO / "conf", "*.yaml", "conceptseg/conf") <= names
+
+
+def test_published_numbers_and_the_pages_template_ship(names):
+    assert inside(REPO / "benchmarks", "published.yaml", "conceptseg/benchmarks") <= names
+    assert inside(REPO / "conceptseg" / "report" / "templates", "*", "conceptseg/report/templates") <= names
+    assert not any(name.endswith(("results.json", ".png")) for name in names if "benchmarks" in name)
 
 
 def test_every_list_of_words_ships(names):

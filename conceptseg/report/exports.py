@@ -1,0 +1,100 @@
+"""A finished table for other programs: CSV with full precision, and LaTeX with bold and intervals."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from conceptseg.report.results import ABSENT, Block, Column, Results, Row
+
+_TEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "–": "--",
+    "†": r"$\dagger$", "∞": r"$\infty$", "α": r"$\alpha$", "λ": r"$\lambda$", "−": "$-$", "×": r"$\times$",
+}  # fmt: skip
+
+
+def to_csv(table: Results) -> str:
+    """One line a row and block, every number as a share or as it is, with interval, n and mark in columns of their own."""
+    columns = [
+        name for c in table.columns for name in (c.name, f"{c.name} low", f"{c.name} high", f"{c.name} n", f"{c.name} mark")
+    ]
+    head = ["block", "protocol", "row", "group", "status", "extractor", "backbone", "provenance", "told", "trained_on"]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*head, "view", "segmenter", "run_id", "n", "excluded", "failed", *columns, "series", "x", "note"])
+    for block in table.blocks:
+        for row in block.ordered_rows:
+            cells: list[object] = []
+            for column in table.columns:
+                value = row.values.get(column.name)
+                cells += ["", "", "", "", ""] if value is None else [value.value, value.low, value.high, value.n, value.mark]
+            fixed = (block.name, block.protocol, row.name, row.group, row.status, row.extractor, row.backbone, row.provenance)
+            read = (row.told, row.trained_on, row.view, row.segmenter, row.run_id, row.n, row.excluded, row.failed)
+            writer.writerow(
+                ["" if cell is None else _inert(cell) for cell in (*fixed, *read, *cells, row.series, row.x, row.note)]
+            )
+    return buffer.getvalue()
+
+
+def _inert(cell: object) -> object:
+    """Words that a spreadsheet would take for a formula are shown as words."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) else cell
+
+
+def to_latex(table: Results) -> str:
+    """A booktabs table for each block: groups of columns under their kind, best method bold, intervals small beside numbers."""
+    return "\n".join(_block(block, table) for block in table.blocks)
+
+
+def _block(block: Block, table: Results) -> str:
+    columns = [c for c in table.columns if any(c.name in row.values for row in block.rows)]
+    lines = [
+        "% needs \\usepackage{booktabs}",
+        "\\begin{table}",
+        "\\centering\\small",
+        f"\\begin{{tabular}}{{lr{'r' * len(columns)}}}",
+        "\\toprule",
+        *_kinds(columns),
+        " & ".join(["", "$n$", *(_tex(c.heading) for c in columns)]) + r" \\",
+        "\\midrule",
+    ]
+    groups = [row.group for row in block.ordered_rows]
+    for row, before in zip(block.ordered_rows, [None, *groups], strict=False):
+        if before == "controls" and row.group == "methods":
+            lines.append("\\midrule")
+        name = rf"\textit{{{_tex(row.name)}}}" if row.group == "controls" else _tex(row.name)
+        n = f"{row.n:,}".replace(",", r"\,") if row.status == "ok" else rf"\textit{{{row.status}}}"
+        lines.append(" & ".join([name, n, *(_cell(block, row, c) for c in columns)]) + r" \\")
+    said = f"{block.name}: {block.text} {block.dataset}; protocol {block.protocol}. Brackets: {table.interval}."
+    lines += ["\\bottomrule", "\\end{tabular}", f"\\caption{{{_tex(said)}}}", f"\\label{{tab:{table.table}}}", "\\end{table}", ""]
+    return "\n".join(lines)
+
+
+def _kinds(columns: list[Column]) -> list[str]:
+    """A line of group headings, where a table has several kinds of number."""
+    if len({c.kind for c in columns}) < 2:
+        return []
+    cells, rules, at = ["", ""], [], 3
+    while columns:
+        kind = columns[0].kind
+        span = next((i for i, c in enumerate(columns) if c.kind != kind), len(columns))
+        heading = {"published": "quoted", "released": "released protocol", "standard": "standard protocol", "cost": "cost"}[kind]
+        cells.append(rf"\multicolumn{{{span}}}{{c}}{{{heading}}}")
+        rules.append(rf"\cmidrule(lr){{{at}-{at + span - 1}}}")
+        columns, at = columns[span:], at + span
+    return [" & ".join(cells) + r" \\", " ".join(rules)]
+
+
+def _cell(block: Block, row: Row, column: Column) -> str:
+    if column.name not in row.values:
+        return _tex(ABSENT)
+    number, interval = column.written(row.values[column.name])
+    written = _tex(number)
+    if row.group == "methods" and number == block.best(column):
+        written = rf"\textbf{{{written}}}"
+    return written + (rf" {{\scriptsize {interval}}}" if interval else "")
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(letter, letter) for letter in text)
