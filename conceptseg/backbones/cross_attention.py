@@ -133,7 +133,8 @@ class CrossAttentionTap:
             taps.before(path, self._note_grid(path))
         for layer in self.layers:
             attention = taps.module(layer.path)
-            if getattr(attention, "fused_projections", False):
+            # diffusers leaves fused_projections set after unfusing; what counts is which processor runs.
+            if type(getattr(attention, "processor", None)).__name__.startswith("Fused"):
                 raise TapError(
                     f"tapping {layer.path}: its projections are fused, so queries and keys can't be read. Call "
                     f"unfuse_qkv_projections() on the U-Net first."

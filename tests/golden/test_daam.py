@@ -106,7 +106,7 @@ def test_released_maps_and_masks(released):
     (asked,), view, sums = extractor.asked(task), View("words", extractor.axes().layers, (level,)), {}
     text, conditions = backbone.text([asked.prompt]), backbone.conditions([asked.prompt], (512, 512))
     close(backbone.denoise(noisy, step, text, conditions), tensors["sample0.noise_pred"], U_NET, "U-Net output")
-    extractor.read_level(sums, level, step, noisy, [asked.prompt], extractor.token_shares([asked], False), [view])
+    extractor.read_level(sums, level, step, noisy, [asked.prompt], extractor.reader([asked], False), [view])
     maps = extractor.fold(sums, view, 1, 1)[0]
     close(maps, tensors["concept_maps"], MAPS, "concept maps")
     masks = maps > maps.mean((1, 2), keepdim=True)
@@ -122,7 +122,7 @@ def test_all_heads_is_another_map_than_the_released_half(released):
     view = View("words", whole.axes().layers, (level,))
     step = whole.backbone.step_of(level)
     noisy = tensors["sample0.unet_sample"]
-    whole.read_level(sums, level, step, noisy, [asked.prompt], whole.token_shares([asked], False), [view])
+    whole.read_level(sums, level, step, noisy, [asked.prompt], whole.reader([asked], False), [view])
     assert (whole.fold(sums, view, 1, 1)[0] - tensors["concept_maps"]).abs().max() > 0.005
 
 

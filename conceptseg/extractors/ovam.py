@@ -1,0 +1,162 @@
+"""OVAM on real images: attention of a diffusion U-Net's queries to a text of its own (Marcos-Manchón et al., arXiv:2403.14291).
+
+The U-Net is told the caption; the words asked for are in an attribution text, which need not be it. Attention of the image's
+queries to that text's keys, with a softmax over its few tokens (or none), is enlarged bilinearly and summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from conceptseg.backbones.cross_attention import Attended, upsample
+from conceptseg.backbones.unet import UNetBackbone
+from conceptseg.backbones.word_tokens import exact_positions
+from conceptseg.errors import ConfigError, DataError
+from conceptseg.extractors.unet_maps import Asked, Kind, UNetMaps, check_choices, check_template
+from conceptseg.types import Batch, Task
+
+SPACES = {
+    "token_softmax": "softmax over the tokens of the attribution text: the method",
+    "linear": "no softmax: the paper's linear variant",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Attribution:
+    """Attribution texts of each row, G of them: states [R G T d], which are tokens [R G T], and shares of maps [R G S T]."""
+
+    states: Float[Tensor, "R G T d"]
+    present: Bool[Tensor, "R G T"]
+    shares: Float[Tensor, "R G S T"]
+
+    def repeated(self, times: int) -> Attribution:
+        """The same rows, over and over."""
+        return Attribution(
+            self.states.repeat(times, 1, 1, 1), self.present.repeat(times, 1, 1), self.shares.repeat(times, 1, 1, 1)
+        )
+
+    def maps(
+        self, attended: Attended, heads: slice, size: tuple[int, int], how: str, softmax: bool
+    ) -> Float[Tensor, "R a S X Y"]:
+        """Maps of some heads at the common size; the last one, a sum over the prompt's tokens in DAAM, is empty."""
+        found = []
+        # forward(), not a call: the hooks on the host's own keys must not run again.
+        project = attended.attention.get_submodule("to_k").forward
+        for group in range(self.states.shape[1]):
+            keys = project(self.states[:, group].to(attended.queries.dtype))
+            keys = rearrange(keys, "R T (A d) -> R A T d", A=attended.queries.shape[1])
+            scores = attended.probabilities(slice(None), heads, keys, softmax=False)
+            if softmax:
+                scores = scores.masked_fill(~self.present[:, group, None, None], float("-inf")).softmax(-1)
+            words = torch.einsum("rst,rant->rasn", self.shares[:, group], scores)
+            found.append(upsample(rearrange(words, "R a S (h w) -> R a S h w", h=attended.grid[0]), size, how))
+        maps = torch.stack(found, dim=2).flatten(2, 3)
+        return torch.cat([maps, torch.zeros_like(maps[:, :, :1])], dim=2)
+
+
+class OVAM(UNetMaps):
+    """Reads real images noised to a level t, in as many forward passes as there are timesteps, whatever is asked for.
+
+    prompt: what the U-Net is told, with {caption}; "" is the unconditional pass, which the released code reads by default.
+    attribution, concept, join: the text whose tokens compete, with {caption} and {concepts}.
+    attribute: "joint" lets all words compete in one text, "separate" gives every word a text of its own.
+    context: whether the text's other words compete too, or were only read by the text encoder; start_token, end_token: likewise.
+    The start token stands for everything that is not asked for: without it and alone in its text, a word is everywhere.
+    """
+
+    version = 1
+
+    def __init__(
+        self,
+        backbone: UNetBackbone,
+        prompt: str = "{caption}",
+        attribution: str = "{concepts}",
+        concept: str = "{concept}",
+        join: str = " ",
+        attribute: str = "joint",
+        context: bool = True,
+        start_token: bool = True,
+        end_token: bool = True,
+        exclude_factor: int | None = None,
+        include_mid: bool = False,
+        upsampling: str = "bilinear",
+        map_side: int | None = None,
+        noise: str = "per_sample",
+        posterior: str = "mode",
+        seed: int = 0,
+    ) -> None:
+        check_choices((attribute, "attribute", ("joint", "separate")))
+        check_template(prompt, "prompt", ("caption",))
+        check_template(attribution, "attribution", ("caption", "concepts"))
+        check_template(concept, "concept", ("concept",))
+        if attribute == "separate" and not (context or start_token or end_token):
+            raise ConfigError(
+                "extractor.attribute is separate and neither start_token, end_token nor context competes: a lone token takes all "
+                "attention everywhere. Keep extractor.start_token=true."
+            )
+        super().__init__(backbone, "conditional", exclude_factor, include_mid, upsampling, map_side, noise, posterior, seed)
+        self.prompt, self.attribution, self.concept, self.join = prompt, attribution, concept, join
+        self.attribute, self.context, self.start_token, self.end_token = attribute, context, start_token, end_token
+
+    def spaces(self, most_heads: int) -> tuple[str, ...]:
+        return tuple(SPACES)
+
+    def kind(self, space: str) -> Kind:
+        return Kind(softmax=space == "token_softmax")
+
+    def asked(self, task: Task) -> list[Asked]:
+        return [Asked(self.prompt.format(caption=task.caption), task.caption, task.concepts.names)]
+
+    def attributions(self, asked: Asked) -> list[tuple[str, list[str]]]:
+        """Attribution texts of one task, each with the words it is asked for."""
+        words = [word for word in asked.words if word is not None]
+        groups = [words] if self.attribute == "joint" else [[word] for word in words]
+        found = []
+        for group in groups:
+            listed = self.join.join(self.concept.format(concept=word) for word in group)
+            found.append((self.attribution.format(caption=asked.indexed, concepts=listed), group))
+        return found
+
+    def texts(self, batch: Batch) -> set[str]:
+        """Every text that is encoded for a batch."""
+        asked = [one for task in batch.tasks for one in self.asked(task)]
+        return {one.prompt for one in asked} | {text for one in asked for text, _ in self.attributions(one)}
+
+    def reader(self, asked: Sequence[Asked], totals: bool) -> Attribution:
+        """Attribution texts, encoded without padding; tokens that do not compete are dropped after encoding."""
+        rows = [[self._attribution(text, words) for text, words in self.attributions(one)] for one in asked]
+        longest = max(len(states) for row in rows for states, _ in row)
+
+        def padded(tensor: Tensor, axis: int) -> Tensor:
+            room = list(tensor.shape)
+            room[axis] = longest - tensor.shape[axis]
+            return torch.cat([tensor, tensor.new_zeros(room)], dim=axis)
+
+        states = torch.stack([torch.stack([padded(one, 0) for one, _ in row]) for row in rows])
+        shares = torch.stack([torch.stack([padded(share, 1) for _, share in row]) for row in rows])
+        lengths = torch.tensor([[len(one) for one, _ in row] for row in rows], device=states.device)
+        present = torch.arange(longest, device=states.device) < lengths[..., None]
+        return Attribution(states, present, shares)
+
+    def _attribution(self, text: str, words: Sequence[str]) -> tuple[Float[Tensor, "T d"], Float[Tensor, "S T"]]:
+        backbone = self.backbone
+        states = backbone.unpadded_text(text)
+        places = [exact_positions(backbone.tokenizer, text, word) for word in words]
+        last = len(states) - 1
+        if any(position >= last for found in places for position in found):
+            raise DataError(
+                f'the attribution text "{text[:120]}" has words past token {last}, the last that is encoded. Shorten '
+                f"extractor.attribution, or use extractor.attribute=separate."
+            )
+        said = {position for found in places for position in found} | (set(range(1, last)) if self.context else set())
+        kept = sorted(said | ({0} if self.start_token else set()) | ({last} if self.end_token else set()))
+        shares = torch.zeros(len(words), len(kept), device=states.device)
+        for number, found in enumerate(places):
+            shares[number, [kept.index(position) for position in found]] = 1 / len(found)
+        return states[kept], shares

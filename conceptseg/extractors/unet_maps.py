@@ -1,0 +1,311 @@
+"""What methods share that read cross-attention of a diffusion U-Net on real images: noising, forward passes, folding of views.
+
+A method says what the U-Net is told (`asked`) and how maps are read off a layer's attention (`reader`); see `daam` and `ovam`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
+
+from conceptseg.backbones.base import sample_noise, sample_seed, shared_noise, stack_images
+from conceptseg.backbones.cross_attention import (
+    UPSAMPLINGS,
+    Attended,
+    CrossAttention,
+    CrossAttentionTap,
+    grid_factor,
+    kept_heads,
+    map_size,
+)
+from conceptseg.backbones.unet import UNetBackbone
+from conceptseg.errors import ConfigError, ViewError, did_you_mean
+from conceptseg.extractors.base import Extractor, Provenance
+from conceptseg.saliency.normalize import gaussian_blur, softmax_over_concepts, softmax_over_tokens
+from conceptseg.saliency.views import Axes, Fold, Softmax, View
+from conceptseg.types import Batch, SaliencyMaps, Task
+
+NORMALIZE_FLOOR = 1e-6  # of the reference's normalize
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One encoded prompt: its text, the text in which words are looked up, and the words (None: no map is asked for)."""
+
+    prompt: str
+    indexed: str
+    words: tuple[str | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Which maps a view reads: of attention probabilities or of logits, and of all heads or of one."""
+
+    softmax: bool = True
+    head: int | None = None
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Reads S maps a row off a layer's attention: those of the words, and last the sum over the prompt's tokens."""
+
+    def repeated(self, times: int) -> Reader:
+        """For the same rows, over and over."""
+
+    def maps(
+        self, attended: Attended, heads: slice, size: tuple[int, int], how: str, softmax: bool
+    ) -> Float[Tensor, "R a S X Y"]:
+        """Maps of some heads at one size."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSum:
+    """Maps of one layer summed over heads, [R S X Y], how many were summed, and the layer's grid."""
+
+    maps: Float[Tensor, "R S X Y"]
+    pairs: int
+    grid: tuple[int, int]
+
+
+LayerSums = dict[tuple[int, Kind, float], LayerSum]
+"""By layer, kind and noise level."""
+
+
+def check_choices(*settings: tuple[str, str, Sequence[str]]) -> None:
+    """Raises ConfigError for the first (value, key, choices) whose value is no choice."""
+    for value, key, choices in settings:
+        if value not in choices:
+            raise ConfigError(f'extractor.{key}: unknown "{value}". {did_you_mean(value, choices)}')
+
+
+def check_template(template: str, key: str, known: Sequence[str]) -> None:
+    """Raises ConfigError for a template that names what is not known."""
+    try:
+        template.format(**dict.fromkeys(known, ""))
+    except (KeyError, IndexError, ValueError) as error:
+        raise ConfigError(
+            f'extractor.{key} "{template}" can\'t be filled in: {error}. It may name: {", ".join(known)}.'
+        ) from error
+
+
+class UNetMaps(Extractor):
+    """Reads real images noised to a level t, in as many forward passes as there are timesteps.
+
+    cfg_rows, exclude_factor, include_mid, upsampling, map_side: see `daam.DAAM`; noise, posterior, seed: as in ConceptAttention.
+    """
+
+    told = "name and prompt"
+    trained_on = "images and captions"
+
+    def __init__(
+        self,
+        backbone: UNetBackbone,
+        cfg_rows: str,
+        exclude_factor: int | None,
+        include_mid: bool,
+        upsampling: str,
+        map_side: int | None,
+        noise: str,
+        posterior: str,
+        seed: int,
+    ) -> None:
+        check_choices(
+            (upsampling, "upsampling", UPSAMPLINGS), (noise, "noise", ("per_sample", "shared")),
+            (posterior, "posterior", ("mode", "sample")),
+        )  # fmt: skip
+        self.backbone, self.cfg_rows = backbone, cfg_rows
+        self.exclude_factor, self.include_mid = exclude_factor, include_mid
+        self.upsampling, self.map_side = upsampling, map_side
+        self.noise, self.posterior, self.seed = noise, posterior, seed
+
+    @abstractmethod
+    def asked(self, task: Task) -> list[Asked]:
+        """The prompts that one task is turned into, as many for every task of a batch."""
+
+    @abstractmethod
+    def reader(self, asked: Sequence[Asked], totals: bool) -> Reader:
+        """Reads the maps of each row; with `totals`, the last one is the sum over the prompt's tokens, else it is empty."""
+
+    @abstractmethod
+    def kind(self, space: str) -> Kind:
+        """Which maps a space is made of."""
+
+    @abstractmethod
+    def spaces(self, most_heads: int) -> tuple[str, ...]:
+        """Names of the spaces on offer, for a U-Net with layers of up to so many heads."""
+
+    def finish(self, maps: Float[Tensor, "B C X Y"], batch: Batch) -> Float[Tensor, "B C X Y"]:
+        """What is done to the maps of a view at the very end."""
+        return maps
+
+    @property
+    def layers(self) -> list[CrossAttention]:
+        """Layers on offer."""
+        return [one for one in self.backbone.layers if self.include_mid or not one.path.startswith("mid")]
+
+    def axes(self) -> Axes:
+        most = max(len(kept_heads(layer.heads, self.cfg_rows)) for layer in self.layers)
+        indices = tuple(one.index for one in self.layers)
+        return Axes(spaces=self.spaces(most), layers=indices, has_timesteps=True, has_vectors=False)
+
+    @property
+    def provenance(self) -> Provenance:
+        return self.backbone.provenance
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "backbone": self.backbone.identity()}
+
+    def stream(self, batch: Batch, views: Sequence[View]) -> Iterator[SaliencyMaps]:
+        asked = [self.asked(task) for task in batch.tasks]
+        sums = self.read_layers(batch, asked, views)
+        for view in views:
+            maps = self.fold(sums, view, len(batch), len(asked[0]))
+            yield SaliencyMaps(view.key, self.finish(maps, batch), self.comparable)
+
+    # ------------------------------------------------------------ forward passes
+
+    def read_layers(self, batch: Batch, asked: Sequence[Sequence[Asked]], views: Sequence[View]) -> LayerSums:
+        """One forward pass for every noise level, with draws and prompts side by side; rows are (image, draw, prompt)."""
+        backbone, sums = self.backbone, LayerSums()
+        images = stack_images([task.image for task in batch.tasks], backbone.size, backbone.resize)
+        totals = any(view.space == "words_normalized" for view in views)
+        for level in sorted({t for view in views for t in view.timesteps}):
+            now = [view for view in views if level in view.timesteps]
+            draws = max(view.draws for view in now)
+            clean = torch.stack([self.clean_latents(images, batch.keys, draw) for draw in range(draws)], dim=1)
+            noise = torch.stack([self.draw_noise(clean.shape[2:], batch.keys, draw) for draw in range(draws)], dim=1)
+            step = backbone.step_of(level)
+            noisy = backbone.noised(clean, noise.to(clean).expand_as(clean), step)
+            rows = [one for prompts in asked for _ in range(draws) for one in prompts]
+            reader = self.reader(rows, totals)
+            self.read_level(
+                sums, level, step, repeat(noisy, "B n c h w -> (B n G) c h w", G=len(asked[0])), [one.prompt for one in rows],
+                reader, now,
+            )  # fmt: skip
+        return sums
+
+    def clean_latents(self, images: Float[Tensor, "B 3 H W"], keys: Sequence[str], draw: int) -> Float[Tensor, "B c h w"]:
+        """Latents of one draw."""
+        if self.posterior == "mode":
+            return self.backbone.latents(images)
+        seeds = [sample_seed(self.seed, key, "posterior", draw) for key in keys]
+        return self.backbone.latents(images, [torch.Generator().manual_seed(seed) for seed in seeds])
+
+    def draw_noise(self, shape: Sequence[int], keys: Sequence[str], draw: int) -> Float[Tensor, "_ c h w"]:
+        """Noise of one draw: for every image its own, or one for all."""
+        if self.noise == "per_sample":
+            return sample_noise(shape, self.seed, keys, draw)
+        return shared_noise(shape, self.seed, draw, self.backbone.device, self.backbone.dtype).float()
+
+    def read_level(
+        self,
+        sums: LayerSums,
+        level: float,
+        step: int,
+        noisy: Float[Tensor, "R c h w"],
+        prompts: Sequence[str],
+        reader: Reader,
+        views: Sequence[View],
+    ) -> None:
+        """One forward pass: put what the views need of every layer into `sums`."""
+        backbone, rows = self.backbone, len(noisy)
+        pixels = noisy.shape[-2] * backbone.pixels_per_latent, noisy.shape[-1] * backbone.pixels_per_latent
+        text, conditions = backbone.text(prompts), backbone.conditions(prompts, pixels)
+        if self.cfg_rows == "all":
+            empty = backbone.unconditional(rows, pixels)
+            text = torch.cat([empty[0], text])
+            if conditions is not None and empty[1] is not None:
+                conditions = {name: torch.cat([empty[1][name], value]) for name, value in conditions.items()}
+            noisy, reader = noisy.repeat(2, 1, 1, 1), reader.repeated(2)
+        size = map_size((noisy.shape[-2], noisy.shape[-1]), self.map_side or backbone.map_side)
+        wanted = {
+            layer: {self.kind(view.space) for view in views if layer in view.layers} for view in views for layer in view.layers
+        }
+        passes = 2 if self.cfg_rows == "all" else 1
+
+        def on_layer(attended: Attended) -> None:
+            layer = attended.layer
+            if grid_factor(size, attended.queries.shape[2]) == self.exclude_factor:
+                return
+            heads = kept_heads(layer.heads, self.cfg_rows)
+            for softmax in sorted({kind.softmax for kind in wanted[layer.index]}):
+                total = torch.zeros(())
+                for chunk in attended.head_chunks(heads, len(noisy)):
+                    maps = reader.maps(attended, chunk, size, self.upsampling, softmax)
+                    maps = rearrange(maps, "(p R) a S X Y -> R p a S X Y", p=passes)
+                    total = total.to(maps) + maps.sum((1, 2))
+                    for number in range(maps.shape[2]):
+                        kind = Kind(softmax, chunk.start - heads.start + number)
+                        if kind in wanted[layer.index]:
+                            sums[layer.index, kind, level] = LayerSum(maps[:, :, number].sum(1), passes, attended.grid)
+                sums[layer.index, Kind(softmax), level] = LayerSum(total, passes * len(heads), attended.grid)
+
+        layers = [layer for layer in backbone.layers if layer.index in wanted]
+        backbone.denoise(noisy, step, text, conditions, CrossAttentionTap(layers, on_layer, stop=True))
+
+    # ------------------------------------------------------------ reading views
+
+    def fold(self, sums: LayerSums, view: View, images: int, prompts: int) -> Float[Tensor, "B C X Y"]:
+        """One view: layers and heads by their mean, then timesteps and draws by the view's fold.
+
+        Softmax "per_cell" is taken in every layer, timestep and draw (heads averaged), "of_mean" after all folding.
+        Raises ViewError if the view's layers hold nothing.
+        """
+        folded: list[Float[Tensor, "B n C X Y"]] = []
+        for level in view.timesteps:
+            keys = [(layer, self.kind(view.space), level) for layer in view.layers]
+            found = [sums[key] for key in keys if key in sums]
+            if not found:
+                raise ViewError(
+                    f'view "{view.key}": its layers have no maps here. Either their grid is narrower than the map by the factor '
+                    f"that extractor.exclude_factor leaves out (now {self.exclude_factor}), or they have no such head."
+                )
+            weighted = list(zip(found, self._weights(found, view.space), strict=True))
+            units = [[pair] for pair in weighted] if view.softmax in (Softmax.PER_CELL, Softmax.TOKENS) else [weighted]
+            parts = []
+            for unit in units:
+                share = sum(one.pairs * weight for one, weight in unit)
+                mean = torch.stack([one.maps * (weight / share) for one, weight in unit]).sum(0)
+                parts.append(_cell(mean, view, images, prompts) * share)
+            whole = torch.stack(parts).sum(0)
+            folded.append(whole[:, : view.draws])
+        stacked = torch.cat(folded, dim=1)
+        maps = stacked.sum(1) if view.fold is Fold.SUM else stacked.mean(1)
+        if view.softmax is Softmax.OF_MEAN:
+            maps = _over_pixels(softmax_over_concepts, maps, view.temperature)
+        return gaussian_blur(maps, view.blur) if view.blur else maps
+
+    @staticmethod
+    def _weights(found: Sequence[LayerSum], space: str) -> list[float]:
+        """Weight of every single (layer, head) map; weights of all maps sum to 1."""
+        if space != "words_by_grid":
+            return [1 / sum(one.pairs for one in found)] * len(found)
+        grids = {one.grid: sum(other.pairs for other in found if other.grid == one.grid) for one in found}
+        return [1 / (grids[one.grid] * len(grids)) for one in found]
+
+
+def _cell(mean: Float[Tensor, "R S X Y"], view: View, images: int, prompts: int) -> Float[Tensor, "B n C X Y"]:
+    """Maps of all words of an image, which lie in one row or in several. The last map of a row is the sum over its tokens."""
+    maps, total = mean[:, :-1], mean[:, -1:]
+    if view.space == "words_normalized":
+        maps = maps / (total + NORMALIZE_FLOOR)
+    elif view.space == "words_standardized":
+        spread = maps.std((-2, -1), correction=0, keepdim=True)
+        maps = (maps - maps.mean((-2, -1), keepdim=True)) / spread.clamp_min(torch.finfo(maps.dtype).tiny)
+    maps = rearrange(maps, "(B n G) S X Y -> B n (G S) X Y", B=images, G=prompts)
+    if view.softmax is Softmax.PER_CELL:
+        return _over_pixels(softmax_over_concepts, maps, view.temperature)
+    return _over_pixels(softmax_over_tokens, maps, view.temperature) if view.softmax is Softmax.TOKENS else maps
+
+
+def _over_pixels(
+    change: Callable[[Tensor, float], Tensor], maps: Float[Tensor, "*B C X Y"], temperature: float
+) -> Float[Tensor, "*B C X Y"]:
+    return change(maps.flatten(-2), temperature).unflatten(-1, maps.shape[-2:])

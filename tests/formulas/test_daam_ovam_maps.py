@@ -1,0 +1,197 @@
+"""DAAM and OVAM on real images against slow literal restatements: an explicit attention, loops over layers, heads and tokens."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import interpolate
+
+from conceptseg.backbones.base import sample_noise, stack_images
+from conceptseg.backbones.unet import UNetBackbone
+from conceptseg.errors import ConfigError, DataError
+from conceptseg.extractors.daam import DAAM
+from conceptseg.extractors.ovam import OVAM
+from conceptseg.lab.models import build_sd, save
+from conceptseg.saliency.views import Fold, View
+from conceptseg.types import Batch, Concepts, Task
+
+CLOSE = {"atol": 2e-6, "rtol": 1e-4}  # float32 in two orders, through one U-Net
+LEVEL, STEP = 0.3, 300
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("sd")
+    sizes = {
+        "channels": [8, 16], "reads_text": [True, True], "heads": 2, "norm_groups": 4, "text_tokens": 16, "text_width": 16,
+        "text_layers": 1, "image_size": 24, "codec_patch": 2, "latent_scale": 1.5,
+    }  # fmt: skip
+    parts = build_sd(sizes)
+    for name, weight in parts["unet"].named_parameters():
+        if "attn2.to_" in name and name.endswith("weight"):
+            weight.data.mul_(4)  # peaked attention, so that bicubic undershoots and the cut at 0 shows
+    save(parts, folder)
+    (folder / "card.json").write_text(json.dumps({"provenance": "random"}))
+    return UNetBackbone(str(folder), image_size=24)
+
+
+@pytest.fixture(scope="module")
+def task():
+    image = np.random.default_rng(0).random((24, 24, 3)).astype(np.float32)
+    return Task("one", image, np.zeros((24, 24), np.uint8), Concepts(("apple", "grass", "sky"), (1, 0, 0), 0), "a apple", (0, 1))
+
+
+class Explicit:
+    """An attention processor that computes probabilities, and keeps queries and probabilities: what taps must not need."""
+
+    def __init__(self):
+        self.queries, self.probabilities = None, None
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
+        q, k, v = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        split = [x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v)]
+        self.queries = split[0]
+        self.probabilities = (split[0] @ split[1].transpose(-1, -2) / math.sqrt(split[0].shape[-1])).softmax(-1)
+        return attn.to_out[0]((self.probabilities @ split[2]).transpose(1, 2).flatten(2))
+
+
+def watched(backbone, task, prompt):
+    """Processors of every cross-attention of up and down blocks after one pass with explicit attention."""
+    latents = backbone.latents(stack_images([task.image], backbone.size, backbone.resize))
+    share = backbone.signal_shares[STEP]
+    noisy = share.sqrt() * latents + (1 - share).sqrt() * sample_noise(latents.shape[1:], 0, [task.key], 0)
+    stock, explicit = backbone.unet.attn_processors, {}
+    for layer in backbone.layers:
+        explicit[layer.path] = Explicit()
+    backbone.unet.set_attn_processor({n: explicit.get(n.removesuffix(".processor"), p) for n, p in stock.items()})
+    with torch.inference_mode():
+        backbone.unet(noisy, STEP, encoder_hidden_states=backbone.text([prompt]))
+    backbone.unet.set_attn_processor(stock)
+    return {layer.index: explicit[layer.path] for layer in backbone.layers if not layer.path.startswith("mid")}
+
+
+def enlarged(probabilities, token, how="bicubic"):
+    side = math.isqrt(len(probabilities))
+    one = probabilities[:, token].reshape(1, 1, side, side)
+    wide = interpolate(one, size=(12, 12), mode=how)[0, 0]
+    return wide.clamp_min(0) if how == "bicubic" else wide
+
+
+def read(extractor, task, *views):
+    return [maps.scores[0] for maps in extractor.stream(Batch((task,)), views)]
+
+
+def view(extractor, space, **more):
+    return View(space, extractor.axes().layers, (LEVEL,), **more)
+
+
+def test_daam_is_the_mean_over_layers_heads_and_tokens(backbone, task):
+    extractor = DAAM(backbone, concept="a {concept}", join=" and ")
+    prompt = "a apple and a grass and a sky"
+    positions = {"apple": [2], "grass": [5], "sky": [8]}
+    seen = watched(backbone, task, prompt)
+    spaces = ("words", "words_by_grid", "words_normalized", "words_standardized", "head_1")
+    views = [view(extractor, space) for space in spaces]
+    views[1] = View("words_by_grid", extractor.axes().layers[:-1], (LEVEL,))  # so that the grids differ in layers
+    got = dict(zip(spaces, read(extractor, task, *views), strict=True))
+    every = {}  # (layer, head) -> maps of all tokens of the prompt
+    for layer, processor in seen.items():
+        for head in range(2):
+            every[layer, head] = torch.stack([enlarged(processor.probabilities[0, head], token) for token in range(10)])
+    whole = sum(every.values()) / len(every)
+    grids = {}
+    for (layer, _), maps in [one for one in every.items() if one[0][0] != max(seen)]:
+        grids.setdefault(seen[layer].queries.shape[2], []).append(maps)
+    by_grid = sum(sum(maps) / len(maps) for maps in grids.values()) / len(grids)
+    for number, word in enumerate(task.concepts.names):
+        (at,) = positions[word]
+        torch.testing.assert_close(got["words"][number], whole[at], **CLOSE)
+        torch.testing.assert_close(got["words_by_grid"][number], by_grid[at], **CLOSE)
+        torch.testing.assert_close(got["words_normalized"][number], whole[at] / (whole[1:9].sum(0) + 1e-6), **CLOSE)
+        spread = (whole[at] - whole[at].mean()) / whole[at].std(correction=0)
+        torch.testing.assert_close(got["words_standardized"][number], spread, atol=1e-3, rtol=1e-3)
+        one_head = sum(maps for (_, head), maps in every.items() if head == 1) / len(seen)
+        torch.testing.assert_close(got["head_1"][number], one_head[at], **CLOSE)
+    assert not torch.allclose(whole, by_grid, atol=1e-4)
+
+
+def test_daam_with_a_prompt_for_every_word(backbone, task):
+    extractor = DAAM(backbone, concept="a {concept}", encode="separate")
+    (got,) = read(extractor, task, view(extractor, "words"))
+    for number, word in enumerate(task.concepts.names):
+        seen = watched(backbone, task, f"a {word}")
+        maps = [enlarged(one.probabilities[0, head], 2) for one in seen.values() for head in range(2)]
+        torch.testing.assert_close(got[number], sum(maps) / len(maps), **CLOSE)
+
+
+def test_daam_with_both_halves_of_guidance_and_with_what_words_leave_over(backbone, task):
+    both = DAAM(backbone, concept="a {concept}", join=" and ", cfg_rows="all")
+    seen = [watched(backbone, task, prompt) for prompt in ("a apple and a grass and a sky", "")]
+    maps = [enlarged(one.probabilities[0, head], 2) for half in seen for one in half.values() for head in range(2)]
+    torch.testing.assert_close(read(both, task, view(both, "words"))[0][0], sum(maps) / len(maps), **CLOSE)
+    rest = DAAM(backbone, concept="a {concept}", background="complement")
+    assert rest.asked(task)[0].prompt == "a apple"
+    apple, grass, sky = read(rest, task, view(rest, "words"))[0]
+    assert apple.min() == 0 and apple.max() == 1
+    torch.testing.assert_close(grass, 1 - apple)
+    torch.testing.assert_close(sky, grass)
+
+
+def test_timesteps_and_draws_are_folded_by_the_views_rule(backbone, task):
+    extractor = DAAM(backbone)
+    layers = extractor.axes().layers
+    one, two, mean, total = read(
+        extractor, task, View("words", layers, (0.3,), 2), View("words", layers, (0.6,), 2), View("words", layers, (0.3, 0.6), 2),
+        View("words", layers, (0.3, 0.6), 2, fold=Fold.SUM),
+    )  # fmt: skip
+    torch.testing.assert_close(mean, (one + two) / 2, **CLOSE)
+    torch.testing.assert_close(total, 2 * (one + two), **CLOSE)
+    assert extractor.backbone.forward_passes >= 2
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_ovam_lets_the_tokens_of_its_own_text_compete(backbone, task, softmax):
+    extractor = OVAM(backbone)
+    (got,) = read(extractor, task, view(extractor, "token_softmax" if softmax else "linear"))
+    seen = watched(backbone, task, "a apple")  # the caption, not the words asked for
+    tokens = backbone.tokenizer("apple grass sky").input_ids
+    with torch.inference_mode():
+        text = backbone.text_encoder(torch.tensor([tokens])).last_hidden_state
+    maps = torch.zeros(3, 12, 12)
+    for layer in backbone.layers:
+        if layer.index not in seen:
+            continue
+        attention = backbone.unet.get_submodule(layer.path)
+        keys = attention.to_k(text).unflatten(-1, (2, -1)).transpose(1, 2)
+        for head in range(2):
+            scores = seen[layer.index].queries[0, head] @ keys[0, head].T / math.sqrt(keys.shape[-1])
+            scores = scores.softmax(-1) if softmax else scores
+            maps += torch.stack([enlarged(scores, token, "bilinear") for token in (1, 2, 3)])
+    torch.testing.assert_close(got, maps / (2 * len(seen)), atol=1e-5, rtol=1e-3)
+
+
+def test_ovam_drops_context_after_encoding_and_can_ask_word_by_word(backbone, task):
+    settings = {"attribution": "a {concepts} on sand", "attribute": "separate", "context": False, "end_token": False}
+    extractor = OVAM(backbone, **settings)
+    reader = extractor.reader(extractor.asked(task), False)
+    assert reader.states.shape[:3] == (1, 3, 2)  # three texts of the start token and one word each
+    whole = backbone.unpadded_text("a apple on sand")
+    torch.testing.assert_close(reader.states[0, 0], whole[[0, 2]])
+    (got,) = read(extractor, task, view(extractor, "token_softmax"))
+    assert got.shape == (3, 12, 12) and (got > 0).all() and (got < 1).all()
+    with pytest.raises(ConfigError, match="takes all attention everywhere"):
+        OVAM(backbone, **{**settings, "start_token": False})
+
+
+def test_prompts_that_do_not_fit_and_words_that_are_not_said_are_refused(backbone, task):
+    long = DAAM(backbone, concept="a red a red a red {concept}", join=" and ")
+    with pytest.raises(DataError, match="Ask for fewer words"):
+        read(long, task, view(long, "words"))
+    silent = DAAM(backbone, prompt="{caption}")
+    with pytest.raises(DataError, match='looking for "grass"'):
+        read(silent, task, view(silent, "words"))
+    with pytest.raises(ConfigError, match="It may name: caption, concepts"):
+        DAAM(backbone, prompt="{words}")
