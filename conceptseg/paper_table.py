@@ -110,7 +110,7 @@ def _rows_of(
         overrides = overrides_of(row, block, table, kind, on_lab)
         config = composed(overrides, extra, compose)
         labels.append(f"{config['protocol']['name']} v{config['protocol']['version']}")
-        needs = lacking(config)
+        needs = lacking(config, row.get("memory", ""))
         if needs:
             wants.append(
                 f"needs {row.get('needs', ' and '.join(needs))}: {shlex.join(['conceptseg', *overrides, *_settings(extra)])}"
@@ -243,13 +243,16 @@ def _backbone(evaluation: Evaluation) -> str | None:
 # ---------------------------------------------------------------- what a row needs
 
 
-def lacking(config: Mapping[str, Any]) -> list[str]:
-    """Weights and data that this machine does not hold, each with its size or the script that fetches it."""
+def lacking(config: Mapping[str, Any], memory: str = "") -> list[str]:
+    """Weights and data that this machine does not hold, each with its size or the script that fetches it.
+
+    memory: said of a backbone whose sheet does not say it.
+    """
     needs = []
     for part in _checkpoints(config["extractor"]):
         path = str(part["path"])
         if not _at_hand(path, part.get("revision")):
-            size = f", {part['memory']}" if part.get("memory") else ""
+            size = ", ".join(["", *filter(None, [part.get("memory") or memory])])
             trained = f" (conceptseg-lab train {path[4:]} --ship)" if path.startswith("lab:") else ""
             needs.append(f"{path.rpartition('/')[2]}{size}{trained}")
     root = config["dataset"].get("root")
