@@ -125,8 +125,12 @@ class CogVideoXBackbone(MultiModalBackbone):
         raise ConfigError("maps while a video is made are not offered on CogVideoX: read a finished video instead.")
 
     def latents(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Videos [B 3 F H W] in 0..1 -> scaled latents [B f c h w]: the posterior's mean, or a sample with its generator."""
+        """Videos [B 3 F H W] in 0..1 -> scaled latents [B f c h w]: the posterior's mean, or a sample with its generator.
+
+        Images [B 3 H W] are videos of one frame.
+        """
         self.check_size(images.shape[-2], images.shape[-1])
+        images = images[:, :, None] if images.ndim == 4 else images
         with torch.inference_mode():
             posterior = self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)).latent_dist
             z = posterior.mean

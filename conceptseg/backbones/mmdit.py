@@ -17,6 +17,7 @@ import torch
 from einops import repeat
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from conceptseg.backbones.base import RESIZES, Checkpoint, Provenance
 from conceptseg.backbones.concept_stream import SPACES, ConceptCarrier, ConceptStream, ConceptTokens
@@ -50,11 +51,16 @@ class Prompts:
         return Prompts(each[0], each[1], each[2])
 
     def after(self, other: Prompts) -> Prompts:
-        """The other's rows, then these: the two halves of classifier-free guidance."""
-        both = ((other.hidden, self.hidden), (other.pooled, self.pooled), (other.present, self.present))
-        joined = [None if a is None or b is None else torch.cat([a, b]) for a, b in both]
-        assert joined[0] is not None
-        return Prompts(joined[0], joined[1], joined[2])
+        """The other's rows, then these: the two halves of classifier-free guidance. The shorter texts are padded."""
+        halves = (other, self)
+        lengths = [half.hidden.shape[1] for half in halves]
+        hidden = torch.cat([pad(half.hidden, (0, 0, 0, max(lengths) - n)) for half, n in zip(halves, lengths, strict=True)])
+        pooled = None if other.pooled is None or self.pooled is None else torch.cat([other.pooled, self.pooled])
+        if lengths[0] == lengths[1] and other.present is None and self.present is None:
+            return Prompts(hidden, pooled)
+        seen = [torch.ones(half.hidden.shape[:2], dtype=torch.bool, device=hidden.device) for half in halves]
+        seen = [all_of if half.present is None else half.present for half, all_of in zip(halves, seen, strict=True)]
+        return Prompts(hidden, pooled, torch.cat([pad(one, (0, max(lengths) - one.shape[1])) for one in seen]))
 
 
 class MultiModalBackbone(ABC):

@@ -87,7 +87,9 @@ class ConceptAttention(Extractor):
         latents = backbone.latents(images, generators)
         cells = self.read_cells(latents, prompts, concepts, batch.keys, views)
         for view in views:
-            yield SaliencyMaps(view.key, cells.read(view, backbone.grid(latents)), self.comparable)
+            maps = cells.read(view, backbone.grid(latents))
+            # A video model reads a still image as one frame.
+            yield SaliencyMaps(view.key, maps.flatten(2, 3) if maps.ndim == 5 else maps, self.comparable)
 
     def read_cells(
         self,
@@ -195,7 +197,8 @@ class ConceptAttention(Extractor):
     ) -> Explanation:
         """Where the model finds each concept in an image, or in the image that it makes of a prompt.
 
-        image_or_prompt: a PIL image, RGB array ([H W 3], uint8, or float in 0..1) or Path to read; a string is a prompt.
+        image_or_prompt: a PIL image, RGB array ([H W 3], uint8, or float in 0..1) or Path to read; for a video model also frames
+        [F H W 3], whose maps are [C f h w]; a string is a prompt.
         caption: what is said of a real image; by default "a x and a y" of the concepts. size: (height, width) the model is shown;
         by default the image's own proportions at the area of the backbone's image size. steps, guidance: for prompts.
         view: settings of the view: space, layers, timesteps, draws, normalize, softmax, fold, blur; by default the paper's:
@@ -214,8 +217,11 @@ class ConceptAttention(Extractor):
                 names, maps.scores[0], as_pixels(images[0]), {**about, "prompt": image_or_prompt, "view": maps.view}
             )
         image = read_pixels(image_or_prompt)
-        size = size or self.backbone.fitting_size(image.shape[0], image.shape[1])
-        shown = stack_images([image.astype(np.float32) / 255], size, self.backbone.resize)
+        size = size or self.backbone.fitting_size(image.shape[-3], image.shape[-2])
+        frames = list(image) if image.ndim == 4 else [image]
+        shown = stack_images([frame.astype(np.float32) / 255 for frame in frames], size, self.backbone.resize)
+        if image.ndim == 4:
+            shown = rearrange(shown, "F c H W -> 1 c F H W")
         said = " and ".join(f"a {name}" for name in names) if caption is None else caption
         prompts, tokens = self.backbone.prompts([said]), self.backbone.concepts([names])
         latents = self.backbone.latents(shown)

@@ -15,6 +15,8 @@ from torch import Tensor
 from conceptseg.errors import ConfigError, DataError, did_you_mean
 
 CAPTION_HEIGHT = 16
+SHEET_CELL = 192
+"""Pixels a side up to which small images are enlarged on a sheet."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,13 @@ class Explanation(Mapping[str, Tensor]):
     """Where the model finds each concept: a mapping from names to maps, in the order asked.
 
     names: the concepts; maps: float32 [C h w] (or [C f h w] for video), larger where the concept is, on the scale that the view
-    gives (shares of 1 with a softmax over concepts); image: what was explained, uint8 RGB [H W 3] (or [f H W 3]); about: settings
+    gives (shares of 1 with a softmax over concepts); image: what was explained, uint8 RGB [H W 3] (or [F H W 3]); about: settings
     and provenance.
     """
 
     names: tuple[str, ...]
     maps: Float[Tensor, "C *f h w"]
-    image: UInt8[np.ndarray, "*f H W 3"]
+    image: UInt8[np.ndarray, "*F H W 3"]
     about: Mapping[str, Any]
 
     def __getitem__(self, name: str) -> Tensor:
@@ -71,17 +73,19 @@ class Explanation(Mapping[str, Tensor]):
 
     def sheet(self) -> Image.Image:
         """The image, and under each concept's name its map at its own grid and its overlay."""
-        width, height = self._size()
-        count = 1 + len(self.names)
-        sheet = Image.new("RGB", (count * (width + 8) + 8, 2 * height + CAPTION_HEIGHT + 24), "white")
+        scale = max(1, SHEET_CELL // max(self._size()))
+        width, height = (scale * side for side in self._size())
+        sheet = Image.new("RGB", ((1 + len(self)) * (width + 8) + 8, 2 * height + CAPTION_HEIGHT + 24), "white")
         draw = ImageDraw.Draw(sheet)
-        sheet.paste(Image.fromarray(self.image), (8, 8 + CAPTION_HEIGHT))
+        draw.text((8, 4), "image", fill="black")
+        sheet.paste(Image.fromarray(self.image).resize((width, height), Image.Resampling.NEAREST), (8, 8 + CAPTION_HEIGHT))
         for place, name in enumerate(self.names, 1):
             left = 8 + place * (width + 8)
             draw.text((left, 4), name, fill="black")
             grid = Image.fromarray(self._coloured(name, "plasma")).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(grid, (left, 8 + CAPTION_HEIGHT))
-            sheet.paste(self.overlay(name), (left, 16 + CAPTION_HEIGHT + height))
+            over = self.overlay(name).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(over, (left, 16 + CAPTION_HEIGHT + height))
         return sheet
 
     def save(self, path: str | Path) -> Path:
@@ -112,8 +116,11 @@ def as_pixels(image: Float[Tensor, "3 H W"]) -> UInt8[np.ndarray, "H W 3"]:
     return found
 
 
-def read_pixels(image: Image.Image | np.ndarray | Path) -> UInt8[np.ndarray, "H W 3"]:
-    """RGB bytes of a PIL image, an array (uint8, or float in 0..1) or an image file. Raises DataError for anything else."""
+def read_pixels(image: Image.Image | np.ndarray | Path) -> UInt8[np.ndarray, "*F H W 3"]:
+    """RGB bytes of a PIL image, an image file, or an array of one image or of frames (uint8, or float in 0..1).
+
+    Raises DataError for anything else.
+    """
     if isinstance(image, Path):
         try:
             image = Image.open(image)
@@ -122,7 +129,7 @@ def read_pixels(image: Image.Image | np.ndarray | Path) -> UInt8[np.ndarray, "H 
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"))
     array = np.asarray(image)
-    if array.ndim != 3 or array.shape[2] != 3:
+    if array.ndim not in (3, 4) or array.shape[-1] != 3:
         raise DataError(f"explaining an array of shape {array.shape}: wanted RGB, [height, width, 3].")
     if array.dtype == np.uint8:
         return array
