@@ -10,7 +10,7 @@ from jaxtyping import Float
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.metrics.published import colliding_relabel
 from conceptseg.segment.resize import bilinear, nearest_floor
-from conceptseg.segment.threshold import above_level, above_mean, above_otsu, above_quantile
+from conceptseg.segment.threshold import above_level, above_mean, above_otsu, above_quantile, from_share
 from conceptseg.types import Concepts, Prediction
 
 
@@ -19,8 +19,8 @@ class Segmenter:
     """Turns the maps of one task into labels and scores at the size of its truth.
 
     decision: "mean" (the target's map above its own mean), "otsu", "level" (share `level` between its least and greatest
-        value), "quantile" (share `level` of its pixels lie below the cut), or "argmax" (the concept with the greatest score
-        wins each pixel).
+        value), "share" (at least share `level` of its greatest value, DAAM's rule), "quantile" (share `level` of its pixels
+        lie below the cut), or "argmax" (the concept with the greatest score wins each pixel).
     cut: "grid" decides on the map's own grid and enlarges the answer; "mask" enlarges the scores first.
     enlarge: "nearest" (torch's rule) or "bilinear".
     relabel: "right", or "colliding" for the in-place relabelling of the released multi-class VOC script, which moves
@@ -35,7 +35,7 @@ class Segmenter:
 
     def __post_init__(self) -> None:
         for value, key, choices in (
-            (self.decision, "decision", ("mean", "otsu", "level", "quantile", "argmax")),
+            (self.decision, "decision", ("mean", "otsu", "level", "share", "quantile", "argmax")),
             (self.cut, "cut", ("grid", "mask")),
             (self.enlarge, "enlarge", ("nearest", "bilinear")),
             (self.relabel, "relabel", ("right", "colliding")),
@@ -48,7 +48,7 @@ class Segmenter:
     @property
     def key(self) -> str:
         """For example "mean@grid/nearest"; stable, since rows are filed under it."""
-        decision = self.decision + (f"{self.level:g}" if self.decision in ("level", "quantile") else "")
+        decision = self.decision + (f"{self.level:g}" if self.decision in ("level", "share", "quantile") else "")
         return f"{decision}@{self.cut}/{self.enlarge}" + ("/colliding" if self.relabel == "colliding" else "")
 
     def scores(self, maps: Float[np.ndarray, "C h w"], size: tuple[int, int]) -> Float[np.ndarray, "C H W"]:
@@ -83,7 +83,7 @@ class Segmenter:
         target = maps[concepts.target]
         rules = {
             "mean": above_mean, "otsu": above_otsu, "level": lambda m: above_level(m, self.level),
-            "quantile": lambda m: above_quantile(m, self.level),
+            "share": lambda m: from_share(m, self.level), "quantile": lambda m: above_quantile(m, self.level),
         }  # fmt: skip
         inside = rules[self.decision](target)
         return (inside * classes[-1]).astype(np.uint8)

@@ -17,6 +17,11 @@ def above_level(scores: Float[np.ndarray, "H W"], level: float) -> Bool[np.ndarr
     return scores > low + level * (high - low)
 
 
+def from_share(scores: Float[np.ndarray, "H W"], share: float) -> Bool[np.ndarray, "H W"]:
+    """At least `share` of the map's greatest value: DAAM's rule (Tang et al. 2023, by spec daam.md §1.7; 0.4 is best there)."""
+    return scores >= share * scores.max()
+
+
 def above_quantile(scores: Float[np.ndarray, "H W"], quantile: float) -> Bool[np.ndarray, "H W"]:
     """Strictly above the map's own quantile, so that about 1 - `quantile` of the pixels are foreground, fewer where they tie."""
     return scores > np.quantile(scores, quantile)

@@ -6,7 +6,7 @@ import pytest
 from conceptseg.errors import ConfigError
 from conceptseg.segment.resize import bilinear, nearest_floor
 from conceptseg.segment.segmenter import Segmenter
-from conceptseg.segment.threshold import above_level, above_mean, above_otsu, above_quantile
+from conceptseg.segment.threshold import above_level, above_mean, above_otsu, above_quantile, from_share
 from conceptseg.types import Concepts
 
 SINGLE = Concepts(("cat", "grass", "sky"), (1, 0, 0), target=0)
@@ -28,6 +28,7 @@ CUTS = {
     "otsu": above_otsu,
     "level": lambda m: above_level(m, 0.5),
     "quantile": lambda m: above_quantile(m, 0.5),
+    "share": lambda m: from_share(m, 0.5),
 }
 
 
@@ -116,6 +117,7 @@ def test_maps_are_left_as_they_were():
         (Segmenter("mean", "grid", "nearest"), "mean@grid/nearest"), (Segmenter("argmax"), "argmax@mask/bilinear"),
         (Segmenter("level", level=0.3), "level0.3@mask/bilinear"),
         (Segmenter("quantile", level=0.75), "quantile0.75@mask/bilinear"),
+        (Segmenter("share", level=0.4), "share0.4@mask/bilinear"),
         (Segmenter("argmax", "grid", "nearest", relabel="colliding"), "argmax@grid/nearest/colliding"),
     ],
 )  # fmt: skip

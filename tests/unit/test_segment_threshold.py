@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from conceptseg.segment.threshold import above_level, above_mean, above_otsu, above_quantile
+from conceptseg.segment.threshold import above_level, above_mean, above_otsu, above_quantile, from_share
 
 maps = hnp.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 6)), elements=st.integers(-64, 64).map(float))
 
@@ -35,6 +35,10 @@ def test_above_a_level_is_a_share_of_the_way_from_least_to_greatest(scores, leve
 def test_a_quantile_leaves_its_share_of_distinct_pixels_below(order, quantile):
     scores = np.array(order, np.float32).reshape(4, 5)
     assert above_quantile(scores, quantile).sum() == len([v for v in range(20) if v > quantile * 19])
+
+
+def test_a_share_counts_from_zero_and_takes_what_equals_it():
+    assert from_share(np.array([[1.0, 4.0, 3.9, 10.0]], np.float32), 0.4).tolist() == [[False, True, False, True]]
 
 
 CONSTANT = [above_mean, above_otsu, lambda m: above_level(m, 0.5), lambda m: above_quantile(m, 0.25)]
