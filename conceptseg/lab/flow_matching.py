@@ -39,7 +39,8 @@ class FlowMatchingTrainer(Trainer):
         self._text_stream: Tensor | None = None
         self.parts["transformer"].transformer_blocks[self.last_text_block].register_forward_hook(self._keep_text_stream)
         if recipe["compile"]:
-            self.parts["transformer"].compile_repeated_blocks()
+            for block in self.parts["transformer"].transformer_blocks:
+                block.compile()
 
     def _keep_text_stream(self, _block: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
         self._text_stream = output[0]
