@@ -1,0 +1,57 @@
+"""The documentation names what the code has, and its site builds without a warning."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from conceptseg.metrics.definitions import DEFINITIONS
+from conceptseg.report.published import QuotedRow
+from conceptseg.report.results import Behind, Block, Column, Results, Row, Value
+from conceptseg.store.cost import Cost
+from conceptseg.store.schema import Manifest
+from conceptseg.store.schema import Row as StoredRow
+
+REPO = Path(__file__).parents[2]
+DOCS = REPO / "docs"
+
+
+def page(name: str) -> str:
+    return (DOCS / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", [StoredRow, Manifest, Cost, Results, Column, Block, Row, Value, Behind, QuotedRow])
+def test_every_key_of_a_file_is_in_the_schema(kind):
+    names = [f.name for f in fields(kind)] if hasattr(kind, "__dataclass_fields__") else list(kind.__annotations__)
+    assert [name for name in names if f"| `{name}` |" not in page("results_schema")] == []
+
+
+def test_every_protocol_metric_and_paper_table_is_named():
+    text = page("protocols")
+    assert [p.stem for p in (REPO / "conf" / "protocol").glob("*.yaml") if f"`{p.stem}`" not in text] == []
+    assert [name for name in DEFINITIONS if f"`{name}`" not in text] == []
+    tables = [
+        p.relative_to(REPO / "conf" / "table").with_suffix("").as_posix() for p in (REPO / "conf" / "table").glob("*/*.yaml")
+    ]
+    assert [name for name in tables if f"`{name}`" not in page("reproduce")] == []
+
+
+def test_the_tests_that_findings_name_exist():
+    source = "\n".join(p.read_text(encoding="utf-8") for p in (REPO / "tests").rglob("test_*.py"))
+    named = {word.strip("`.,;()") for word in page("reproduction").split() if word.startswith("`test")}
+    assert named and all(f"def {name}(" in source or (REPO / name).exists() or (REPO / "tests" / name).exists() for name in named)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="pip install -e '.[docs]'")
+def test_the_site_builds_without_a_warning(tmp_path):
+    said = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=REPO, capture_output=True, text=True, timeout=120, env={"PATH": "/usr/bin:/bin", "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert (tmp_path / "site" / "reproduction" / "index.html").exists()
