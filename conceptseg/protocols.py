@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from conceptseg.errors import ConfigError, DataError, did_you_mean
 from conceptseg.metrics.average_precision import average_precision, two_channel_average_precision
 from conceptseg.metrics.counts import count
+from conceptseg.metrics.published import f1_over_rows
 from conceptseg.segment.resize import nearest_centre, resize_image
 from conceptseg.segment.segmenter import Segmenter
 from conceptseg.types import BACKGROUND, VOID, Concepts, Prediction, Sample, Task
@@ -33,12 +34,14 @@ class SegmentationProtocol:
     select: "any" keeps every image of a single-class data set; "one_class" keeps images with exactly one foreground class;
         "two_labels" keeps images with at most two labels, background included (the released VOC rule, after resizing).
     image_size, image_resample: the protocol's own resizing of images, sides in pixels; None leaves them alone.
+    image_fit: "squash" brings both sides to image_size; "centre_crop" brings the shorter one to it and cuts a square.
     mask_size: the size truth is scored at, by Pillow's nearest rule; None scores at the truth's own size.
     background: words offered beside the class words; order: "target_first" or "background_first".
     ask: for "multi", "present" asks for the classes that are in the mask, "named" also for words whose class is not there
         (so that what a map claims for an absent word is counted).
     caption: with {word} for one class, joined by caption_join for several.
     segmenters: every decision that is scored; read-outs, so adding one costs no forward pass.
+    f1_over_rows: record Chefer's F1 too.
     """
 
     def __init__(
@@ -57,12 +60,15 @@ class SegmentationProtocol:
         mask_size: int | None = None,
         variant: str = "standard",
         ask: str = "present",
+        image_fit: str = "squash",
+        f1_over_rows: bool = False,
     ) -> None:
         for value, key, choices in (
             (task, "task", ("single", "multi")),
             (order, "order", ("target_first", "background_first")),
             (select, "select", ("any", "one_class", "two_labels")),
-            (image_resample, "image_resample", ("bicubic", "nearest")),
+            (image_resample, "image_resample", ("bicubic", "bilinear", "nearest")),
+            (image_fit, "image_fit", ("squash", "centre_crop")),
             (variant, "variant", ("standard", "released")),
             (ask, "ask", ("present", "named")),
         ):
@@ -74,6 +80,7 @@ class SegmentationProtocol:
         self.background, self.order, self.select, self.ask = tuple(background), order, select, ask
         self.caption, self.caption_join = caption, caption_join
         self.image_size, self.image_resample, self.mask_size = image_size, image_resample, mask_size
+        self.image_fit, self.f1_over_rows = image_fit, f1_over_rows
         self.segmenters = tuple(segmenters)
         if not self.segmenters:
             raise ConfigError("protocol.segmenters is empty: name at least one decision, for example {decision: mean}.")
@@ -91,6 +98,7 @@ class SegmentationProtocol:
             "name": self.name, "version": self.version, "task": self.task, "background": list(self.background),
             "order": self.order, "select": self.select, "caption": self.caption, "caption_join": self.caption_join,
             "image_size": self.image_size, "image_resample": self.image_resample, "mask_size": self.mask_size,
+            **({"image_fit": self.image_fit} if self.image_fit != "squash" else {}),
             **({"ask": self.ask} if self.ask != "present" else {}),
         }  # fmt: skip
 
@@ -108,7 +116,7 @@ class SegmentationProtocol:
             )
         image = sample.image
         if self.image_size is not None:
-            image = resize_image(image, (self.image_size, self.image_size), self.image_resample)
+            image = self._sized(image, self.image_size)
         image = image.astype(np.float32) / 255
         if self.task == "multi":
             if not present:
@@ -126,6 +134,16 @@ class SegmentationProtocol:
         word = sample.words[present[-1]] if present else next(iter(sample.words.values()))
         truth = np.where((truth != BACKGROUND) & (truth != VOID), 1, truth).astype(np.uint8)
         return Task(sample.key, image, truth, self._concepts([word], [1]), self.caption.format(word=word), (BACKGROUND, 1))
+
+    def _sized(self, image: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, "side side 3"]:
+        if self.image_fit == "squash":
+            return resize_image(image, (side, side), self.image_resample)
+        height, width = image.shape[:2]
+        # The longer side is cut down to a whole number and the crop's corner rounded, as torchvision does it.
+        size = (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
+        resized = resize_image(image, size, self.image_resample)
+        top, left = round((size[0] - side) / 2), round((size[1] - side) / 2)
+        return resized[top : top + side, left : left + side]
 
     def _concepts(self, words: Sequence[str], labels: Sequence[int]) -> Concepts:
         # A class word that is also a background word (VOC's multi-class grounds, ImageNet's "person") is asked for once.
@@ -158,6 +176,9 @@ class SegmentationProtocol:
             prediction = segmenter(maps, scores, task.concepts, task.classes)
             counts = count(prediction.labels, task.truth, task.classes)
             record: dict[str, Any] = {name: _plain(getattr(counts, name)) for name in counts.__slots__}
+            if self.f1_over_rows:
+                rowwise = f1_over_rows(prediction.labels != BACKGROUND, (task.truth != BACKGROUND) & (task.truth != VOID))
+                precisions = {**precisions, "f1_rowwise": rowwise}
             yield segmenter, {**record, "ap": precisions}, prediction
 
     def _average_precisions(self, task: Task, scores: Float[np.ndarray, "C H W"]) -> dict[str, float | None]:

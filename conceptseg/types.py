@@ -18,8 +18,9 @@ if TYPE_CHECKING:  # data and reports must not pay for torch
 
 BACKGROUND = 0
 VOID = 255
-AP_NAMES = ("foreground", "two_channel", "two_channel_minmax")
-"""Average precisions that a row records: the right one, and the two published forms (raw and min-max scaled scores)."""
+AP_NAMES = ("foreground", "two_channel", "two_channel_minmax", "f1_rowwise")
+"""Per-image numbers that counts can't give: average precision, its two published forms (raw and min-max scaled scores), and the
+F1 that Chefer's protocol averages over the rows of an image."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,5 +34,5 @@ def bilinear(maps: Float[np.ndarray, "C H W"], size: tuple[int, int]) -> Float[n
 
 
 def resize_image(image: Shaped[np.ndarray, "H W 3"], size: tuple[int, int], resample: str) -> Shaped[np.ndarray, "h w 3"]:
-    """An RGB image, uint8, through Pillow: "bicubic" (antialiased) or "nearest" (pixel centres)."""
+    """An RGB image, uint8, through Pillow: "bicubic" or "bilinear" (antialiased), or "nearest" (pixel centres)."""
     return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling[resample.upper()]))
