@@ -75,7 +75,7 @@ def write_clip(folder, weights=None, seed=1, config=None, tokenizer=True):
     return folder
 
 
-def tiny_clip(folder, dtype="float32", image_size=None, templates=("a {}", "two {}"), labels="scenes", **settings):
+def tiny_clip(folder, dtype="float32", image_size=None, templates=("a {}", "on a {}"), labels="scenes", **settings):
     return CLIPBackbone(
         str(write_clip(folder, **settings)), dtype=dtype, image_size=image_size, templates=list(templates), labels=labels
     )

@@ -108,7 +108,7 @@ class ViTBackbone(ImageEncoder):
                 state["pos_embed"][0].float(), prefix, old, model.patch_embed.grid_size, self.position_resize
             )[None]
         if not config["num_classes"]:
-            state = {k: v for k, v in state.items() if not k.startswith(("head.", "fc_norm."))}
+            state = {k: v for k, v in state.items() if k in model.state_dict() or not k.startswith(("head.", "fc_norm."))}
         load_strictly(model, state, self.checkpoint, "config.json")
         return model.to(self.device, self.dtype).eval().requires_grad_(False)
 

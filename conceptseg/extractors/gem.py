@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
-from conceptseg.backbones.clip import CLIPBackbone
+from conceptseg.backbones.image_encoder import ImageEncoder
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.tower import Tower, tap_input, tap_normed
 from conceptseg.extractors.image_model import PatchTextMethod, last_layers
@@ -45,7 +45,7 @@ class GEM(PatchTextMethod):
 
     version = 1
 
-    def __init__(self, backbone: CLIPBackbone, layers: int = 6, iterations: int = 1) -> None:
+    def __init__(self, backbone: ImageEncoder, layers: int = 6, iterations: int = 1) -> None:
         super().__init__(backbone)
         self.layers, self.iterations = layers, iterations
 

@@ -89,9 +89,8 @@ class PatchTextMethod(ImageModelMethod):
     told = "true name"
     backbone: CLIPBackbone
 
-    def __init__(self, backbone: CLIPBackbone) -> None:
-        super().__init__(backbone)
-        needs_text(backbone)
+    def __init__(self, backbone: ImageEncoder) -> None:
+        super().__init__(needs_text(backbone))
 
     @abstractmethod
     def patch_vectors(self, batch: Batch) -> Float[Tensor, "B h w k"]:
@@ -110,13 +109,14 @@ def word_vectors(backbone: CLIPBackbone, batch: Batch) -> Float[Tensor, "B C k"]
     return rearrange(backbone.text_vectors(flat), "(B C) k -> B C k", B=len(batch))
 
 
-def needs_text(backbone: object) -> None:
-    """Raises ConfigError for an encoder that reads no text."""
+def needs_text(backbone: ImageEncoder) -> CLIPBackbone:
+    """The encoder itself. Raises ConfigError for one that reads no text."""
     if not isinstance(backbone, CLIPBackbone):
         raise ConfigError(
             f"extractor.backbone is a {type(backbone).__name__}, which reads no text, and this method compares patches with "
             f"words. Choose a CLIP model (backbone@extractor.backbone=lab_clip or clip_vit_b_16_laion2b)."
         )
+    return backbone
 
 
 def needs_gradient(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:

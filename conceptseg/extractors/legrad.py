@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from conceptseg.backbones.clip import CLIPBackbone
-from conceptseg.backbones.image_encoder import Explained
+from conceptseg.backbones.image_encoder import Explained, ImageEncoder
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.tower import tap_attended, tap_block, tap_normed
 from conceptseg.extractors.image_model import ClassMethod, last_layers, needs_gradient, needs_text
@@ -27,9 +27,8 @@ class LeGrad(ClassMethod):
     version = 1
     backbone: CLIPBackbone
 
-    def __init__(self, backbone: CLIPBackbone, layers: int = 2) -> None:
-        super().__init__(backbone, "given")
-        needs_text(backbone)
+    def __init__(self, backbone: ImageEncoder, layers: int = 2) -> None:
+        super().__init__(needs_text(backbone), "given")
         self.layers = layers
 
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:

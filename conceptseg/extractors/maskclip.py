@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear
 
-from conceptseg.backbones.taps import StopForward, TapSet
+from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.tower import tap_input
 from conceptseg.extractors.image_model import PatchTextMethod
 from conceptseg.types import Batch
@@ -22,7 +22,7 @@ class MaskCLIP(PatchTextMethod):
         tower, last = self.backbone.tower, len(self.backbone.tower.blocks) - 1
         stream: list[Tensor] = []
         with TapSet(self.backbone.model) as taps:
-            tap_input(taps, tower, last, lambda x: _keep(stream, x))
+            tap_input(taps, tower, last, stream.append)
             self.backbone.run(self.backbone.images(batch.tasks), taps)
         block, x = tower.blocks[last], stream[0]
         _, _, values = tower.query_key_value(last, block.first_norm(x))
@@ -30,8 +30,3 @@ class MaskCLIP(PatchTextMethod):
         hidden = block.activation(linear(block.second_norm(x), block.up.weight, block.up.bias))
         x = x + linear(hidden, block.down.weight, block.down.bias)
         return rearrange(self.backbone.project(x[:, tower.prefix :]), "B (h w) k -> B h w k", h=tower.grid[0])
-
-
-def _keep(stream: list[Tensor], x: Tensor) -> None:
-    stream.append(x)
-    raise StopForward

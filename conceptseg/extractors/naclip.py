@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from conceptseg.backbones.clip import CLIPBackbone
+from conceptseg.backbones.image_encoder import ImageEncoder
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.tower import tap_normed
 from conceptseg.extractors.image_model import PatchTextMethod
@@ -30,7 +30,7 @@ class NACLIP(PatchTextMethod):
 
     version = 1
 
-    def __init__(self, backbone: CLIPBackbone, sigma: float = 5.0) -> None:
+    def __init__(self, backbone: ImageEncoder, sigma: float = 5.0) -> None:
         super().__init__(backbone)
         self.sigma = sigma
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate, linear, normalize
 
-from conceptseg.backbones.clip import CLIPBackbone
+from conceptseg.backbones.image_encoder import ImageEncoder
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.tower import tap_block, tap_normed
 from conceptseg.backbones.vit import ViTBackbone
@@ -41,7 +41,7 @@ class ProxyCLIP(PatchTextMethod):
 
     version = 1
 
-    def __init__(self, backbone: CLIPBackbone, proxy: ViTBackbone, beta: float = 1.2, gamma: float = 3.0) -> None:
+    def __init__(self, backbone: ImageEncoder, proxy: ViTBackbone, beta: float = 1.2, gamma: float = 3.0) -> None:
         super().__init__(backbone)
         self.proxy, self.beta, self.gamma = proxy, beta, gamma
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from conceptseg.backbones.clip import CLIPBackbone
+from conceptseg.backbones.image_encoder import ImageEncoder
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.tower import Tower, tap_block, tap_normed
 from conceptseg.errors import ConfigError, did_you_mean
@@ -39,10 +40,9 @@ class TextSpan(ClassMethod):
     backbone: CLIPBackbone
 
     def __init__(
-        self, backbone: CLIPBackbone, explained_class: str = "predicted", reference: str = "labels", clip_at_zero: bool = True
+        self, backbone: ImageEncoder, explained_class: str = "predicted", reference: str = "labels", clip_at_zero: bool = True
     ) -> None:
-        super().__init__(backbone, explained_class)
-        needs_text(backbone)
+        super().__init__(needs_text(backbone), explained_class)
         if reference not in REFERENCES:
             raise ConfigError(f'extractor.reference: unknown "{reference}". {did_you_mean(reference, REFERENCES)}')
         self.comparable = explained_class == "given"
