@@ -106,9 +106,9 @@ def test_the_report_prints_every_table_that_benchmarks_holds(published):
 # ------------------------------------------------------------ processes
 
 
-def test_the_four_commands_are_installed():
+def test_the_commands_are_installed():
     folder = Path(sys.executable).parent
-    names = ("conceptseg", "conceptseg-report", "conceptseg-lab", "conceptseg-doctor")
+    names = ("conceptseg", "conceptseg-compare", "conceptseg-report", "conceptseg-lab", "conceptseg-doctor")
     assert [n for n in names if not (folder / n).exists()] == []
 
 

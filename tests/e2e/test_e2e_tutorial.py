@@ -16,15 +16,7 @@ from commands import TESTS
 REPO = TESTS.parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # five processes, each of which imports every library anew
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
-COPIED = (
-    "conceptseg",
-    "conf",
-    "scripts",
-    "tests/contract",
-    "tests/conftest.py",
-    "tests/loopback_only.py",
-    "tests/tiny_encoders.py",
-)
+COPIED = ("conceptseg", "conf", "scripts", "tests/contract", *(f"tests/{path.name}" for path in TESTS.glob("*.py")))
 
 
 @pytest.fixture(scope="module")

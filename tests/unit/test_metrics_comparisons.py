@@ -148,6 +148,13 @@ def test_words_and_sizes_part_the_images_and_each_part_is_scored_like_a_data_set
     assert sum(part.n for part in sizes) == 30 and sizes[-1].name == "huge (30-100 %)"
 
 
+def test_a_size_bin_holds_its_upper_end():
+    edges = Rows.from_records([record(i, foreground, 1, 10) for i, foreground in enumerate((5, 6, 15, 30, 31))])
+    assert [(part.name.partition(" ")[0], part.n) for part in by_size(edges, [ACCURACY], 10, 0.95)] == [
+        ("small", 1), ("medium", 2), ("large", 1), ("huge", 1),
+    ]  # fmt: skip
+
+
 def test_class_iou_counts_only_images_that_offer_the_class():
     several = Rows.from_records(
         [
