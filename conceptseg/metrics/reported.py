@@ -64,6 +64,14 @@ class ImageAveragePrecision(CountMetric):
     definition = DEFINITIONS["ap_image"]
 
 
+class ImageF1(CountMetric):
+    definition = DEFINITIONS["f1_image"]
+
+
+class PublishedF1OverRows(CountMetric):
+    definition = DEFINITIONS["published_f1_rowwise"]
+
+
 class PublishedMeanIoUFromAccuracy(CountMetric):
     definition = DEFINITIONS["published_miou_from_accuracy"]
 
