@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
+from itertools import pairwise
 from math import prod
 from typing import Any, ClassVar
 
@@ -286,6 +287,11 @@ class MultiModalBackbone(ABC):
         """The pooled vector that modulates concepts, in families that make a modulation of their own for them."""
         return None
 
+    def word_places(self, words: Sequence[str]) -> list[range]:
+        """Where each word's tokens stand in the encoded prompt of all words joined by blanks."""
+        ends = [own_tokens(self.tokenizer, " ".join(words[:count])) for count in range(len(words) + 1)]
+        return [range(start, end) for start, end in pairwise(ends)]
+
     def _word_tokens(self, word: str) -> Float[Tensor, "n d"]:
         record = self.texts[word]
         return record["tokens"][: max(1, int(record["length"]))].to(self.device)
@@ -408,6 +414,12 @@ class MultiModalBackbone(ABC):
                 carrier.image_tokens = prod(self.grid(noisy))
                 carrier.attach(taps)
                 return taps.run(lambda: self.call(noisy.to(self.dtype), levels, prompts, guidance))
+
+
+def own_tokens(tokenizer: Any, string: str) -> int:
+    """How many tokens a string has, begin-of-text included, up to its end mark."""
+    ids = tokenizer(string).input_ids
+    return ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
 
 
 def pooled_tokens(rows: Sequence[Sequence[Float[Tensor, "_ d"]]], pooling: str) -> ConceptTokens:

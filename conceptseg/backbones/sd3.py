@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from conceptseg.backbones.concept_stream import SPACES, ConceptCarrier, ConceptTokens, Heads
-from conceptseg.backbones.mmdit import MultiModalBackbone, Prompts, chosen, pooled_tokens
+from conceptseg.backbones.mmdit import MultiModalBackbone, Prompts, chosen, own_tokens, pooled_tokens
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
 from conceptseg.errors import DataError
@@ -185,7 +185,7 @@ class SD3Backbone(MultiModalBackbone):
         hidden, pooled = encode_prompts(strings, self.tokenizers, self.text_encoders, self.clip_tokens, self.text_tokens)
         t5 = self.tokenizers[2]
         for string, tokens, vector in zip(strings, hidden, pooled, strict=True):
-            yield {"tokens": tokens, "length": torch.tensor(min(_own_tokens(t5, string), self.text_tokens)), "pooled": vector}
+            yield {"tokens": tokens, "length": torch.tensor(min(own_tokens(t5, string), self.text_tokens)), "pooled": vector}
 
     def prompts(self, captions: Sequence[str]) -> Prompts:
         self.encode_text(captions)
@@ -207,6 +207,10 @@ class SD3Backbone(MultiModalBackbone):
             None if words.present is None else pad(present, (marks, 0), value=True),
         )
 
+    def word_places(self, words: Sequence[str]) -> list[range]:
+        shift = 0 if self.concept_text == "joined" else self.clip_tokens  # the T5's tokens follow the CLIPs'
+        return [range(place.start + shift, place.stop + shift) for place in super().word_places(words)]
+
     def _word_tokens(self, word: str) -> Float[Tensor, "n d"]:
         record = self.texts[word]
         return record["tokens"][self.clip_tokens :][: max(1, int(record["length"]))].to(self.device)
@@ -215,7 +219,7 @@ class SD3Backbone(MultiModalBackbone):
         """CLIP tokens of one joined prompt: those before the first word (begin-of-text), and those of each word."""
         tokenizer, joined = self.tokenizers[0], " ".join(words)
         marks = int(tokenizer(joined).input_ids[0] == tokenizer.bos_token_id)
-        counts = [_own_tokens(tokenizer, word) - marks for word in words]
+        counts = [own_tokens(tokenizer, word) - marks for word in words]
         if marks + sum(counts) >= self.clip_tokens:
             raise DataError(
                 f'the concepts "{joined}" are {sum(counts)} CLIP tokens in one prompt; {self.clip_tokens - marks - 1} fit. '
@@ -240,9 +244,3 @@ class SD3Backbone(MultiModalBackbone):
             hidden_states=noisy, encoder_hidden_states=prompts.hidden.to(self.dtype),
             pooled_projections=prompts.pooled.to(self.dtype), timestep=(1000 * level).float(), return_dict=False,
         )[0]  # fmt: skip
-
-
-def _own_tokens(tokenizer: Any, string: str) -> int:
-    """How many tokens a string has, begin-of-text included, up to its end mark."""
-    ids = tokenizer(string).input_ids
-    return ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)

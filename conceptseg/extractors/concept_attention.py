@@ -82,14 +82,17 @@ class ConceptAttention(Extractor):
         generators = None
         if self.posterior == "sample":
             generators = [torch.Generator().manual_seed(sample_seed(self.seed, key, "posterior")) for key in batch.keys]
-        prompts = backbone.prompts(batch.captions)
-        concepts = backbone.concepts([c.names for c in batch.concepts])
+        prompts, concepts = self.encoded(batch)
         latents = backbone.latents(images, generators)
         cells = self.read_cells(latents, prompts, concepts, batch.keys, views)
         for view in views:
             maps = cells.read(view, backbone.grid(latents))
             # A video model reads a still image as one frame.
             yield SaliencyMaps(view.key, maps.flatten(2, 3) if maps.ndim == 5 else maps, self.comparable)
+
+    def encoded(self, batch: Batch) -> tuple[Prompts, ConceptTokens]:
+        """What the model is told of a batch: captions, and the concepts beside them."""
+        return self.backbone.prompts(batch.captions), self.backbone.concepts([c.names for c in batch.concepts])
 
     def read_cells(
         self,

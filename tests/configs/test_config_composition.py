@@ -126,12 +126,13 @@ def test_an_option_builds_its_part(group, option):
 @pytest.mark.parametrize("sheet", GROUPS["views"])
 def test_a_views_sheet_fits_flux_or_a_unet_or_a_method_of_one_map(sheet):
     from conceptseg.backbones.concept_stream import SPACES
-    from conceptseg.extractors import daam, ovam
+    from conceptseg.extractors import cross_attention, daam, ovam
 
     settings = plainly(f"views={sheet}")["views"]
     fitting = []
     unet = Axes((*daam.SPACES, *ovam.SPACES), tuple(range(60)), has_timesteps=True, has_vectors=False)
-    for axes in (Axes(tuple(SPACES), tuple(range(19)), has_timesteps=True), unet, Axes(("map",))):
+    prompt = Axes(tuple(cross_attention.SPACES), tuple(range(19)), has_timesteps=True, has_vectors=False)
+    for axes in (Axes(tuple(SPACES), tuple(range(19)), has_timesteps=True), unet, prompt, Axes(("map",))):
         try:
             fitting.append(expand_views(settings, axes))
         except ViewError:

@@ -17,6 +17,7 @@ from conceptseg.backbones.concept_stream import ConceptStream, ConceptTokens
 from conceptseg.backbones.mmdit import Prompts
 from conceptseg.backbones.sd3 import SD3Backbone
 from conceptseg.extractors.concept_attention import ConceptAttention, _vectors
+from conceptseg.extractors.cross_attention import prompt_scores
 from conceptseg.saliency.cells import CellStore, cell_scores
 from conceptseg.saliency.normalize import softmax_over_concepts, unit_length
 from conceptseg.saliency.views import CellKind, Fold, Normalize, Softmax, View
@@ -163,6 +164,17 @@ def test_the_older_text_cross_attention_is_the_references(recorded, given, case,
     shares = softmax_over_concepts(text_scores(recorded(case, "t0"))[first:end, 0])
     maps = shares.mean(0)[2].unflatten(-1, GRID).expand(4, -1, -1)
     compare(f"{case} seg textcross", maps, given[case][name], SHARES)
+
+
+@every(r"t0\.seg_textcross_.*")
+def test_the_extractor_of_prompt_tokens_gives_the_older_maps(recorded, given, case, name):
+    """Its shares of the prompt's third token, from the same call of the host."""
+    first, end = map(int, re.fullmatch(r"t0\.seg_textcross_softmax\.range(\d)_(\d)", name).groups())
+    third = torch.zeros(1, 1, given[case]["in.txt"].shape[1])
+    third[..., 2] = 1
+    kind = CellKind("key_query_share", Normalize.NONE, Softmax.NONE, Fold.MEAN)
+    maps = recorded(case, "t0").stacked(lambda a: prompt_scores(a, third, kind))[first:end, 0].mean(0)
+    compare(f"{case} prompt extractor", maps.unflatten(-1, GRID).expand(4, -1, -1), given[case][name], SHARES)
 
 
 @every(r"time_avg\..*")

@@ -1,0 +1,90 @@
+"""Cross-attention of multi-modal diffusion transformers: the prompt's own tokens against the image's, without concept tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from conceptseg.backbones.concept_stream import BlockActivations, ConceptStream, ConceptTokens
+from conceptseg.backbones.mmdit import MultiModalBackbone, Prompts
+from conceptseg.extractors.concept_attention import ConceptAttention
+from conceptseg.saliency.cells import CellStore, kinds_by_layer
+from conceptseg.saliency.normalize import softmax_over_concepts, softmax_over_tokens
+from conceptseg.saliency.views import Axes, CellKind, Fold, Softmax, View
+from conceptseg.types import Batch
+
+SPACES = {
+    "key_query": "prompt key against image query, mean over heads, no rotation, no scaling",
+    "key_query_share": "the same, as shares of all tokens of the prompt (the released SD3.5 baseline)",
+}
+
+
+class PromptCrossAttention(ConceptAttention):
+    """The words asked for are the prompt, joined by blanks; a word's score is the mean over its tokens.
+
+    noise, posterior, guidance, seed: as for ConceptAttention, with which it shares everything but what is scored.
+    Source: the baseline "cross attention" on SD3.5 of Helbling et al. 2025, arXiv:2502.04320, as released (spec §3.1), which
+    reads one word of "a {word}" and repeats its map; here every word of the prompt has its own.
+    """
+
+    version = 1
+
+    def __init__(
+        self,
+        backbone: MultiModalBackbone,
+        noise: str = "per_sample",
+        posterior: str = "mode",
+        guidance: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(backbone, noise=noise, posterior=posterior, guidance=guidance, seed=seed)
+
+    def axes(self) -> Axes:
+        return Axes(spaces=tuple(SPACES), layers=self.backbone.layers, has_timesteps=True, has_vectors=False)
+
+    def texts(self, batch: Batch) -> set[str]:
+        """What the text encoder is given."""
+        return {" ".join(concepts.names) for concepts in batch.concepts}
+
+    def encoded(self, batch: Batch) -> tuple[Prompts, ConceptTokens]:
+        rows = [concepts.names for concepts in batch.concepts]
+        prompts = self.backbone.prompts([" ".join(names) for names in rows])
+        shares = prompts.hidden.new_zeros(len(rows), len(rows[0]), prompts.hidden.shape[1])
+        for row, names in enumerate(rows):
+            for word, places in enumerate(self.backbone.word_places(names)):
+                shares[row, word, list(places)] = 1 / len(places)
+        return prompts, ConceptTokens(prompts.hidden, shares)
+
+    def concept_stream(
+        self, concepts: ConceptTokens, asked: Sequence[View], level: float, draws: int, cells: CellStore, **options: Any
+    ) -> ConceptStream:
+        wanted = kinds_by_layer(asked)
+        assert concepts.words is not None
+        words = concepts.words.float()
+
+        def score(layer: int, found: BlockActivations) -> None:
+            for kind in wanted.get(layer, ()):
+                scores = rearrange(prompt_scores(found, words, kind), "(B N) C L -> N B C L", N=draws)
+                for draw in range(draws):
+                    cells.put(kind, layer, level, draw, scores[draw])
+
+        # No concept travels: the prompt's first token stands in, and nothing reads it.
+        pooled = self.backbone.concept_pooled(len(concepts.tokens))
+        return ConceptStream(concepts.tokens[:, :1], pooled, score, last_layer=max(wanted), **options)
+
+
+def prompt_scores(found: BlockActivations, words: Tensor, kind: CellKind) -> Tensor:
+    """Scores of words [R C L] from a block's text keys and image queries; words [R C N]: the share of each token in each word."""
+    by_token = torch.einsum("rnad,rlad->rnl", found.text_keys.float(), found.image_queries.float())
+    if kind.heads is Fold.MEAN:
+        by_token = by_token / found.text_keys.shape[2]
+    if kind.space == "key_query_share":
+        by_token = softmax_over_concepts(by_token)
+    scores = words @ by_token
+    if kind.softmax is Softmax.PER_CELL:
+        return softmax_over_concepts(scores, kind.temperature)
+    return softmax_over_tokens(scores, kind.temperature) if kind.softmax is Softmax.TOKENS else scores
