@@ -40,6 +40,8 @@ ALLOWED: dict[str, set[str]] = {
     "compare": GROUND | {"metrics", "store"},
     "lab": GROUND | PEERS | {"assemble", "evaluate", "extractors", "protocols", "run", "store"},
     "explain": GROUND | {"extractors"},
+    "trace": GROUND | {"backbones"},
+    "studies": GROUND | {"backbones", "trace"},
     "cli": GROUND | {"assemble", "config", "html_report", "lab", "paper_table", "report", "run", "tables"},
     "__main__": {"cli"},
 }
