@@ -1,0 +1,35 @@
+"""What methods share that ask a model of transformers for a mask by its word."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from conceptseg.backbones.transformers_model import TransformersBackbone
+from conceptseg.errors import ConfigError
+from conceptseg.extractors.base import OneView, Provenance
+
+
+class TextSegmenter(OneView):
+    """A method on one model of transformers, which must be of the class that the method reads."""
+
+    told = "true name"
+    architecture: ClassVar[str]
+
+    def __init__(self, backbone: TransformersBackbone) -> None:
+        needs_architecture(backbone, self.architecture, "backbone")
+        self.backbone = backbone
+        self.trained_on = backbone.trained_on
+
+    @property
+    def provenance(self) -> Provenance:
+        return self.backbone.provenance
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "backbone": self.backbone.identity()}
+
+
+def needs_architecture(backbone: object, wanted: str, key: str) -> None:
+    """Raises ConfigError for a model of another class."""
+    if getattr(backbone, "architecture", None) != wanted:
+        got = getattr(backbone, "architecture", type(backbone).__name__)
+        raise ConfigError(f"extractor.{key} is a {got}, but this method reads a {wanted}. Choose its sheet of conf/backbone.")
