@@ -98,12 +98,13 @@ class Attended:
         Source: Tang et al. 2023, arXiv:2210.04885; castorini/daam 0.2.0, by spec §1.2.
         """
         keys = self.keys if keys is None else keys
-        logits = torch.einsum("rand,ratd->rant", self.queries[rows, heads].float(), keys[rows, heads].float()) * self.scale
+        scaled = self.queries[rows, heads].float() * self.scale  # queries, not logits: they are far fewer
+        logits = torch.einsum("rand,ratd->rant", scaled, keys[rows, heads].float())
         return logits.softmax(-1) if softmax else logits
 
     def head_chunks(self, heads: range, rows: int) -> Iterator[slice]:
-        """Heads in groups small enough that their probabilities take about four megabytes: what is held at a time."""
-        size = max(1, 2**20 // max(1, rows * self.queries.shape[2] * self.keys.shape[2]))
+        """Heads in groups small enough that their probabilities take about two megabytes: what is held at a time."""
+        size = max(1, 2**19 // max(1, rows * self.queries.shape[2] * self.keys.shape[2]))
         for start in range(heads.start, heads.stop, size):
             yield slice(start, min(start + size, heads.stop))
 
