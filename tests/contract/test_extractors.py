@@ -299,6 +299,7 @@ def test_another_batch_before_changes_no_map(extractor, views, tasks):
 
 @every_model
 def test_no_hook_stays_on_the_model(extractor, views, tasks):
+    read(extractor, tasks, views)  # transformers hangs hooks of its own on some models when they first run
     before = hooks(extractor)
     read(extractor, tasks, views)
     assert hooks(extractor) == before
@@ -307,6 +308,7 @@ def test_no_hook_stays_on_the_model(extractor, views, tasks):
 @every_model
 @pytest.mark.parametrize("kind", ["before", "after"])
 def test_no_hook_stays_after_an_error_inside_a_tap(extractor, views, tasks, monkeypatch, kind):
+    read(extractor, tasks, views)
     before, original, attached = hooks(extractor), getattr(TapSet, kind), []
 
     def failing(*args):
@@ -357,6 +359,8 @@ def test_the_host_computes_the_same_with_and_without_taps(extractor, views, task
 def same_bits(one, two):
     if isinstance(one, torch.Tensor):
         return torch.equal(one, two)
+    if isinstance(one, dict):  # a model output of transformers
+        return one.keys() == two.keys() and all(same_bits(one[key], two[key]) for key in one)
     if isinstance(one, tuple | list):
         return len(one) == len(two) and all(same_bits(a, b) for a, b in zip(one, two, strict=True))
     return one == two
