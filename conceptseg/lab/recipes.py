@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conceptseg.errors import ConfigError, did_you_mean
@@ -22,10 +22,11 @@ def load_recipe(name: str, overrides: Sequence[str] = (), device: str = "cpu") -
     if name not in names:
         raise ConfigError(f'conceptseg-lab train: no recipe "{name}". {did_you_mean(name, names)}')
     recipe = OmegaConf.create(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+    assert isinstance(recipe, DictConfig)
     on_gpu = recipe.pop("gpu", {})
     OmegaConf.set_struct(recipe, True)
     if device.startswith("cuda"):
-        recipe = OmegaConf.merge(recipe, on_gpu)
+        recipe.merge_with(on_gpu)
     try:
         whole = OmegaConf.merge(recipe, OmegaConf.from_dotlist(list(overrides)))
     except OmegaConfBaseException as error:

@@ -111,5 +111,5 @@ def test_an_absent_word_is_asked_for_and_what_is_claimed_for_it_is_counted():
     maps[2, :2] = 1  # the absent word takes the upper half
     (_, record, _), = SegmentationProtocol("hard", 1, "multi", ["grass"], decide, ask="named").score(named, maps)  # fmt: skip
     assert record["pred"][2] > 0 and record["label"][2] == 0 and record["inter"][2] == 0
-    with pytest.raises(ConfigError, match="protocol.ask"):
+    with pytest.raises(ConfigError, match=r"protocol\.ask"):
         SegmentationProtocol("hard", 1, "multi", ["grass"], decide, ask="all")
