@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -18,6 +18,12 @@ if TYPE_CHECKING:  # data and reports must not pay for torch
 
 BACKGROUND = 0
 VOID = 255
+Told = Literal["nothing", "own prediction", "true name", "name and prompt", "truth"]
+"""What a method is told of an image: nothing; only the class it predicts itself; the words asked for; those and a caption that
+says what is there; or (controls) the mask."""
+
+TrainedOn = Literal["nothing", "images", "class labels", "images and captions", "masks or boxes"]
+"""What supervision stands behind a method's model, the strongest where there are several."""
 AP_NAMES = ("foreground", "two_channel", "two_channel_minmax", "f1_rowwise")
 """Per-image numbers that counts can't give: average precision, its two published forms (raw and min-max scaled scores), and the
 F1 that Chefer's protocol averages over the rows of an image."""

@@ -19,8 +19,7 @@ from conceptseg.backbones.mmdit import chosen, device_of, dtype_of
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.tower import Tower
 from conceptseg.errors import ConfigError
-from conceptseg.extractors.base import TrainedOn
-from conceptseg.types import Task
+from conceptseg.types import Task, TrainedOn
 
 LABEL_LISTS = ("imagenet", "scenes")
 POSITION_RULES = ("timm", "dino")

@@ -14,8 +14,7 @@ from conceptseg.backbones.base import RESIZES, Checkpoint, Provenance, stack_ima
 from conceptseg.backbones.image_encoder import checkpoint_file
 from conceptseg.backbones.mmdit import chosen, device_of, dtype_of
 from conceptseg.errors import ConfigError, DataError, did_you_mean
-from conceptseg.extractors.base import TrainedOn
-from conceptseg.types import Task
+from conceptseg.types import Task, TrainedOn
 
 ARCHITECTURES = ("GroupViTModel", "CLIPSegForImageSegmentation")
 

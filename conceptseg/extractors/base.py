@@ -10,17 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from conceptseg.saliency.views import Axes, View
-from conceptseg.types import Batch, SaliencyMaps
+from conceptseg.types import Batch, SaliencyMaps, Told, TrainedOn
 
 Provenance = Literal["control", "lab", "weights", "random"]
 """What numbers rest on: no model, a shipped tiny model, real weights, or random ones."""
-
-Told = Literal["nothing", "own prediction", "true name", "name and prompt", "truth"]
-"""What a method is told of an image: nothing; only the class it predicts itself; the words asked for; those and a caption that
-says what is there; or (controls) the mask."""
-
-TrainedOn = Literal["nothing", "images", "class labels", "images and captions", "masks or boxes"]
-"""What supervision stands behind a method's model, the strongest where there are several."""
 
 
 class Extractor(ABC):

@@ -15,8 +15,8 @@ from torch.nn.functional import normalize
 from conceptseg.backbones.clip import CLIPBackbone
 from conceptseg.backbones.image_encoder import Explained, ImageEncoder
 from conceptseg.errors import ConfigError, did_you_mean
-from conceptseg.extractors.base import OneView, Provenance, Told
-from conceptseg.types import BACKGROUND, Batch
+from conceptseg.extractors.base import OneView, Provenance
+from conceptseg.types import BACKGROUND, Batch, Told
 
 TOLD_BY_CLASS: dict[str, Told] = {"predicted": "own prediction", "given": "true name"}
 
