@@ -162,8 +162,8 @@ def test_a_batch_of_eight_is_eight_batches_of_one(request, name, host):
     kind, settings = {**METHODS, **others}[name]
     method = kind(backbone, **settings)
     alone = one_by_one(method, shown)
-    off = (method.saliency(shown) - alone).abs().max() / alone.abs().max()
-    assert float(off) <= 1e-9
+    off = (method.saliency(shown) - alone).abs().max()
+    assert float(off) <= 1e-9 * float(alone.abs().max())  # GradCAM of the random CLIP is 0 everywhere, and must be so in both
 
 
 def test_block_0_enters_or_not_as_asked(vit):
