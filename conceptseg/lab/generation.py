@@ -31,7 +31,11 @@ def load_trained(card: dict[str, Any], folder: Path) -> Trainer:
         files = sorted([*(folder / name).glob("*.safetensors"), *(folder.glob("*.safetensors") if name == "model" else ())])
         if len(files) != 1:
             raise ConfigError(f"conceptseg-lab: reading {name} of {folder} found {len(files)} weight files, wanted one.")
-        part.load_state_dict({k: v.float() for k, v in load_file(files[0]).items()}, strict=False)
+        held = {k: v.float() for k, v in load_file(files[0]).items()}
+        absent, unknown = part.load_state_dict(held, strict=False)  # a tied matrix is saved once, under one of its names
+        tied = {tensor.data_ptr() for key, tensor in part.state_dict().items() if key in held}
+        if unknown or any(part.state_dict()[key].data_ptr() not in tied for key in absent):
+            raise ConfigError(f"conceptseg-lab: {files[0]} lacks {absent} or holds unknown {unknown}; train the model again.")
         part.eval()
     return trainer
 
