@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from conceptseg.backbones.concept_stream import SPACES, ConceptCarrier, Heads
-from conceptseg.backbones.mmdit import MultiModalBackbone, Prompts
+from conceptseg.backbones.concept_stream import SPACES, ConceptCarrier, Heads, by_heads, normed
+from conceptseg.backbones.mmdit import MultiModalBackbone
+from conceptseg.backbones.prompts import Prompts
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
 from conceptseg.errors import ConfigError
@@ -25,7 +26,7 @@ class CogVideoXCarrier(ConceptCarrier):
     """
 
     def attach(self, taps: TapSet) -> None:
-        taps.before("patch_embed", self._embed)
+        taps.before("patch_embed", self.embed)
         for layer, path, block in self.wanted_blocks(taps, "transformer_blocks"):
             attention = block.attn1
             self.refuse_fused(f"{path}.attn1", attention)
@@ -33,13 +34,13 @@ class CogVideoXCarrier(ConceptCarrier):
             # Queries and keys are rotated in place after these modules: what is kept must be a copy.
             for name, norm, projection in (("queries", "norm_q", "to_q"), ("keys", "norm_k", "to_k")):
                 if getattr(attention, norm) is None:
-                    taps.after(f"{path}.attn1.{projection}", self.keep(name, lambda x, a=attention: _heads(x, a).clone()))  # type: ignore[misc]
+                    taps.after(f"{path}.attn1.{projection}", self.keep(name, lambda x, a=attention: by_heads(x, a).clone()))  # type: ignore[misc]
                 else:
                     taps.after(f"{path}.attn1.{norm}", self.keep(name, lambda x: x.transpose(1, 2).clone()))
-            taps.after(f"{path}.attn1.to_v", self.keep("values", lambda x, a=attention: _heads(x, a)))  # type: ignore[misc]
-            taps.before(f"{path}.attn1.to_out.0", self._at_output(layer, block))
+            taps.after(f"{path}.attn1.to_v", self.keep("values", lambda x, a=attention: by_heads(x, a)))  # type: ignore[misc]
+            taps.before(f"{path}.attn1.to_out.0", self.at_output(layer, block))
 
-    def _embed(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def embed(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.state["residual"] = module.text_proj(self.stream.concepts.to(args[0].dtype))
 
     def _inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -53,37 +54,25 @@ class CogVideoXCarrier(ConceptCarrier):
         rotary = self.state["rotary"]
         return x if rotary is None else apply_rotary_emb(x, rotary, sequence_dim=1)
 
-    def _at_output(self, layer: int, block: Any) -> Any:
-        def at_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._advance(layer, block, image_outputs=args[0][self.stream.rows][:, self.state["text"] :])
+    def image_rows(self, outputs: Float[Tensor, "R n D"]) -> Float[Tensor, "R L D"]:
+        return outputs[:, self.state["text"] :]
 
-        return at_output
-
-    def _advance(self, layer: int, block: Any, image_outputs: Float[Tensor, "R L D"]) -> None:
-        """One block for the concepts: attention, scoring, residual update."""
+    def advance(self, layer: int, block: Any, image_outputs: Float[Tensor, "R L D"]) -> None:
         state, attention, text = self.state, block.attn1, self.state["text"]
         residual = state["residual"]
-        _, normed, _, gate = block.norm1.forward(residual, residual, state["temb"])
+        _, x, _, gate = block.norm1.forward(residual, residual, state["temb"])
         # forward(): the video's queries, keys and values are read at these very modules.
         concepts = Heads(
-            _normed(attention.norm_q, _heads(attention.to_q.forward(normed), attention)),
-            _normed(attention.norm_k, _heads(attention.to_k.forward(normed), attention)),
-            _heads(attention.to_v.forward(normed), attention),
+            normed(attention.norm_q, by_heads(attention.to_q.forward(x), attention)),
+            normed(attention.norm_k, by_heads(attention.to_k.forward(x), attention)),
+            by_heads(attention.to_v.forward(x), attention),
         )
         image = Heads(state["queries"][:, text:], state["keys"][:, text:], state["values"][:, text:], self._rotate)
         project = attention.to_out[0].forward
         outputs = self.attend(layer, concepts, image, image_outputs, state["keys"][:, :text], project, project)
         residual = residual + gate * project(outputs)
-        _, normed, _, gate = block.norm2.forward(residual, residual, state["temb"])
-        state["residual"] = residual + gate * block.ff(normed)
-
-
-def _heads(x: Float[Tensor, "R n D"], attention: Any) -> Float[Tensor, "R n A d"]:
-    return x.unflatten(-1, (attention.heads, -1))
-
-
-def _normed(norm: nn.Module | None, x: Float[Tensor, "R n A d"]) -> Float[Tensor, "R n A d"]:
-    return x if norm is None else norm.forward(x)
+        _, x, _, gate = block.norm2.forward(residual, residual, state["temb"])
+        state["residual"] = residual + gate * block.ff(x)
 
 
 class CogVideoXBackbone(MultiModalBackbone):

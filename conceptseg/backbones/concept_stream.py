@@ -175,6 +175,27 @@ class ConceptCarrier(ABC):
     def attach(self, taps: TapSet) -> None:
         """Hook the stock model. Raises TapError if it is not laid out as expected or has fused projections."""
 
+    @abstractmethod
+    def advance(self, layer: int, block: Any, image_outputs: Float[Tensor, "R L D"]) -> None:
+        """One block for the concepts: attention, scoring, residual update."""
+
+    def image_rows(self, outputs: Float[Tensor, "R n D"]) -> Float[Tensor, "R L D"]:
+        """The image's own tokens among those that attention gave outputs for."""
+        return outputs
+
+    def at_output(self, layer: int, block: Any) -> Callable[..., None]:
+        """A tap before the image's output projection, where a block's attention is done and its outputs can be read."""
+
+        def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.advance(layer, block, self.image_rows(args[0][self.stream.rows]))
+
+        return tap
+
+    def embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A tap before the text's embedding, which embeds concepts too."""
+        # forward(), not a call: the module's own hooks (this one) must not run again.
+        self.state["residual"] = module.forward(self.stream.concepts.to(args[0].dtype))
+
     def wanted_blocks(self, taps: TapSet, path: str) -> list[tuple[int, str, Any]]:
         """(layer, path, block) of every block up to the last layer."""
         count = len(list(taps.module(path).children()))
@@ -232,6 +253,17 @@ class ConceptCarrier(ABC):
         if layer == stream.last_layer and stream.stop:
             raise StopForward
         return outputs
+
+
+def by_heads(x: Float[Tensor, "R n D"], attention: Any) -> Float[Tensor, "R n A d"]:
+    """Tokens' vectors split into the heads of a stock attention module."""
+    return x.unflatten(-1, (attention.heads, -1))
+
+
+def normed(norm: nn.Module | None, x: Float[Tensor, "R n A d"]) -> Float[Tensor, "R n A d"]:
+    """Queries or keys through a norm that some checkpoints lack."""
+    # forward(), not a call: what the host's own tokens give is read at these very modules.
+    return x if norm is None else norm.forward(x)
 
 
 def _attention(queries: Float[Tensor, "R n A d"], seen: list[tuple[Tensor, Tensor, Tensor | None]]) -> Float[Tensor, "R n A d"]:

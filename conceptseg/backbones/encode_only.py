@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from conceptseg.backbones.base import Checkpoint
+from conceptseg.backbones.quantized_weights import is_rounded, stored_bytes, to_eight_bits
 from conceptseg.errors import ConfigError
 
 Conditions = tuple[float, float, int]
@@ -97,20 +98,26 @@ def cut_flux(config: dict[str, Any], last_layer: int) -> nn.Module:
     return model
 
 
-def planned_bytes(config: dict[str, Any], last_layer: int, dtype: torch.dtype, levels: int = 1, rows: int = 1) -> int:
+def planned_bytes(
+    config: dict[str, Any], last_layer: int, dtype: torch.dtype, levels: int = 1, rows: int = 1, weights: str = "full"
+) -> int:
     """Bytes of weights and constants kept for reading images up to `last_layer`, so many rows at so many levels."""
-    model = cut_flux(config, last_layer)
+    model = nn.Module.to(cut_flux(config, last_layer), dtype)
+    if weights == "int8":
+        to_eight_bits(model)
     width = config["num_attention_heads"] * config["attention_head_dim"]
     constants = 12 * width * (last_layer + 1) * levels * rows
-    return dtype.itemsize * (sum(weight.numel() for weight in model.parameters()) + constants)
+    return dtype.itemsize * constants + sum(stored_bytes(weight) for weight in model.parameters())
 
 
 class EncodeOnlyFlux:
     """Gives the cut model for a last layer and a level, reading what it lacks."""
 
-    def __init__(self, checkpoint: Checkpoint, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, config: dict[str, Any], dtype: torch.dtype, device: torch.device, weights: str = "full"
+    ) -> None:
         self.files = WeightFiles(checkpoint, "transformer")
-        self.config, self.dtype, self.device = config, dtype, device
+        self.config, self.dtype, self.device, self.weights = config, dtype, device, weights
         self.model: nn.Module | None = None
 
     def at(self, last_layer: int, conditions: Conditions, conditioning: Callable[[nn.Module], Float[Tensor, "R d"]]) -> nn.Module:
@@ -128,8 +135,10 @@ class EncodeOnlyFlux:
         model = cut_flux(self.config, last_layer)
         for name, tensor in self.files.tensors([n for n, _ in model.named_parameters()]):
             path, _, leaf = name.rpartition(".")
-            weight = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
-            setattr(model.get_submodule(path), leaf, weight)
+            module = model.get_submodule(path)
+            setattr(module, leaf, nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False))
+            if self.weights == "int8" and leaf == "weight" and is_rounded(module, path):
+                to_eight_bits(module, path)
         return model.eval()
 
     def _fold(self, folded: dict[str, FoldedModulation], conditions: Conditions, activated: Float[Tensor, "R d"]) -> None:

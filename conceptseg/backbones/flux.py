@@ -11,81 +11,50 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from conceptseg.backbones.concept_stream import ConceptCarrier, ConceptStream, Heads
+from conceptseg.backbones.concept_stream import ConceptStream
+from conceptseg.backbones.double_blocks import DoubleBlockCarrier
 from conceptseg.backbones.encode_only import EncodeOnlyFlux
 from conceptseg.backbones.latents import image_ids, pack, unpack
-from conceptseg.backbones.mmdit import MultiModalBackbone, Prompts, chosen
+from conceptseg.backbones.mmdit import MultiModalBackbone, chosen
+from conceptseg.backbones.prompts import Prompts
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
 from conceptseg.errors import ConfigError
 
 
-class FluxCarrier(ConceptCarrier):
+class FluxCarrier(DoubleBlockCarrier):
     """Concepts in the double blocks: text weights, the modulation of (t, the concepts' pooled vector), position 0.
 
     Source: Helbling et al. 2025, arXiv:2502.04320, section 4, as released; spec §1.3-1.6.
     """
 
     def attach(self, taps: TapSet) -> None:
-        taps.after("time_text_embed", self._modulation)
-        taps.before("context_embedder", self._embed)
-        for layer, path, block in self.wanted_blocks(taps, "transformer_blocks"):
-            self.refuse_fused(f"{path}.attn", block.attn)
-            for name in ("add_q_proj", "add_v_proj", "norm_added_q", "to_add_out"):
-                taps.module(f"{path}.attn.{name}")
-            taps.before(path, self._rotary)
-            taps.after(f"{path}.attn.norm_q", self.keep("image_queries"))
-            taps.after(f"{path}.attn.norm_k", self.keep("image_keys"))
-            taps.after(f"{path}.attn.to_v", self.keep("image_values"))
-            taps.after(f"{path}.attn.norm_added_k", self.keep("text_keys"))
-            taps.before(f"{path}.attn.to_out.0", self._at_output(layer, block))
+        taps.after("time_text_embed", self._condition)
+        taps.before("context_embedder", self.embed)
+        self.tap_blocks(taps)
 
-    def _modulation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def _condition(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         rows = self.stream.rows
         assert self.stream.pooled is not None
         # forward(), not a call: the module's own hooks (this one) must not run again.
         self.state["temb"] = module.forward(*(a[rows] for a in args[:-1]), self.stream.pooled.to(output.dtype))
 
-    def _embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.state["residual"] = module.forward(self.stream.concepts.to(args[0].dtype))
-
-    def _rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Concepts and text sit at position 0, where the rotary embedding is the identity; only image tokens are turned.
         text = kwargs["encoder_hidden_states"].shape[1]
         self.state["rotary"] = tuple(part[text:] for part in kwargs["image_rotary_emb"])
 
-    def _rotate(self, x: Tensor) -> Tensor:
+    def rotate_image(self, x: Tensor) -> Tensor:
         from diffusers.models.embeddings import apply_rotary_emb
 
         return apply_rotary_emb(x, self.state["rotary"], sequence_dim=1)
 
-    def _at_output(self, layer: int, block: Any) -> Any:
-        def at_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._advance(layer, block, image_outputs=args[0][self.stream.rows])
+    def modulation(self, block: Any) -> tuple[Tensor, ...]:
+        activated = block.norm1_context.silu(self.state["temb"])
+        return block.norm1_context.linear(activated)[:, None].chunk(6, dim=-1)
 
-        return at_output
-
-    def _advance(self, layer: int, block: Any, image_outputs: Float[Tensor, "R L D"]) -> None:
-        """One double block for the concepts: attention, scoring, residual update."""
-        state, attention = self.state, block.attn
-        residual = state["residual"]
-        normed, gate, shift_mlp, scale_mlp, gate_mlp = block.norm1_context(residual, emb=state["temb"])
-        concepts = Heads(
-            attention.norm_added_q(_heads(attention.add_q_proj(normed), attention)),
-            attention.norm_added_k.forward(_heads(attention.add_k_proj(normed), attention)),
-            _heads(attention.add_v_proj(normed), attention),
-        )
-        image = Heads(state["image_queries"], state["image_keys"], _heads(state["image_values"], attention), self._rotate)
-        outputs = self.attend(
-            layer, concepts, image, image_outputs, state["text_keys"], attention.to_add_out, attention.to_out[0].forward
-        )
-        residual = residual + gate[:, None] * attention.to_add_out(outputs)
-        mlp_in = block.norm2_context(residual) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
-        state["residual"] = residual + gate_mlp[:, None] * block.ff_context(mlp_in)
-
-
-def _heads(x: Float[Tensor, "R n D"], attention: Any) -> Float[Tensor, "R n A d"]:
-    return x.unflatten(-1, (-1, attention.head_dim))
+    def norms(self, block: Any) -> tuple[Any, Any, Any]:
+        return block.norm1_context.norm, block.norm2_context, block.ff_context
 
 
 class FluxBackbone(MultiModalBackbone):
@@ -116,7 +85,7 @@ class FluxBackbone(MultiModalBackbone):
     @cached_property
     def cut(self) -> EncodeOnlyFlux:
         """Reads and holds the cut transformer of load=encode_only."""
-        return EncodeOnlyFlux(self.checkpoint, self.config, self.dtype, self.device)
+        return EncodeOnlyFlux(self.checkpoint, self.config, self.dtype, self.device, self.weights)
 
     def release(self, *parts: str) -> None:
         super().release(*parts, *(["cut"] if "transformer" in parts else []))

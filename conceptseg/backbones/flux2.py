@@ -10,14 +10,16 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from conceptseg.backbones.concept_stream import ConceptCarrier, ConceptStream, ConceptTokens, Heads
-from conceptseg.backbones.mmdit import MultiModalBackbone, Prompts
+from conceptseg.backbones.concept_stream import ConceptStream, ConceptTokens
+from conceptseg.backbones.double_blocks import DoubleBlockCarrier
+from conceptseg.backbones.mmdit import MultiModalBackbone
+from conceptseg.backbones.prompts import Prompts
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
 from conceptseg.errors import ConfigError
 
 
-class Flux2Carrier(ConceptCarrier):
+class Flux2Carrier(DoubleBlockCarrier):
     """Concepts in the double blocks: text weights and the text's own modulation; all at one text position.
 
     Source: the released FLUX.2 code of Helbling et al. 2025, arXiv:2502.04320 (spec §3.2).
@@ -29,29 +31,16 @@ class Flux2Carrier(ConceptCarrier):
 
     def attach(self, taps: TapSet) -> None:
         self.state["host"] = taps.model
-        taps.before("context_embedder", self._embed)
-        for layer, path, block in self.wanted_blocks(taps, "transformer_blocks"):
-            self.refuse_fused(f"{path}.attn", block.attn)
-            for name in ("add_q_proj", "add_v_proj", "norm_added_q", "to_add_out"):
-                taps.module(f"{path}.attn.{name}")
-            taps.before(path, self._inputs)
-            taps.after(f"{path}.attn.norm_q", self.keep("image_queries"))
-            taps.after(f"{path}.attn.norm_k", self.keep("image_keys"))
-            taps.after(f"{path}.attn.to_v", self.keep("image_values"))
-            taps.after(f"{path}.attn.norm_added_k", self.keep("text_keys"))
-            taps.before(f"{path}.attn.to_out.0", self._at_output(layer, block))
+        taps.before("context_embedder", self.embed)
+        self.tap_blocks(taps)
 
-    def _embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # forward(), not a call: the module's own hooks (this one) must not run again.
-        self.state["residual"] = module.forward(self.stream.concepts.to(args[0].dtype))
-
-    def _inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         text = kwargs["encoder_hidden_states"].shape[1]
         self.state["rotary"] = tuple(part[text:] for part in kwargs["image_rotary_emb"])
         place = torch.tensor([[0, 0, 0, self.position]], device=kwargs["hidden_states"].device)
         self.state["own_rotary"] = self.state["host"].pos_embed(place)
-        modulation = kwargs["temb_mod_txt"]
-        self.state["modulation"] = modulation[:, None] if modulation.ndim == 2 else modulation
+        given = kwargs["temb_mod_txt"]
+        self.state["modulation"] = given[:, None] if given.ndim == 2 else given
 
     def _rotate(self, x: Tensor, rotary: str) -> Tensor:
         from diffusers.models.embeddings import apply_rotary_emb
@@ -59,40 +48,19 @@ class Flux2Carrier(ConceptCarrier):
         cosine, sine = (part.expand(x.shape[1], -1) for part in self.state[rotary])
         return apply_rotary_emb(x, (cosine, sine), sequence_dim=1)
 
-    def _at_output(self, layer: int, block: Any) -> Any:
-        def at_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._advance(layer, block, image_outputs=args[0][self.stream.rows])
+    def rotate_image(self, x: Tensor) -> Tensor:
+        return self._rotate(x, "rotary")
 
-        return at_output
+    def rotate_concepts(self, x: Tensor) -> Tensor:
+        return self._rotate(x, "own_rotary")
 
-    def _advance(self, layer: int, block: Any, image_outputs: Float[Tensor, "R L D"]) -> None:
-        """One double block for the concepts: attention, scoring, residual update."""
-        state, attention = self.state, block.attn
-        residual = state["residual"]
-        given = state["modulation"]
+    def modulation(self, block: Any) -> tuple[Tensor, ...]:
+        given = self.state["modulation"]
         rows = given[self.stream.rows] if len(given) > 1 else given  # one row where all levels are equal
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = rows.chunk(6, dim=-1)
-        normed = (1 + scale) * block.norm1_context(residual) + shift
-        concepts = Heads(
-            attention.norm_added_q(_heads(attention.add_q_proj(normed), attention)),
-            attention.norm_added_k.forward(_heads(attention.add_k_proj(normed), attention)),
-            _heads(attention.add_v_proj(normed), attention),
-            lambda x: self._rotate(x, "own_rotary"),
-        )
-        image = Heads(
-            state["image_queries"], state["image_keys"], _heads(state["image_values"], attention),
-            lambda x: self._rotate(x, "rotary"),
-        )  # fmt: skip
-        outputs = self.attend(
-            layer, concepts, image, image_outputs, state["text_keys"], attention.to_add_out, attention.to_out[0].forward
-        )
-        residual = residual + gate * attention.to_add_out(outputs)
-        mlp_in = block.norm2_context(residual) * (1 + scale_mlp) + shift_mlp
-        state["residual"] = residual + gate_mlp * block.ff_context(mlp_in)
+        return rows.chunk(6, dim=-1)
 
-
-def _heads(x: Float[Tensor, "R n D"], attention: Any) -> Float[Tensor, "R n A d"]:
-    return x.unflatten(-1, (-1, attention.head_dim))
+    def norms(self, block: Any) -> tuple[Any, Any, Any]:
+        return block.norm1_context, block.norm2_context, block.ff_context
 
 
 class Flux2Backbone(MultiModalBackbone):

@@ -7,7 +7,6 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
 from itertools import pairwise
@@ -15,53 +14,18 @@ from math import prod
 from typing import Any, ClassVar
 
 import torch
-from einops import repeat
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from conceptseg.backbones.base import RESIZES, Checkpoint, Provenance
 from conceptseg.backbones.concept_stream import SPACES, ConceptCarrier, ConceptStream, ConceptTokens
+from conceptseg.backbones.prompts import POOLINGS, Prompts, own_tokens, pooled_tokens
+from conceptseg.backbones.quantized_weights import WEIGHTS, to_eight_bits
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextCache, TextRecord
 from conceptseg.errors import ConfigError, DataError, did_you_mean
 
 log = logging.getLogger(__name__)
-
-POOLINGS = ("first", "last", "mean", "max", "joint")
-"""Which tokens of a word stand for it: one of them, the mean or greatest value of their embeddings, or all of them, travelling
-side by side, with the mean of their vectors when they are scored."""
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Encoded captions.
-
-    hidden: [B N d]; pooled: [B p], None in families without one and for Flux's zeros; present: [B N], False for padding that the
-    model is not to see, None where it sees all N tokens.
-    """
-
-    hidden: Float[Tensor, "B N d"]
-    pooled: Float[Tensor, "B p"] | None = None
-    present: Bool[Tensor, "B N"] | None = None
-
-    def repeated(self, draws: int) -> Prompts:
-        """Every row `draws` times, copies of a row side by side."""
-        each = [None if t is None else repeat(t, "B ... -> (B n) ...", n=draws) for t in (self.hidden, self.pooled, self.present)]
-        assert each[0] is not None
-        return Prompts(each[0], each[1], each[2])
-
-    def after(self, other: Prompts) -> Prompts:
-        """The other's rows, then these: the two halves of classifier-free guidance. The shorter texts are padded."""
-        halves = (other, self)
-        lengths = [half.hidden.shape[1] for half in halves]
-        hidden = torch.cat([pad(half.hidden, (0, 0, 0, max(lengths) - n)) for half, n in zip(halves, lengths, strict=True)])
-        pooled = None if other.pooled is None or self.pooled is None else torch.cat([other.pooled, self.pooled])
-        if lengths[0] == lengths[1] and other.present is None and self.present is None:
-            return Prompts(hidden, pooled)
-        seen = [torch.ones(half.hidden.shape[:2], dtype=torch.bool, device=hidden.device) for half in halves]
-        seen = [all_of if half.present is None else half.present for half, all_of in zip(halves, seen, strict=True)]
-        return Prompts(hidden, pooled, torch.cat([pad(one, (0, max(lengths) - one.shape[1])) for one in seen]))
 
 
 class MultiModalBackbone(ABC):
@@ -70,7 +34,8 @@ class MultiModalBackbone(ABC):
     image_size: pixels a side that the model is shown, or [height, width], multiples of `pixels_per_token`; resize: how images
     get there. text_tokens: padded text length (where pads are attended the length changes the numbers). concept_pooling: see
     POOLINGS. text_cache: a folder that keeps embedded texts, by encoder and string. text_encoders: "keep", or "release" once new
-    strings are encoded: encoders and transformer are then never in memory together.
+    strings are encoded: encoders and transformer are then never in memory together. weights: "full", in dtype, or "int8": the
+    blocks' matrices rounded to eight bits (torchao), a variant with rows of its own.
     """
 
     family = "mmdit"
@@ -96,6 +61,7 @@ class MultiModalBackbone(ABC):
         vae_dtype: str = "float32",
         text_cache: str | None = None,
         text_encoders: str = "keep",
+        weights: str = "full",
         **about: Any,
     ) -> None:
         self.checkpoint = Checkpoint(path, revision)
@@ -106,6 +72,8 @@ class MultiModalBackbone(ABC):
         chosen("text_encoders", text_encoders, ("keep", "release"))
         self.size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
         self.resize, self.text_tokens, self.concept_pooling = resize, text_tokens, concept_pooling
+        chosen("weights", weights, WEIGHTS)
+        self.weights = weights
         self.releases_text_encoders = text_encoders == "release"
         if unknown := sorted(set(about) - {"licence", "memory"}):
             raise ConfigError(f"extractor.backbone.{unknown[0]}: no such setting. {did_you_mean(unknown[0], self.settings())}")
@@ -132,6 +100,7 @@ class MultiModalBackbone(ABC):
             "class": self.kind, **self.checkpoint.identity(), "dtype": str(self.dtype), "vae_dtype": str(self.vae_dtype),
             "image_size": self.size[0] if self.size[0] == self.size[1] else list(self.size), "resize": self.resize,
             "text_tokens": self.text_tokens, "concept_pooling": self.concept_pooling,
+            **({} if self.weights == "full" else {"weights": self.weights}),
         }  # fmt: skip
 
     def text_identity(self) -> dict[str, Any]:
@@ -169,7 +138,7 @@ class MultiModalBackbone(ABC):
         host = getattr(diffusers, self.transformer_class)
         with self.checkpoint.loading("transformer"):
             model = host.from_pretrained(subfolder="transformer", torch_dtype=self.dtype, **self.checkpoint.source())
-        return self.placed(model)
+        return self.placed(model if self.weights == "full" else to_eight_bits(model))
 
     @cached_property
     def vae(self) -> Any:
@@ -414,40 +383,6 @@ class MultiModalBackbone(ABC):
                 carrier.image_tokens = prod(self.grid(noisy))
                 carrier.attach(taps)
                 return taps.run(lambda: self.call(noisy.to(self.dtype), levels, prompts, guidance))
-
-
-def own_tokens(tokenizer: Any, string: str) -> int:
-    """How many tokens a string has, begin-of-text included, up to its end mark."""
-    ids = tokenizer(string).input_ids
-    return ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
-
-
-def pooled_tokens(rows: Sequence[Sequence[Float[Tensor, "_ d"]]], pooling: str) -> ConceptTokens:
-    """Rows of words, each given by its tokens -> the tokens that travel, and what share each has in its word.
-
-    Source of "first": Helbling et al. 2025 as released (the other poolings are this project's).
-    """
-    if pooling != "joint":
-        return ConceptTokens(torch.stack([torch.stack([_one_token(tokens, pooling) for tokens in row]) for row in rows]))
-    most = max(sum(len(tokens) for tokens in row) for row in rows)
-    width, first = rows[0][0].shape[-1], rows[0][0]
-    together = first.new_zeros(len(rows), most, width)
-    words = first.new_zeros(len(rows), len(rows[0]), most)
-    present = torch.zeros(len(rows), most, dtype=torch.bool, device=first.device)
-    for r, row in enumerate(rows):
-        at = 0
-        for c, tokens in enumerate(row):
-            together[r, at : at + len(tokens)] = tokens
-            words[r, c, at : at + len(tokens)] = 1 / len(tokens)
-            present[r, at : at + len(tokens)] = True
-            at += len(tokens)
-    return ConceptTokens(together, words, None if present.all() else present)
-
-
-def _one_token(tokens: Float[Tensor, "n d"], pooling: str) -> Float[Tensor, " d"]:
-    if pooling == "mean":
-        return tokens.mean(0)
-    return tokens.amax(0) if pooling == "max" else tokens[0 if pooling == "first" else -1]
 
 
 def shift_of(tokens: int, config: Mapping[str, Any]) -> float:

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from conceptseg.backbones.concept_stream import ConceptCarrier, Heads
+from conceptseg.backbones.double_blocks import DoubleBlockCarrier
 from conceptseg.backbones.latents import pack, unpack
-from conceptseg.backbones.mmdit import MultiModalBackbone, Prompts
+from conceptseg.backbones.mmdit import MultiModalBackbone
+from conceptseg.backbones.prompts import Prompts, padded
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
 from conceptseg.errors import TapError
 
 
-class QwenImageCarrier(ConceptCarrier):
+class QwenImageCarrier(DoubleBlockCarrier):
     """Concepts in the double blocks: text weights and the text's own modulation; all where the caption begins.
 
     This family has rotary positions for text, on the diagonal after the image's; concepts share the first of them. No published
@@ -31,21 +31,14 @@ class QwenImageCarrier(ConceptCarrier):
                 "tapping QwenImageTransformer2DModel: editing models (zero_cond_t) read two images; take a base model."
             )
         self.state["text_norm"] = taps.module("txt_norm")
-        taps.before("txt_in", self._embed)
-        for layer, path, block in self.wanted_blocks(taps, "transformer_blocks"):
-            self.refuse_fused(f"{path}.attn", block.attn)
-            taps.before(path, self._inputs)
-            taps.after(f"{path}.attn.norm_q", self.keep("image_queries"))
-            taps.after(f"{path}.attn.norm_k", self.keep("image_keys"))
-            taps.after(f"{path}.attn.to_v", self.keep("image_values"))
-            taps.after(f"{path}.attn.norm_added_k", self.keep("text_keys"))
-            taps.before(f"{path}.attn.to_out.0", self._at_output(layer, block))
+        taps.before("txt_in", self.embed)
+        self.tap_blocks(taps)
 
-    def _embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # forward(), not a call: the module's own hooks (this one) must not run again.
         self.state["residual"] = module.forward(self.state["text_norm"](self.stream.concepts.to(args[0].dtype)))
 
-    def _inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.state["temb"] = kwargs["temb"][self.stream.rows]
         image, text = kwargs["image_rotary_emb"]
         self.state["image_rotary"], self.state["concept_rotary"] = image, text[:1]
@@ -55,37 +48,17 @@ class QwenImageCarrier(ConceptCarrier):
 
         return apply_rotary_emb_qwen(x, self.state[rotary].expand(x.shape[1], -1), use_real=False)
 
-    def _at_output(self, layer: int, block: Any) -> Any:
-        def at_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._advance(layer, block, image_outputs=args[0][self.stream.rows])
+    def rotate_image(self, x: Tensor) -> Tensor:
+        return self._rotate(x, "image_rotary")
 
-        return at_output
+    def rotate_concepts(self, x: Tensor) -> Tensor:
+        return self._rotate(x, "concept_rotary")
 
-    def _advance(self, layer: int, block: Any, image_outputs: Float[Tensor, "R L D"]) -> None:
-        """One block for the concepts: attention, scoring, residual update."""
-        state, attention = self.state, block.attn
-        residual = state["residual"]
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block.txt_mod(state["temb"])[:, None].chunk(6, dim=-1)
-        normed = block.txt_norm1(residual) * (1 + scale) + shift
-        concepts = Heads(
-            attention.norm_added_q(_heads(attention.add_q_proj(normed), attention)),
-            attention.norm_added_k.forward(_heads(attention.add_k_proj(normed), attention)),
-            _heads(attention.add_v_proj(normed), attention),
-            lambda x: self._rotate(x, "concept_rotary"),
-        )
-        image = Heads(
-            state["image_queries"], state["image_keys"], _heads(state["image_values"], attention),
-            lambda x: self._rotate(x, "image_rotary"),
-        )  # fmt: skip
-        outputs = self.attend(
-            layer, concepts, image, image_outputs, state["text_keys"], attention.to_add_out, attention.to_out[0].forward
-        )
-        residual = residual + gate * attention.to_add_out(outputs)
-        state["residual"] = residual + gate_mlp * block.txt_mlp(block.txt_norm2(residual) * (1 + scale_mlp) + shift_mlp)
+    def modulation(self, block: Any) -> tuple[Tensor, ...]:
+        return block.txt_mod(self.state["temb"])[:, None].chunk(6, dim=-1)
 
-
-def _heads(x: Float[Tensor, "R n D"], attention: Any) -> Float[Tensor, "R n A d"]:
-    return x.unflatten(-1, (attention.heads, -1))
+    def norms(self, block: Any) -> tuple[Any, Any, Any]:
+        return block.txt_norm1, block.txt_norm2, block.txt_mlp
 
 
 class QwenImageBackbone(MultiModalBackbone):
@@ -151,11 +124,3 @@ class QwenImageBackbone(MultiModalBackbone):
 
     def as_latents(self, velocity: Tensor, grid: tuple[int, ...]) -> Tensor:
         return unpack(velocity, (grid[0], grid[1]))
-
-
-def padded(texts: Sequence[Float[Tensor, "_ d"]]) -> Prompts:
-    """Texts of several lengths as one batch, with a mask where they differ."""
-    lengths = torch.tensor([len(text) for text in texts])
-    hidden = pad_sequence(list(texts), batch_first=True)
-    present = torch.arange(hidden.shape[1]) < lengths[:, None]
-    return Prompts(hidden, None, None if present.all() else present.to(hidden.device))

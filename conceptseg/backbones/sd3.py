@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from conceptseg.backbones.concept_stream import SPACES, ConceptCarrier, ConceptTokens, Heads
-from conceptseg.backbones.mmdit import MultiModalBackbone, Prompts, chosen, own_tokens, pooled_tokens
+from conceptseg.backbones.concept_stream import SPACES, ConceptCarrier, ConceptTokens, Heads, by_heads, normed
+from conceptseg.backbones.mmdit import MultiModalBackbone, chosen
+from conceptseg.backbones.prompts import Prompts, own_tokens, pooled_tokens
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
 from conceptseg.errors import DataError
@@ -28,7 +29,7 @@ class SD3Carrier(ConceptCarrier):
 
     def attach(self, taps: TapSet) -> None:
         taps.after("time_text_embed", self.keep("temb"))
-        taps.before("context_embedder", self._embed)
+        taps.before("context_embedder", self.embed)
         for layer, path, block in self.wanted_blocks(taps, "transformer_blocks"):
             attention = block.attn
             self.refuse_fused(f"{path}.attn", attention)
@@ -41,34 +42,23 @@ class SD3Carrier(ConceptCarrier):
                 ("text_keys", "norm_added_k", "add_k_proj"),
             ):
                 if getattr(attention, norm) is None:
-                    taps.after(f"{path}.attn.{projection}", self.keep(name, lambda x, a=attention: _heads(x, a)))  # type: ignore[misc]
+                    taps.after(f"{path}.attn.{projection}", self.keep(name, lambda x, a=attention: by_heads(x, a)))  # type: ignore[misc]
                 else:
                     taps.after(f"{path}.attn.{norm}", self.keep(name, lambda x: x.transpose(1, 2)))
-            taps.after(f"{path}.attn.to_v", self.keep("image_values", lambda x, a=attention: _heads(x, a)))  # type: ignore[misc]
-            taps.before(f"{path}.attn.to_out.0", self._at_output(layer, block))
+            taps.after(f"{path}.attn.to_v", self.keep("image_values", lambda x, a=attention: by_heads(x, a)))  # type: ignore[misc]
+            taps.before(f"{path}.attn.to_out.0", self.at_output(layer, block))
 
-    def _embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # forward(), not a call: the module's own hooks (this one) must not run again.
-        self.state["residual"] = module.forward(self.stream.concepts.to(args[0].dtype))
-
-    def _at_output(self, layer: int, block: Any) -> Any:
-        def at_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._advance(layer, block, image_outputs=args[0][self.stream.rows])
-
-        return at_output
-
-    def _advance(self, layer: int, block: Any, image_outputs: Float[Tensor, "R L D"]) -> None:
-        """One joint block for the concepts: attention, scoring, residual update where the block has one."""
+    def advance(self, layer: int, block: Any, image_outputs: Float[Tensor, "R L D"]) -> None:
         state, attention = self.state, block.attn
         residual, temb = state["residual"], state["temb"]
         if block.context_pre_only:
-            normed = block.norm1_context(residual, temb)
+            x = block.norm1_context(residual, temb)
         else:
-            normed, gate, shift_mlp, scale_mlp, gate_mlp = block.norm1_context(residual, emb=temb)
+            x, gate, shift_mlp, scale_mlp, gate_mlp = block.norm1_context(residual, emb=temb)
         concepts = Heads(
-            _normed(attention.norm_added_q, _heads(attention.add_q_proj.forward(normed), attention)),
-            _normed(attention.norm_added_k, _heads(attention.add_k_proj.forward(normed), attention)),
-            _heads(attention.add_v_proj(normed), attention),
+            normed(attention.norm_added_q, by_heads(attention.add_q_proj.forward(x), attention)),
+            normed(attention.norm_added_k, by_heads(attention.add_k_proj.forward(x), attention)),
+            by_heads(attention.add_v_proj(x), attention),
         )
         image = Heads(state["image_queries"], state["image_keys"], state["image_values"])
         # The last block has no projection for text; "output_projected" is therefore no space of this family.
@@ -81,15 +71,6 @@ class SD3Carrier(ConceptCarrier):
         residual = residual + gate[:, None] * attention.to_add_out(outputs)
         mlp_in = block.norm2_context(residual) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
         state["residual"] = residual + gate_mlp[:, None] * block.ff_context(mlp_in)
-
-
-def _heads(x: Float[Tensor, "R n D"], attention: Any) -> Float[Tensor, "R n A d"]:
-    return x.unflatten(-1, (attention.heads, -1))
-
-
-def _normed(norm: nn.Module | None, x: Float[Tensor, "R n A d"]) -> Float[Tensor, "R n A d"]:
-    # forward(): text keys are read at this very module.
-    return x if norm is None else norm.forward(x)
 
 
 def encode_prompts(

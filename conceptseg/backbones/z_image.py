@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from conceptseg.backbones.concept_stream import ConceptCarrier, Heads
-from conceptseg.backbones.mmdit import MultiModalBackbone, Prompts
-from conceptseg.backbones.qwen_image import padded
+from conceptseg.backbones.concept_stream import ConceptCarrier, Heads, by_heads
+from conceptseg.backbones.mmdit import MultiModalBackbone
+from conceptseg.backbones.prompts import Prompts, padded
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
 
@@ -29,7 +29,7 @@ class ZImageCarrier(ConceptCarrier):
 
     def attach(self, taps: TapSet) -> None:
         self.state["host"] = taps.model
-        taps.before("cap_embedder", self._embed)
+        taps.before("cap_embedder", self.embed)
         for layer, path, block in self.wanted_blocks(taps, "layers"):
             attention = f"{path}.attention"
             self.refuse_fused(attention, block.attention)
@@ -37,9 +37,9 @@ class ZImageCarrier(ConceptCarrier):
             taps.after(f"{attention}.norm_q", self.keep("queries"))
             taps.after(f"{attention}.norm_k", self.keep("keys"))
             taps.after(f"{attention}.to_v", self.keep("values"))
-            taps.before(f"{attention}.to_out.0", self._at_output(layer, block))
+            taps.before(f"{attention}.to_out.0", self.at_output(layer, block))
 
-    def _embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # forward(), not a call: the module's own hooks (this one) must not run again.
         x = module.forward(self.stream.concepts.to(args[0].dtype))
         host, (rows, count, _) = self.state["host"], x.shape
@@ -60,27 +60,23 @@ class ZImageCarrier(ConceptCarrier):
         turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * rotary[:, :, None]
         return torch.view_as_real(turned).flatten(-2).type_as(x)
 
-    def _at_output(self, layer: int, block: Any) -> Any:
-        def at_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._advance(layer, block, image_outputs=args[0][self.stream.rows][:, : self.image_tokens])
+    def image_rows(self, outputs: Float[Tensor, "R n D"]) -> Float[Tensor, "R L D"]:
+        return outputs[:, : self.image_tokens]
 
-        return at_output
-
-    def _advance(self, layer: int, block: Any, image_outputs: Float[Tensor, "R L D"]) -> None:
-        """One block for the concepts: attention, scoring, residual update."""
+    def advance(self, layer: int, block: Any, image_outputs: Float[Tensor, "R L D"]) -> None:
         state, attention, end = self.state, block.attention, self.image_tokens
         residual = state["residual"]
         scale, gate, scale_mlp, gate_mlp = block.adaLN_modulation(state["temb"])[:, None].chunk(4, dim=-1)
         normed = block.attention_norm1(residual) * (1 + scale)
         # forward(): the image's queries, keys and values are read at these very modules.
         concepts = Heads(
-            attention.norm_q.forward(_heads(attention.to_q(normed), attention)),
-            attention.norm_k.forward(_heads(attention.to_k(normed), attention)),
-            _heads(attention.to_v.forward(normed), attention),
+            attention.norm_q.forward(by_heads(attention.to_q(normed), attention)),
+            attention.norm_k.forward(by_heads(attention.to_k(normed), attention)),
+            by_heads(attention.to_v.forward(normed), attention),
             lambda x: self._rotate(x, state["concept_rotary"][None]),
         )
         image = Heads(
-            state["queries"][:, :end], state["keys"][:, :end], _heads(state["values"][:, :end], attention),
+            state["queries"][:, :end], state["keys"][:, :end], by_heads(state["values"][:, :end], attention),
             lambda x: self._rotate(x, state["image_rotary"]),
         )  # fmt: skip
         project = attention.to_out[0].forward
@@ -88,10 +84,6 @@ class ZImageCarrier(ConceptCarrier):
         residual = residual + gate.tanh() * block.attention_norm2(project(outputs))
         inner = block.feed_forward(block.ffn_norm1(residual) * (1 + scale_mlp))
         state["residual"] = residual + gate_mlp.tanh() * block.ffn_norm2(inner)
-
-
-def _heads(x: Float[Tensor, "R n D"], attention: Any) -> Float[Tensor, "R n A d"]:
-    return x.unflatten(-1, (attention.heads, -1))
 
 
 class ZImageBackbone(MultiModalBackbone):

@@ -10,7 +10,8 @@ from einops import rearrange
 from torch import Tensor
 
 from conceptseg.backbones.concept_stream import BlockActivations, ConceptStream, ConceptTokens
-from conceptseg.backbones.mmdit import MultiModalBackbone, Prompts
+from conceptseg.backbones.mmdit import MultiModalBackbone
+from conceptseg.backbones.prompts import Prompts
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.saliency.cells import CellStore, kinds_by_layer
 from conceptseg.saliency.normalize import softmax_over_concepts, softmax_over_tokens

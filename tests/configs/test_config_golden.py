@@ -37,6 +37,7 @@ HEADLINES |= {
         "ca_imagenet_paper", "ca_imagenet_standard", "ca_voc_single_paper", "ca_voc_single_standard", "ca_voc_multi_paper",
         "ca_voc_multi_standard", "ca_table1_imagenet_sd35", "ca_table1_voc_single_sd35", "ca_table3", "ca_table4_both",
         "ca_table4_cross_only", "ca_table4_self_only", "ca_table4_neither", "ca_figure7_layers", "ca_figure7_timesteps",
+        "ca_imagenet_int8",
     )
 }  # fmt: skip
 NUMBERS = ("extractor", "dataset", "protocol", "views")

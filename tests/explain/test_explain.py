@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from tiny import tiny_flux, tiny_sd3
 
-from conceptseg.backbones.mmdit import pooled_tokens
+from conceptseg.backbones.prompts import pooled_tokens
 from conceptseg.backbones.sheets import backbone_of, sheets
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.explain import SETTINGS, explain, parse

@@ -14,7 +14,7 @@ from diffusers import FluxTransformer2DModel
 
 from conceptseg.backbones.concept_stream import SPACES, ConceptStream, ConceptTokens
 from conceptseg.backbones.flux import FluxBackbone
-from conceptseg.backbones.mmdit import Prompts
+from conceptseg.backbones.prompts import Prompts
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.saliency.views import Axes, Fold, Normalize, Softmax, View, expand_views
 

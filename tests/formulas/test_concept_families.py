@@ -22,7 +22,7 @@ from conceptseg.backbones.cogvideox import CogVideoXBackbone
 from conceptseg.backbones.concept_stream import SPACES, ConceptStream, ConceptTokens
 from conceptseg.backbones.flux import FluxBackbone
 from conceptseg.backbones.flux2 import Flux2Backbone
-from conceptseg.backbones.mmdit import Prompts
+from conceptseg.backbones.prompts import Prompts
 from conceptseg.backbones.qwen_image import QwenImageBackbone
 from conceptseg.backbones.sd3 import SD3Backbone
 from conceptseg.backbones.z_image import ZImageBackbone

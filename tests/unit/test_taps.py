@@ -7,7 +7,7 @@ from torch import nn
 
 from conceptseg.backbones.concept_stream import ConceptStream
 from conceptseg.backbones.flux import FluxBackbone, FluxCarrier
-from conceptseg.backbones.mmdit import Prompts
+from conceptseg.backbones.prompts import Prompts
 from conceptseg.backbones.taps import StopForward, TapSet
 from conceptseg.errors import TapError
 
