@@ -208,6 +208,17 @@ def reference_half(probabilities: Float[Tensor, "R A N T"]) -> Float[Tensor, "H 
     return fused[len(fused) // 2 :]
 
 
+def reference_side(sample_size: int, pixels_per_latent: int) -> int:
+    """Side of the reference's maps by a model's native size in latents: 64 at 512 or 1024 pixels, 96 at 768, else the latents'.
+
+    Source: castorini/daam 0.2.0, by spec §1.4, which has 96 for every other size.
+
+    >>> reference_side(64, 8), reference_side(96, 8), reference_side(24, 2)
+    (64, 96, 24)
+    """
+    return {512: 64, 768: 96, 1024: 64}.get(sample_size * pixels_per_latent, sample_size)
+
+
 def map_size(latents: tuple[int, int], side: int) -> tuple[int, int]:
     """Size of maps: `side` squared for square latents, else `side` on the shorter edge and the latents' own proportions.
 

@@ -14,16 +14,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from conceptseg.backbones.base import RESIZES, Checkpoint, Provenance
-from conceptseg.backbones.cross_attention import CrossAttention, CrossAttentionTap, cross_attentions
+from conceptseg.backbones.cross_attention import CrossAttention, CrossAttentionTap, cross_attentions, reference_side
 from conceptseg.backbones.mmdit import chosen, device_of, dtype_of
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextCache
 from conceptseg.errors import ConfigError, DataError, did_you_mean
 
 log = logging.getLogger(__name__)
-
-REFERENCE_SIDES = {512: 64, 768: 96, 1024: 64}
-"""Side of the reference's maps by a model's native image size (spec §1.4); any other model has maps as wide as its latents."""
 
 
 class UNetBackbone:
@@ -113,8 +110,7 @@ class UNetBackbone:
     @property
     def map_side(self) -> int:
         """Side of the reference's maps for this model: a property of its configuration, not of the image."""
-        native = int(self.config["sample_size"])
-        return REFERENCE_SIDES.get(native * self.pixels_per_latent, native)
+        return reference_side(int(self.config["sample_size"]), self.pixels_per_latent)
 
     @property
     def text_length(self) -> int:

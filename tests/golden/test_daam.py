@@ -31,7 +31,8 @@ from conceptseg.backbones.word_tokens import prompt_length, reference_positions
 from conceptseg.errors import DataError, ViewError
 from conceptseg.extractors.daam import DAAM
 from conceptseg.saliency.views import View
-from conceptseg.trace import PromptMaps, RunningSums, trace
+from conceptseg.trace import PromptMaps, trace
+from conceptseg.trace.sums import RunningSums
 from conceptseg.types import Concepts, Task
 
 GOLDEN = Path(__file__).parent / "daam"

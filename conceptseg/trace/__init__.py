@@ -1,0 +1,14 @@
+"""Heat maps of a prompt's words while a stock Stable Diffusion pipeline generates (DAAM, Tang et al. 2023, arXiv:2210.04885).
+
+    with trace(pipe) as tr:
+        image = pipe("a dog chases a ball").images[0]
+    tr.word_map("dog").overlay(image).save("dog.png")
+
+Any pipeline that denoises with a UNet2DConditionModel can be traced: text-to-image, image-to-image, in-painting, with given
+embeddings, several prompts, several images, any aspect ratio. Its attention stays as it is; everything is put back on leaving.
+"""
+
+from conceptseg.trace.maps import MaskRule, PromptMaps, WordMap
+from conceptseg.trace.tracer import Trace, trace
+
+__all__ = ["MaskRule", "PromptMaps", "Trace", "WordMap", "trace"]

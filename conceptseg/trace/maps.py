@@ -1,0 +1,100 @@
+"""What a trace gives: heat maps of a prompt's tokens and words, as masks, overlays and overlaps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from conceptseg.backbones.word_tokens import prompt_length, reference_positions, word_spans
+from conceptseg.errors import ViewError
+
+MaskRule = Literal["paper", "released", "mean"]
+
+
+@dataclass(frozen=True)
+class WordMap:
+    """The heat map of one word. values: float [X Y], larger where the word is; the scale grows with the number of steps."""
+
+    word: str
+    values: Float[Tensor, "X Y"]
+
+    def expanded(self, size: tuple[int, int], absolute: bool = False, threshold: float | None = None) -> Float[Tensor, "H W"]:
+        """The map at another size (rows, columns), bicubic and not cut at 0; scaled to 0..1 unless `absolute`; 0 or 1 with a cut.
+
+        Source: castorini/daam 0.2.0, by spec §1.7, which hands (width, height) to (rows, columns); a cut of 0 is no cut there.
+        """
+        flat = self.values[None, None].float()
+        wide = torch.nn.functional.interpolate(flat, size=size, mode="bicubic")[0, 0]
+        if not absolute:
+            wide = (wide - wide.min()) / (wide.max() - wide.min() + 1e-8)
+        return (wide > threshold).float() if threshold else wide
+
+    def mask(self, size: tuple[int, int], threshold: float = 0.4, rule: MaskRule = "paper") -> Float[Tensor, "H W"]:
+        """Where the word is, 0 or 1. "paper": at least threshold · greatest value; "released": above it after min-max scaling;
+        "mean": above the map's own mean.
+        """
+        wide = self.expanded(size, absolute=True)
+        if rule == "released":
+            return self.expanded(size, threshold=threshold)
+        return (wide > wide.mean() if rule == "mean" else wide >= threshold * wide.max()).float()
+
+    def overlay(self, image: Image.Image | np.ndarray) -> Image.Image:
+        """The map in colours, the picture over it, the more opaque the less the word is there."""
+        from matplotlib import colormaps
+
+        photo = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image, dtype=np.float32)
+        heat = self.expanded((photo.shape[0], photo.shape[1])).cpu().numpy()[..., None]
+        colours = 255 * colormaps["jet"](heat[..., 0])[..., :3].astype(np.float32)
+        return Image.fromarray(np.clip((1 - heat) * photo + heat * colours, 0, 255).astype(np.uint8))
+
+    def intersection_share(self, other: WordMap) -> float:
+        """Soft share of this map's mass that lies in the other: sum(a · b) / sum(a). The reference's compute_ioa."""
+        return float((self.values * other.values).sum() / (self.values.sum() + 1e-8))
+
+
+@dataclass(frozen=True)
+class PromptMaps:
+    """Heat maps of a prompt's tokens for one image. maps: float [K X Y], start token first, then tokens, then the end token."""
+
+    maps: Float[Tensor, "K X Y"]
+    prompt: str | None
+    tokenizer: Any
+    token_match: str = "exact"
+
+    def token_map(self, positions: Sequence[int], name: str = "") -> WordMap:
+        """Mean of the maps of some token positions (0 is the start token). Raises ViewError for a position without a map."""
+        if beyond := [p for p in positions if not 0 <= p < len(self.maps)]:
+            raise ViewError(f"token position {beyond[0]} has no map: there are {len(self.maps)}, start and end token included.")
+        if not positions:
+            raise ViewError("token_map: no position given.")
+        return WordMap(name, self.maps[list(positions)].mean(0))
+
+    def word_map(self, word: str, occurrence: int | None = None) -> WordMap:
+        """Mean over a word's tokens and occurrences, or one occurrence, from 0. Raises DataError if it is not there."""
+        if self.prompt is None:
+            raise ViewError(
+                f'word_map("{word}"): the pipeline was given embeddings, so words are not known. Say trace(pipe, prompt="...") '
+                f"with the text that was embedded, or ask by position: token_map([...])."
+            )
+        if self.token_match == "reference":
+            return self.token_map(reference_positions(self.tokenizer, self.prompt, word), word)
+        spans = word_spans(self.tokenizer, self.prompt, word)
+        if occurrence is not None and not 0 <= occurrence < len(spans):
+            raise ViewError(f'word_map("{word}", occurrence={occurrence}): it occurs {len(spans)} times; count from 0.')
+        chosen = spans if occurrence is None else spans[occurrence : occurrence + 1]
+        return self.token_map(sorted({p for span in chosen for p in span}), word)
+
+    def cut_to(self, prompt: str) -> PromptMaps:
+        """Only as many rows as a (shorter) prompt has tokens, and two: what the reference does when told another prompt."""
+        return replace(self, maps=self.maps[: prompt_length(self.tokenizer, prompt) + 2], prompt=prompt)
+
+    def normalized(self) -> PromptMaps:
+        """Every map over the sum of those of the words' tokens (start and end token not counted), plus 1e-6."""
+        return replace(self, maps=self.maps / (self.maps[1:-1].sum(0, keepdim=True) + 1e-6))
