@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -79,6 +80,7 @@ class Root:
     protocol: dict[str, Any] = field(default_factory=dict)
     views: dict[str, Any] = field(default_factory=dict)
     table: dict[str, Any] | None = None
+    launcher: dict[str, Any] | None = None
     runtime: Runtime = field(default_factory=Runtime)
     report: Report = field(default_factory=Report)
 
@@ -165,10 +167,12 @@ def _check_settings(config: Any, path: str) -> None:
 
 
 def explain_refusal(overrides: Sequence[str]) -> str | None:
-    """The first override that does not fit the configuration, with the nearest choice; None if all seem to fit."""
+    """The first override that can't be read, or does not fit the configuration, with the nearest choice; None if all seem to."""
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 
+    if unreadable := next(filter(None, map(_unreadable, overrides)), None):
+        return unreadable
     GlobalHydra.instance().clear()
     with initialize_config_module("conceptseg.conf", version_base="1.3"):
         known = OmegaConf.to_container(compose("evaluate"), resolve=False)
@@ -184,6 +188,28 @@ def explain_refusal(overrides: Sequence[str]) -> str | None:
         elif override[0] not in "+~" and not key.startswith("hydra") and (refused := _unknown_key(key, known, groups)):
             return f"{refused} To add one, write +{key}=..."
     return None
+
+
+def _unreadable(override: str) -> str | None:
+    """What Hydra's grammar has against an override, and how it is written instead; None where it can be read."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    parser = OverridesParser.create()
+    key, _, value = override.partition("=")
+    quoted = f'{key}="{value}"' if '"' not in value else f"{key}='{value}'"
+    try:
+        parser.parse_overrides([override])
+    except OverrideParseException as error:
+        reason = str(error).splitlines()[0]
+    else:
+        return None
+    try:
+        parser.parse_overrides([quoted])
+    except OverrideParseException:
+        quoted = ""
+    advice = f" Braces, brackets, commas, colons and quotes want quotes of their own: {shlex.quote(quoted)}" if quoted else ""
+    return f"{override}: the value of {key.lstrip('+~')} can't be read ({reason}).{advice}"
 
 
 def _options(loader: Any, group: str, prefix: str = "") -> Iterator[str]:

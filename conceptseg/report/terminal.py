@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
+from textwrap import wrap
 
 from rich import box
 from rich.console import Console
@@ -15,14 +19,22 @@ from conceptseg.report.results import ABSENT, Block, Column, Results, Row
 
 WIDTH_OF_A_FILE = 120  # columns where output is no terminal
 _NAME_WIDTH = 18  # the least; names wrap
+_SHORT = {"told": "told", "trained_on": "data"}
+_CODES = {
+    "told": {"nothing": "none", "own prediction": "own", "true name": "name", "name and prompt": "name+"},
+    "trained_on": {
+        "nothing": "none", "images": "img", "class labels": "label", "images and captions": "text", "masks or boxes": "mask"
+    },
+}  # fmt: skip
+"""What a method declares, where the words don't fit; a legend explains each."""
 _KINDS = {"standard": "", "released": " (released code)", "published": " (quoted)", "cost": " (cost)"}
 
 
 def print_table(results: Results, console: Console | None = None) -> None:
     """Print every block with n and intervals, then what the columns mean, what was left out, and the runs behind the numbers.
 
-    Where the metrics don't fit side by side, intervals go to a second line; where that doesn't fit either, a block becomes
-    several tables with the same rows.
+    Where the metrics don't fit side by side, intervals go to a second line, then what methods declare is abbreviated; where that
+    doesn't fit either, a block becomes several tables with the same rows.
     """
     console = console or Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
     _line(console, Text.assemble((results.title, "bold"), (f"   {results.command}   conceptseg {results.conceptseg}", "dim")))
@@ -30,8 +42,14 @@ def print_table(results: Results, console: Console | None = None) -> None:
         console.print()
         _line(console, Text.assemble((block.name, "bold"), f": {block.text}" if block.text else ""))
         _line(console, Text(f"{block.dataset}; protocol {block.protocol}", style="dim"))
-        for table in _pieces(block, results.columns, console.width):
-            console.print(table, highlight=False)
+        notes = {note: place for place, note in enumerate(dict.fromkeys(r.note for r in block.ordered_rows if r.note), 1)}
+        layouts = _layouts(block, results.columns, console.width)
+        for layout in layouts:
+            console.print(_table(block, layout, notes), highlight=False)
+        for line in _legend(block, results.columns, layouts):
+            _line(console, Text(line, style="dim"), hang=2)
+        for note, place in notes.items():
+            _line(console, Text(f"({place}) {note}"), hang=4)
     console.print()
     for column in results.columns:
         source = f" Source: {column.source}" if column.source else ""
@@ -73,60 +91,120 @@ def _runs(results: Results) -> dict[str, list[str]]:
     return runs
 
 
-def _pieces(block: Block, columns: tuple[Column, ...], width: int) -> list[Table]:
-    """One table where it fits; else, in a table that quotes, what is quoted, released and standard stands apart."""
-    whole = _tables(block, columns, width, notes=True)
-    if len(whole) == 1 or not any(column.kind == "published" for column in columns):
-        return whole
-    kinds = [tuple(group) for _, group in groupby(columns, key=lambda column: column.kind)]
-    return [table for place, kind in enumerate(kinds) for table in _tables(block, kind, width, notes=place == 0)]
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """One printed table: some of a block's columns, beside the names of all its rows."""
+
+    columns: tuple[Column, ...]
+    separator: str
+    """Between a number and its interval: a space, or a new line where room is short."""
+    declared: tuple[tuple[str, str], ...]
+    spelt: bool
+    """Whether what methods declare stands in full; else in codes, which a legend explains."""
 
 
-def _tables(block: Block, columns: tuple[Column, ...], width: int, notes: bool) -> list[Table]:
-    texts = [_cell(block, row, column, "\n") for row in block.rows for column in columns]
-    headings = [line for column in columns for line in (column.heading, column.caveat)]
-    narrow = 2 + max(len(line) for line in headings + [line for text in texts for line in text.plain.split("\n")])
-    wide = 2 + max([len(line) for line in headings] + [len(text.plain) for text in texts])
-    room = width - 2 - (_NAME_WIDTH + 2) - (len("provenance") + 2) - (len("not run") + 2)
-    declared = block.declared
-    left = room - sum(_declared_width(block, heading, name) + 2 for heading, name in declared)
-    room, declared = (left, declared) if left >= narrow else (room, ())  # on a narrow terminal they go under the name
-    separator, per_table = (" ", len(columns)) if wide * len(columns) <= room else ("\n", max(1, room // narrow))
-    starts = range(0, len(columns), per_table)
-    return [_table(block, columns[i : i + per_table], separator, declared, notes and i == 0) for i in starts]
+def _layouts(block: Block, columns: tuple[Column, ...], width: int) -> list[_Layout]:
+    """One table where it fits; else several with the same rows, kinds of number kept together where they can be.
+
+    Where it doesn't, what methods declare is abbreviated and stands in the first table only, and empty columns are left out.
+    """
+    codes = tuple(pair for pair in block.declared if pair[1] in _CODES)
+    whole = [_Layout(columns, separator, *how) for separator in (" ", "\n") for how in ((block.declared, True), (codes, False))]
+    if fitting := next((layout for layout in whole if _width(block, layout) <= width), None):
+        return [fitting]
+    columns = tuple(c for c in columns if any(c.name in row.values for row in block.rows)) or columns[:1]
+    if _width(block, _Layout(columns[:1], "\n", codes, False)) > width:
+        codes = ()  # on so narrow a terminal the legend says it
+    parts: list[tuple[Column, ...]] = [()]
+    for kind in (tuple(group) for _, group in groupby(columns, key=lambda column: column.kind)):
+        for more in [kind] if _fits(block, kind, codes, width) else [(column,) for column in kind]:
+            declared = codes if len(parts) == 1 else ()
+            if parts[-1] and _width(block, _Layout(parts[-1] + more, "\n", declared, False)) > width:
+                parts.append(more)
+            else:
+                parts[-1] += more
+    return [_Layout(part, "\n", codes if place == 0 else (), False) for place, part in enumerate(parts)]
 
 
-def _declared_width(block: Block, heading: str, name: str) -> int:
-    """Its heading, or the widest word below it: cells wrap between words."""
-    return max(len(heading), *(len(word) for row in block.rows for word in getattr(row, name).split()))
+def _fits(block: Block, columns: tuple[Column, ...], declared: tuple[tuple[str, str], ...], width: int) -> bool:
+    return _width(block, _Layout(columns, "\n", declared, False)) <= width
 
 
-def _table(
-    block: Block, columns: tuple[Column, ...], separator: str, declared: tuple[tuple[str, str], ...], notes: bool
-) -> Table:
+def _width(block: Block, layout: _Layout) -> int:
+    """Columns of the terminal that a table needs, its names folded to the least width."""
+    provenance = max(len(_provenance_heading(layout)), *(len(row.provenance) for row in block.rows))
+    declared = [_declared_width(block, heading, name, layout.spelt) for heading, name in layout.declared]
+    n = max(len(_n(row).plain) for row in block.rows)
+    numbers = [_column_width(block, column, layout.separator) for column in layout.columns]
+    return sum(2 + each for each in (_NAME_WIDTH, provenance, *declared, n, *numbers))
+
+
+def _provenance_heading(layout: _Layout) -> str:
+    return "provenance" if layout.spelt else "prov."
+
+
+def _declared_width(block: Block, heading: str, name: str, spelt: bool) -> int:
+    return max(len(heading if spelt else _SHORT[name]), *(len(_declared(row, name, spelt)) for row in block.rows))
+
+
+def _declared(row: Row, name: str, spelt: bool) -> str:
+    text = getattr(row, name)
+    return (text if spelt else _CODES[name].get(text, text)) or ABSENT
+
+
+def _column_width(block: Block, column: Column, separator: str) -> int:
+    """Its widest cell, or the widest word of its heading."""
+    cells = [line for row in block.rows for line in _cell(block, row, column, separator).plain.split("\n")]
+    return max(len(text) for text in [*cells, *_heading_words(column), column.caveat])
+
+
+def _heading_words(column: Column) -> list[str]:
+    return column.heading.replace(" %", "\u00a0%").replace(" =", "\u00a0=").split(" ")
+
+
+def _table(block: Block, layout: _Layout, notes: Mapping[str, int]) -> Table:
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("", min_width=_NAME_WIDTH, max_width=44, overflow="fold")
-    table.add_column("provenance", no_wrap=True)
-    for title, name in declared:
-        table.add_column(title, width=_declared_width(block, title, name))
+    table.add_column(_provenance_heading(layout), no_wrap=True)
+    for heading, name in layout.declared:
+        table.add_column(heading if layout.spelt else _SHORT[name], no_wrap=True)
     table.add_column("n", justify="right", no_wrap=True)
-    for column in columns:
-        heading = Text.assemble(column.heading, (f"\n{column.caveat}" if column.caveat else "", "dim"))
-        table.add_column(heading, justify="right", no_wrap=True)
+    for column in layout.columns:
+        wrapped = "\n".join(wrap(" ".join(_heading_words(column)), _column_width(block, column, layout.separator)))
+        heading_text = Text.assemble(wrapped, (f"\n{column.caveat}" if column.caveat else "", "dim"))
+        table.add_column(heading_text, justify="right", no_wrap=True)
     rows = block.ordered_rows
     for row, following in zip(rows, (*rows[1:], None), strict=True):
-        shown = Text.assemble(row.name, (f"\n{row.note}", "italic dim") if row.note and notes else "")
-        properties = [getattr(row, field) or ABSENT for _, field in block.declared]
-        if block.declared and not declared:
-            named = zip(block.declared, properties, strict=True)
-            shown.append("\n" + ", ".join(f"{heading} {text}" for (heading, _), text in named), "dim")
-        n = Text(str(row.n)) if row.status == "ok" else Text(row.status, "bold red" if row.status == "failed" else "italic")
         table.add_row(
-            shown, Text(row.provenance), *(properties if declared else ()), n,
-            *(_cell(block, row, column, separator) for column in columns),
+            Text.assemble(row.name, (f" ({notes[row.note]})" if row.note else "", "dim")), Text(row.provenance),
+            *(_declared(row, name, layout.spelt) for _, name in layout.declared), _n(row),
+            *(_cell(block, row, column, layout.separator) for column in layout.columns),
             style="dim" if row.group == "controls" else "", end_section=following is not None and following.group != row.group,
         )  # fmt: skip
     return table
+
+
+def _n(row: Row) -> Text:
+    return Text(str(row.n)) if row.status == "ok" else Text(row.status, "bold red" if row.status == "failed" else "italic")
+
+
+def _legend(block: Block, columns: Sequence[Column], layouts: Sequence[_Layout]) -> list[str]:
+    """What was abbreviated or left out for want of room."""
+    printed = [column for layout in layouts for column in layout.columns]
+    dropped = [f"{column.heading}{_KINDS[column.kind]}" for column in columns if column not in printed]
+    lines = [f"No row has a number in: {'; '.join(dropped)}."] if dropped else []
+    if layouts[0].spelt:
+        return lines
+    for heading, name in block.declared:
+        values = Counter(getattr(row, name) for row in block.ordered_rows if getattr(row, name))
+        if (heading, name) in layouts[0].declared:
+            codes = [f"{code} = {value}" for value in values if (code := _CODES[name].get(value, value)) != value]
+            lines.append(f"{_SHORT[name]}{'' if _SHORT[name] == heading else f' ({heading})'}: {', '.join(codes)}")
+        else:
+            most = values.most_common(1)[0][0]
+            named = {v: "; ".join(r.name for r in block.ordered_rows if getattr(r, name) == v) for v in values if v != most}
+            lines.append(f"{heading}: " + ", ".join([*(f"{value} ({rows})" for value, rows in named.items()), f"else {most}"]))
+    return lines
 
 
 def _cell(block: Block, row: Row, column: Column, separator: str) -> Text:

@@ -1,5 +1,6 @@
 """What `conceptseg` says to a command line that it can't follow. In this process: composing fails before anything runs."""
 
+import shlex
 import sys
 
 import pytest
@@ -72,6 +73,28 @@ def test_a_value_of_another_type_is_refused_with_its_key(refused, said):
 
 def test_a_command_line_that_cannot_be_read_is_refused(refused):
     assert "ConfigError" in refused("extractor=[")
+
+
+UNQUOTED = {
+    "extractor.concept=a {concept}": "'extractor.concept=\"a {concept}\"'",
+    "extractor.prompt={caption},{concepts}": "'extractor.prompt=\"{caption},{concepts}\"'",
+    'extractor.concept=a "kind" of {concept}': shlex.quote("extractor.concept='a \"kind\" of {concept}'"),
+}
+
+
+@pytest.mark.parametrize(("said", "written"), UNQUOTED.items())
+def test_a_value_that_wants_quotes_is_refused_as_such_and_the_quotes_are_shown(refused, said, written):
+    message = refused("extractor=daam", said)
+    assert f"{said}: the value of {said.partition('=')[0]} can't be read" in message and written in message
+    assert "no such key" not in message
+
+
+def test_the_quotes_that_are_shown_make_it_readable():
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for said, written in UNQUOTED.items():
+        (override,) = OverridesParser.create().parse_overrides(shlex.split(written))
+        assert override.value() == said.partition("=")[2]
 
 
 @pytest.mark.parametrize("said", ["extractor=concept_atention", "runtime.batchsize=4", "extractor=["])

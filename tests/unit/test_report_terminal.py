@@ -35,8 +35,29 @@ def test_an_n_that_differs_from_the_rows_own_is_printed_in_the_cell():
 
 def test_a_row_that_was_not_run_says_so_with_its_note_and_its_quoted_number():
     text = printed(plain_table())
-    assert re.search(r"Flux +weights +not run +\u2013 +71\.0", text)
-    assert "needs 24 GB" in text
+    assert re.search(r"Flux \(1\) +weights +not run +\u2013 +71\.0", text)
+    assert "(1) needs 24 GB" in text
+
+
+def test_columns_in_which_nothing_was_run_are_left_out_where_room_is_short_and_named():
+    data = plain_table()
+    data["columns"].append(data["columns"][0] | {"name": "empty", "label": "a metric that no row has", "kind": "released"})
+    assert "No row has a number in" not in printed(data)
+    text = printed(data, 60)
+    assert "No row has a number in: a metric that no row has % (released code)." in " ".join(text.split())
+    assert text.count("a metric that no row has") == 2  # there, and where columns are explained
+
+
+def test_what_methods_declare_is_abbreviated_before_a_table_is_broken_up_and_a_legend_explains_it():
+    data = plain_table()
+    for row in data["blocks"][0]["rows"]:
+        row |= {"told": "name and prompt", "trained_on": "images and captions", "argmax": "yes"}
+    data["blocks"][0]["rows"][0]["argmax"] = "no"
+    wide, narrow = printed(data, 160), printed(data, 80)
+    assert re.search(r"ConceptAttention +lab +name and prompt +images and captions +yes", wide) and "told:" not in wide
+    assert re.search(r"ConceptAttention +lab +name\+ +text +64", narrow)
+    for line in ("told: name+ = name and prompt", "data (trained on): text = images and captions", "argmax: no (DAAM), else yes"):
+        assert line in narrow
 
 
 def test_a_failed_row_says_so():
