@@ -8,7 +8,9 @@ import torch
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 
+from conceptseg.backbones.activations import tap_activations
 from conceptseg.backbones.clip import CLIPBackbone
+from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.vit import ViTBackbone
 from conceptseg.data.scenes import OBJECTS
 from conceptseg.lab.models import word_tokenizer
@@ -99,3 +101,11 @@ def batch(count, side=24, seed=0, names=("apple", "grass", "sky"), labels=(1, 0,
 def one_by_one(method, shown):
     """The same maps from batches of one."""
     return torch.cat([method.saliency(Batch((one,))) for one in shown.tasks])
+
+
+def activations(backbone, images, first=0):
+    """What the host's blocks hold when it is shown these images."""
+    with torch.no_grad(), TapSet(backbone.model) as taps:
+        gathered = tap_activations(taps, backbone.tower, first)
+        backbone.run(images, taps)
+        return gathered()

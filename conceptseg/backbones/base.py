@@ -78,7 +78,8 @@ class Checkpoint:
         if not self.revision:
             raise ConfigError(
                 f'extractor.backbone.revision is empty, but "{self.path}" is a hub repository: pin the commit to be read, '
-                f"so that the numbers can be had again."
+                f"so that the numbers can be had again:\n  conceptseg ... extractor.backbone.revision=<40 hex digits>  "
+                f"(of a second model extractor.proxy.revision, .judge.revision or .masks.revision)"
             )
         return {"pretrained_model_name_or_path": self.path, "revision": self.revision}
 

@@ -146,7 +146,9 @@ class CLIPBackbone(ImageEncoder):
             at = f"transformer.resblocks.{number}"
             blocks.append(
                 TowerBlock(
-                    at, f"{at}.ln_1", f"{at}.attn", block.ln_1, Weights(block.attn.in_proj_weight, block.attn.in_proj_bias),
+                    at, f"{at}.ln_1", f"{at}.attn", None,
+                    (f"{at}.ln_2", f"{at}.mlp.c_fc", f"{at}.mlp.gelu", f"{at}.mlp.c_proj"), block.ln_1,
+                    Weights(block.attn.in_proj_weight, block.attn.in_proj_bias),
                     Weights(block.attn.out_proj.weight, block.attn.out_proj.bias), block.ln_2,
                     Weights(block.mlp.c_fc.weight, block.mlp.c_fc.bias), block.mlp.gelu,
                     Weights(block.mlp.c_proj.weight, block.mlp.c_proj.bias), scaled=not isinstance(block.ls_1, nn.Identity),

@@ -1,8 +1,8 @@
-"""Layer-wise relevance for vision transformers: ordinary forward operations whose backward passes hand down relevance.
+"""Layer-wise relevance for vision transformers: autograd operations whose backward passes hand down relevance.
 
-A tower is run once more out of these operations, on its own weights, and one call of autograd gives the relevance of every
-attention matrix of a batch. The rules divide by signed activations and are numerically chaotic through many layers, so they
-refuse anything below float32.
+What the stock model computed in its one forward pass is linked a second time by these operations, and one call of autograd
+gives the relevance of every attention matrix of a batch. The rules divide by signed activations and are numerically chaotic
+through many layers, so they refuse anything below float32.
 
 Source: Chefer et al. 2021 (arXiv:2012.09838) and its released code, as restated in the baselines note, sections 3 to 3.4:
 rule set "new" (TransInterp) and rule set "orig" (LRP, partial LRP).
@@ -10,7 +10,7 @@ rule set "new" (TransInterp) and rule set "orig" (LRP, partial LRP).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,9 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import conv2d, conv_transpose2d, linear, softmax
+from torch.nn.functional import conv2d, conv_transpose2d, linear
 
+from conceptseg.backbones.activations import Activations
 from conceptseg.backbones.tower import Tower, Weights
 from conceptseg.errors import ConfigError, TapError, did_you_mean
 
@@ -30,35 +31,51 @@ RULES = ("new", "orig")
 def safe_divide(top: Tensor, bottom: Tensor) -> Tensor:
     """top / (bottom + 1e-9), and 0 where bottom is 0. The offset does not follow the sign of bottom: it is the reference's."""
     shifted = bottom + 1e-9
+    # Choosing entry by entry costs more than dividing, and few calls hold a zero: look for one first.
+    if int(torch.count_nonzero(bottom * shifted)) == shifted.numel():
+        return torch.div(top, shifted, out=shifted)
     shifted = torch.where(shifted == 0, torch.full_like(shifted, 1e-9), shifted)
     return torch.where(bottom == 0, torch.zeros_like(shifted), top / shifted)
 
 
 class LinearRelevance(torch.autograd.Function):
-    """x W^T + b; the bias gets no relevance.
+    """x W^T + b, whose value the host has computed; the bias gets no relevance.
 
     joint (rule set "new"): products of equal sign share R over one denominator, z = x+ W+^T + x- W-^T.
     Otherwise ("orig"): x+ W+ and x- W- each share the whole of R over their own denominator.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, joint: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.joint = joint
-        return linear(x, weight, bias)
+    def forward(ctx: Any, x: Tensor, weights: Weights, value: Tensor, joint: bool) -> Tensor:
+        ctx.save_for_backward(x, value)
+        ctx.weights, ctx.joint = weights, joint
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *relevances: Tensor) -> tuple[Tensor | None, ...]:
         (relevance,) = relevances
-        x, weight = ctx.saved_tensors
-        above, below, positive, negative = x.clamp(min=0), x.clamp(max=0), weight.clamp(min=0), weight.clamp(max=0)
+        x, value = ctx.saved_tensors
+        weight, above, below = ctx.weights.weight, x.clamp(min=0), x.clamp(max=0)
+        positive, negative = weight.clamp(min=0), weight.clamp(max=0)
         if ctx.joint:
-            shares = safe_divide(relevance, linear(above, positive).add_(linear(below, negative)))
-            # x+ and x- do not overlap, so each entry needs one of the two products.
-            return torch.where(x > 0, x * (shares @ positive), x * (shares @ negative)), None, None, None
-        up = safe_divide(relevance, linear(above, positive))
-        down = safe_divide(relevance, linear(below, negative))
-        return above * (up @ positive) + below * (down @ negative), None, None, None
+            up = down = relevance / equal_signs(x, ctx.weights, value).add_(1e-9)
+        else:
+            up = safe_divide(relevance, linear(above, positive))
+            down = safe_divide(relevance, linear(below, negative))
+        return above.mul_(up @ positive).addcmul_(below, down @ negative), None, None, None
+
+
+def equal_signs(x: Float[Tensor, "*n i"], weights: Weights, value: Float[Tensor, "*n o"]) -> Float[Tensor, "*n o"]:
+    """x+ W+^T + x- W-^T, not negative, from the known value x W^T + b.
+
+    x W^T is the sum of the products of equal sign and of those of unequal sign, |x| |W|^T their difference: half of both
+    together takes one matrix product where the definition takes two. Where nothing is of equal sign, rounding may leave a
+    little, which then divides relevance that nothing gets.
+    """
+    products = value if weights.bias is None else value - weights.bias
+    flat, magnitudes = products.reshape(-1, products.shape[-1]), x.abs().reshape(-1, x.shape[-1])
+    found = torch.addmm(flat, magnitudes, weights.weight.abs().T, beta=0.5, alpha=0.5).clamp_(min=0)
+    return found.view_as(products)
 
 
 class AddRelevance(torch.autograd.Function):
@@ -83,8 +100,8 @@ class AddRelevance(torch.autograd.Function):
         if ctx.rescale:
             total_a, total_b, total = (r.flatten(1).sum(1).view(-1, *[1] * (r.ndim - 1)) for r in (of_a, of_b, relevance))
             both = total_a.abs() + total_b.abs()
-            of_a = of_a * safe_divide(safe_divide(total_a.abs(), both) * total, total_a)
-            of_b = of_b * safe_divide(safe_divide(total_b.abs(), both) * total, total_b)
+            of_a.mul_(safe_divide(safe_divide(total_a.abs(), both) * total, total_a))
+            of_b.mul_(safe_divide(safe_divide(total_b.abs(), both) * total, total_b))
         return of_a, of_b, None
 
 
@@ -101,9 +118,9 @@ class MatmulRelevance(torch.autograd.Function):
     def backward(ctx: Any, *relevances: Tensor) -> tuple[Tensor | None, ...]:
         (relevance,) = relevances
         a, b, product = ctx.saved_tensors
-        share = safe_divide(relevance, product)
-        of_a = a * (share @ b.mT) / 2 if ctx.needs_input_grad[0] else None
-        of_b = b * (a.mT @ share) / 2 if ctx.needs_input_grad[1] else None
+        share = safe_divide(relevance, product).mul_(0.5)
+        of_a = (share @ b.mT).mul_(a) if ctx.needs_input_grad[0] else None
+        of_b = (a.mT @ share).mul_(b) if ctx.needs_input_grad[1] else None
         return of_a, of_b
 
 
@@ -113,20 +130,20 @@ class CloneRelevance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, times: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x)
-        return tuple(x.clone() for _ in range(times))
+        return tuple(x.detach() for _ in range(times))
 
     @staticmethod
     def backward(ctx: Any, *relevances: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return x * sum(safe_divide(r, x) for r in relevances), None
+        return safe_divide(sum(relevances), x).mul_(x), None  # type: ignore[arg-type]
 
 
 class PassedRelevance(torch.autograd.Function):
-    """Any function whose relevance passes unchanged: layer norm, GELU, softmax of the scaled scores."""
+    """Any function of a known value whose relevance passes unchanged: layer norm, GELU, softmax of the scaled scores."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        return function(x)
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *relevances: Tensor) -> tuple[Tensor | None, ...]:
@@ -155,70 +172,79 @@ def patch_relevance(
     return back.sum(1)
 
 
+def token_relevance(
+    tower: Tower, images: Float[Tensor, "B 3 H W"], relevance: Float[Tensor, "B T d"], rules: str
+) -> Float[Tensor, "B T d"]:
+    """What is left of the first block's input's relevance for class token and patches beside the position embedding."""
+    patches = conv2d(images, tower.patch.weight, tower.patch.bias, stride=tower.patch.weight.shape[-2:])
+    patches = rearrange(patches, "B d h w -> B (h w) d")
+    tokens = torch.cat([tower.class_token.expand(len(images), 1, -1), patches], dim=1).requires_grad_()
+    with torch.enable_grad():
+        summed = _added(tokens, tower.positions.expand_as(tokens), rules == "new")
+    return torch.autograd.grad(summed, tokens, relevance)[0]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RelevanceGraph:
     """A tower's forward pass, ready to hand relevance down from the score to any of these tensors."""
 
     score: Float[Tensor, " B"]
-    attention: tuple[Float[Tensor, "B A T T"], ...]
-    """After softmax, by block."""
-    inputs: tuple[Float[Tensor, "B T d"], ...]
-    """Residual stream before each block, then after the last."""
-    tokens: Float[Tensor, "B T d"]
-    """Class token and embedded patches before the position embedding is added."""
+    attention: tuple[Float[Tensor, "B A _ T"], ...]
+    """After softmax, by block; of the last block the class token's row alone."""
+    inputs: tuple[Float[Tensor, "B _ d"], ...]
+    """Residual stream before each block, then the class token's after the last."""
 
     def relevance_of(self, *tensors: Tensor, keep: bool = False) -> tuple[Tensor, ...]:
         """Relevance that starts as 1 at the score; keep: the graph is used again."""
         return torch.autograd.grad(self.score, tensors, torch.ones_like(self.score), retain_graph=keep)
 
 
-def relevance_graph(tower: Tower, images: Float[Tensor, "B 3 H W"], rows: Float[Tensor, "B r"], rules: str) -> RelevanceGraph:
-    """Run the tower out of relevance rules. rows: weights of the last linear map that end in the explained output.
+def relevance_graph(tower: Tower, activations: Activations, rows: Float[Tensor, "B r"], rules: str) -> RelevanceGraph:
+    """A second graph over what the host computed, from its first kept block on, whose way back hands down relevance.
 
-    The start is 1 at that output and 0 at the others, which then get nothing; so one row a sample is enough. The division
-    by an embedding's length (CLIP) passes relevance unchanged, as the norms do.
+    Nothing is computed again but attention, which hosts don't show, and sums. rows: weights of the last linear map that end in
+    the explained output. The start is 1 at that output and 0 at the others, which then get nothing; so one row a sample is
+    enough. The division by an embedding's length (CLIP) passes relevance unchanged, as the norms do. Nor does anything reach
+    the last block's other tokens behind its attention, so they are left out there.
     """
     if rules not in RULES:
         raise ConfigError(f'relevance rules: unknown "{rules}". {did_you_mean(rules, RULES)}')
-    check_tower(tower)
     joint = rules == "new"
-
     with torch.enable_grad(), full_precision():
-        with torch.no_grad():
-            patches = conv2d(images, tower.patch.weight, tower.patch.bias, stride=tower.patch.weight.shape[-2:])
-            patches = rearrange(patches, "B d h w -> B (h w) d")
-            tokens = torch.cat([tower.class_token.expand(len(images), 1, -1), patches], dim=1)
-        tokens.requires_grad_()
-        x = _added(tokens, tower.positions.expand_as(tokens), joint)
-        x = _passed(x, tower.pre_norm)
+        x = activations.entering.detach().requires_grad_()
         inputs, matrices = [x], []
-        for block in tower.blocks:
+        for block, seen in zip(tower.blocks[activations.first :], activations.blocks, strict=True):
             skipped, read = _cloned(x, 2)
-            normed = _passed(read, block.first_norm)
-            q, k, v = rearrange(_mapped(normed, block.qkv, joint), "B T (n A k) -> n B A T k", n=3, A=tower.heads)
+            mapped = _mapped(_passed(read, seen.normed), block.qkv, seen.mapped, joint)
+            q, k, v = (part.contiguous() for part in tower.split_heads(mapped))
+            if block is tower.blocks[-1]:
+                seen, q, skipped = seen.of_class_token(), q[:, :, :1], skipped[:, :1]
             scores: Tensor = MatmulRelevance.apply(q, k.mT)
-            scale = q.shape[-1] ** -0.5
-            matrix = _passed(scores, lambda s, scale=scale: softmax(s * scale, dim=-1))  # type: ignore[misc]
-            attended: Tensor = MatmulRelevance.apply(matrix, v)
-            x = _added(skipped, _mapped(rearrange(attended, "B A T k -> B T (A k)"), block.proj, joint), joint)
+            matrix = _passed(scores, torch.softmax(scores.detach() * q.shape[-1] ** -0.5, dim=-1))
+            mixed = rearrange(MatmulRelevance.apply(matrix, v), "B A T k -> B T (A k)")
+            x = _added(skipped, _mapped(mixed, block.proj, seen.attended, joint), joint)
             skipped, read = _cloned(x, 2)
-            hidden = _passed(_mapped(_passed(read, block.second_norm), block.up, joint), block.activation)
-            x = _added(skipped, _mapped(hidden, block.down, joint), joint)
+            raised = _mapped(_passed(read, seen.second_normed), block.up, seen.raised, joint)
+            x = _added(skipped, _mapped(_passed(raised, seen.activated), block.down, seen.lowered, joint), joint)
             inputs.append(x)
             matrices.append(matrix)
-        (feature,) = _cloned(_passed(x, tower.norm)[:, :1], 1)  # the reference divides and multiplies here too
+        (feature,) = _cloned(_passed(x, tower.norm(x.detach())), 1)  # the reference divides and multiplies here too
         for weights in tower.projection:
-            feature = _mapped(feature, weights, joint)
-        score = torch.cat([_mapped(one, Weights(row[None]), joint) for one, row in zip(feature, rows, strict=True)])[:, 0]
-    return RelevanceGraph(score, tuple(matrices), tuple(inputs), tokens)
+            feature = _mapped(feature, weights, linear(feature.detach(), weights.weight, weights.bias), joint)
+        score = torch.cat([_read_out(one, row, joint) for one, row in zip(feature, rows, strict=True)])
+    return RelevanceGraph(score, tuple(matrices), tuple(inputs))
 
 
-def _mapped(x: Tensor, weights: Weights, joint: bool) -> Tensor:
-    return LinearRelevance.apply(x, weights.weight, weights.bias, joint)
+def _read_out(feature: Float[Tensor, "1 r"], row: Float[Tensor, " r"], joint: bool) -> Float[Tensor, " 1"]:
+    return _mapped(feature, Weights(row[None]), feature.detach() @ row[:, None], joint)[0]
 
 
-def _passed(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    return PassedRelevance.apply(x, function)
+def _mapped(x: Tensor, weights: Weights, value: Tensor, joint: bool) -> Tensor:
+    return LinearRelevance.apply(x, weights, value, joint)
+
+
+def _passed(x: Tensor, value: Tensor) -> Tensor:
+    return PassedRelevance.apply(x, value)
 
 
 def _added(a: Tensor, b: Tensor, rescale: bool) -> Tensor:

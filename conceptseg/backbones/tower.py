@@ -41,6 +41,10 @@ class TowerBlock:
     """Dotted path of the module whose output goes into the attention."""
     attention: str
     """Dotted path of the attention, whose output is added to the residual stream."""
+    qkv_module: str | None
+    """Dotted path of the module that maps to queries, keys and values at once; None where the attention does it unseen."""
+    mlp: tuple[str, str, str, str]
+    """Dotted paths of the second norm, the MLP's first map, its activation and its second map."""
     first_norm: nn.Module
     qkv: Weights
     proj: Weights
@@ -74,8 +78,17 @@ class Tower:
         self, layer: int, normed: Float[Tensor, "B T d"]
     ) -> tuple[Float[Tensor, "B A T k"], Float[Tensor, "B A T k"], Float[Tensor, "B A T k"]]:
         """Queries (not scaled), keys and values of every head from the block's normed input."""
-        qkv = self.blocks[layer].qkv
-        q, k, v = rearrange(linear(normed, qkv.weight, qkv.bias), "B T (n A k) -> n B A T k", n=3, A=self.heads)
+        return self.split_heads(self.mapped(layer, normed))
+
+    def mapped(self, layer: int, normed: Float[Tensor, "B T d"]) -> Float[Tensor, "B T n"]:
+        """Queries, keys and values side by side, n = 3 d."""
+        return linear(normed, self.blocks[layer].qkv.weight, self.blocks[layer].qkv.bias)
+
+    def split_heads(
+        self, mapped: Float[Tensor, "B T n"]
+    ) -> tuple[Float[Tensor, "B A T k"], Float[Tensor, "B A T k"], Float[Tensor, "B A T k"]]:
+        """Queries, keys and values of every head from `mapped`."""
+        q, k, v = rearrange(mapped, "B T (n A k) -> n B A T k", n=3, A=self.heads)
         return q, k, v
 
     def attention(self, layer: int, normed: Float[Tensor, "B T d"]) -> Float[Tensor, "B A T T"]:
@@ -89,15 +102,14 @@ class Tower:
         return torch.softmax(q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5, dim=-1)[:, :, 0]
 
     def attention_gradient(
-        self, layer: int, normed: Float[Tensor, "B T d"], output_gradient: Float[Tensor, "B Q d"]
+        self, layer: int, values: Float[Tensor, "B A T k"], output_gradient: Float[Tensor, "B Q d"]
     ) -> Float[Tensor, "B A Q T"]:
         """d score / d attention from d score / d (the attention module's output), for the query rows that are given.
 
         The output is concat_h(A_h V_h) W_O^T, so dA_h = (g W_O)_h V_h^T: no graph through the matrix itself is needed.
         """
-        _, _, v = self.query_key_value(layer, normed)
         into_heads = rearrange(output_gradient @ self.blocks[layer].proj.weight, "B Q (A k) -> B A Q k", A=self.heads)
-        return into_heads @ v.mT
+        return into_heads @ values.mT
 
     def maps(self, tokens: Float[Tensor, "B L"]) -> Float[Tensor, "B h w"]:
         """A number a patch as a picture."""
@@ -107,25 +119,31 @@ class Tower:
 def tap_normed(taps: TapSet, tower: Tower, layer: int, see: See) -> None:
     """Call `see` with what goes into a block's attention."""
 
-    taps.after(tower.blocks[layer].norm1, partial(_see_output, see))
+    tap_output(taps, tower.blocks[layer].norm1, see)
 
 
 def tap_attended(taps: TapSet, tower: Tower, layer: int, see: See) -> None:
     """Call `see` with a block's attention output, after its output projection."""
 
-    taps.after(tower.blocks[layer].attention, partial(_see_output, see))
+    tap_output(taps, tower.blocks[layer].attention, see)
 
 
 def tap_block(taps: TapSet, tower: Tower, layer: int, see: See) -> None:
     """Call `see` with the residual stream after a block."""
 
-    taps.after(tower.blocks[layer].path, partial(_see_output, see))
+    tap_output(taps, tower.blocks[layer].path, see)
 
 
 def tap_input(taps: TapSet, tower: Tower, layer: int, see: See) -> None:
     """Call `see` with the residual stream before a block."""
 
     taps.before(tower.blocks[layer].path, partial(_see_input, see))
+
+
+def tap_output(taps: TapSet, path: str, see: See) -> None:
+    """Call `see` with the output of the module at a dotted path."""
+
+    taps.after(path, partial(_see_output, see))
 
 
 def _see_output(see: See, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

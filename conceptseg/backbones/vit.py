@@ -122,19 +122,21 @@ class ViTBackbone(ImageEncoder):
             )
         blocks = []
         for number, block in enumerate(model.blocks):
+            at = f"blocks.{number}"
             for name in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.act", "mlp.fc2"):
-                _has(block, name, f"blocks.{number}", type(model).__name__)
+                _has(block, name, at, type(model).__name__)
             for name in ("q_norm", "k_norm", "norm"):
                 if not isinstance(getattr(block.attn, name, nn.Identity()), nn.Identity):
                     raise TapError(
-                        f"tapping {type(model).__name__}: blocks.{number}.attn.{name} normalises inside the attention, which "
+                        f"tapping {type(model).__name__}: {at}.attn.{name} normalises inside the attention, which "
                         f"the methods here don't read. Choose a plain ViT (backbone@extractor.backbone=vit_base_patch16_224)."
                     )
             blocks.append(
                 TowerBlock(
-                    f"blocks.{number}", f"blocks.{number}.norm1", f"blocks.{number}.attn",
-                    block.norm1, _weights(block.attn.qkv), _weights(block.attn.proj),
-                    block.norm2, _weights(block.mlp.fc1), block.mlp.act, _weights(block.mlp.fc2),
+                    at, f"{at}.norm1", f"{at}.attn", f"{at}.attn.qkv",
+                    (f"{at}.norm2", f"{at}.mlp.fc1", f"{at}.mlp.act", f"{at}.mlp.fc2"), block.norm1,
+                    _weights(block.attn.qkv), _weights(block.attn.proj), block.norm2,
+                    _weights(block.mlp.fc1), block.mlp.act, _weights(block.mlp.fc2),
                     scaled=not isinstance(block.ls1, nn.Identity),
                 )
             )  # fmt: skip

@@ -38,5 +38,6 @@ class AttentionGradCAM(ClassMethod):
     def _explain(self, output: Tensor, normed: Tensor, attended: Tensor, explained: Explained) -> Float[Tensor, "B h w"]:
         tower, last = self.backbone.tower, len(self.backbone.tower.blocks) - 1
         (arriving,) = torch.autograd.grad(self.backbone.score(output, explained).sum(), attended, retain_graph=True)
-        gradient = tower.attention_gradient(last, normed, arriving[:, :1])[:, :, 0, tower.prefix :]
+        _, _, values = tower.query_key_value(last, normed)
+        gradient = tower.attention_gradient(last, values, arriving[:, :1])[:, :, 0, tower.prefix :]
         return tower.maps(weighted_heads(gradient, tower.class_attention(last, normed)[..., tower.prefix :]))

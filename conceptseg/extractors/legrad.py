@@ -53,6 +53,7 @@ class LeGrad(ClassMethod):
         total = torch.zeros(len(normed[0]), len(tower.positions) - tower.prefix).to(normed[0])
         for layer, x, output, vector in zip(chosen, normed, attended, vectors, strict=True):
             (arriving,) = torch.autograd.grad((vector * explained.rows).sum(), output, retain_graph=True)
-            gradient = tower.attention_gradient(layer, x.detach(), arriving)
+            _, _, values = tower.query_key_value(layer, x.detach())
+            gradient = tower.attention_gradient(layer, values, arriving)
             total = total + gradient.clamp(min=0).mean((1, 2))[:, tower.prefix :]
         return tower.maps(total)

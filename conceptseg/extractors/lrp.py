@@ -5,19 +5,16 @@ Baselines note, sections 3.2 and 4.1.
 
 from __future__ import annotations
 
-from functools import partial
-
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from conceptseg.backbones.activations import Activations
 from conceptseg.backbones.image_encoder import Explained, ImageEncoder
-from conceptseg.backbones.relevance import check_tower, full_precision, patch_relevance, relevance_graph
-from conceptseg.extractors.image_model import ClassMethod
-from conceptseg.types import Batch
+from conceptseg.backbones.relevance import full_precision, patch_relevance, relevance_graph, token_relevance
+from conceptseg.extractors.relevance_method import RelevanceMethod
 
 
-class LRP(ClassMethod):
+class LRP(RelevanceMethod):
     """Signed relevance of every pixel, summed over colours; neither clamped nor resized.
 
     rules: "orig" is the published row's set; "new" is TransInterp's, which ConceptAttention's CheferFullLRP takes.
@@ -26,19 +23,13 @@ class LRP(ClassMethod):
     version = 1
 
     def __init__(self, backbone: ImageEncoder, rules: str = "orig", explained_class: str = "predicted") -> None:
-        super().__init__(backbone, explained_class)
+        super().__init__(backbone, explained_class, first_layer=0)
         self.rules = rules
 
-    def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
-        images = self.backbone.images(batch.tasks)
-        check_tower(self.backbone.tower)
-        with torch.no_grad(), full_precision():
-            output = self.backbone.run(images)
-        return self.by_class(batch, output, partial(self._explain, images))
-
-    def _explain(self, images: Tensor, explained: Explained) -> Float[Tensor, "B h w"]:
+    def explain(self, images: Tensor, output: Tensor, activations: Activations, explained: Explained) -> Float[Tensor, "B h w"]:
         tower = self.backbone.tower
-        graph = relevance_graph(tower, images, explained.rows, self.rules)
-        (relevance,) = graph.relevance_of(graph.tokens)
+        graph = relevance_graph(tower, activations, explained.rows, self.rules)
         with full_precision():
-            return patch_relevance(images, relevance[:, tower.prefix :], tower.patch, tower.grid)
+            (relevance,) = graph.relevance_of(graph.inputs[0])
+            of_tokens = token_relevance(tower, images, relevance, self.rules)
+            return patch_relevance(images, of_tokens[:, tower.prefix :], tower.patch, tower.grid)

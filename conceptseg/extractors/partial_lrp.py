@@ -5,19 +5,16 @@ Baselines note, section 4.2.
 
 from __future__ import annotations
 
-from functools import partial
-
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from conceptseg.backbones.activations import Activations
 from conceptseg.backbones.image_encoder import Explained, ImageEncoder
-from conceptseg.backbones.relevance import check_tower, full_precision, relevance_graph
-from conceptseg.extractors.image_model import ClassMethod
-from conceptseg.types import Batch
+from conceptseg.backbones.relevance import full_precision, relevance_graph
+from conceptseg.extractors.relevance_method import RelevanceMethod
 
 
-class PartialLRP(ClassMethod):
+class PartialLRP(RelevanceMethod):
     """Mean over heads of the positive relevance of the class token's attention to each patch, last block.
 
     rules: "orig" is the published row's set; ConceptAttention's wrapper takes "new".
@@ -26,18 +23,12 @@ class PartialLRP(ClassMethod):
     version = 1
 
     def __init__(self, backbone: ImageEncoder, rules: str = "orig", explained_class: str = "predicted") -> None:
-        super().__init__(backbone, explained_class)
+        super().__init__(backbone, explained_class, first_layer=-1)
         self.rules = rules
 
-    def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
-        images = self.backbone.images(batch.tasks)
-        check_tower(self.backbone.tower)
-        with torch.no_grad(), full_precision():
-            output = self.backbone.run(images)
-        return self.by_class(batch, output, partial(self._explain, images))
-
-    def _explain(self, images: Tensor, explained: Explained) -> Float[Tensor, "B h w"]:
+    def explain(self, images: Tensor, output: Tensor, activations: Activations, explained: Explained) -> Float[Tensor, "B h w"]:
         tower = self.backbone.tower
-        graph = relevance_graph(tower, images, explained.rows, self.rules)
-        (relevance,) = graph.relevance_of(graph.attention[-1])
+        graph = relevance_graph(tower, activations, explained.rows, self.rules)
+        with full_precision():
+            (relevance,) = graph.relevance_of(graph.attention[-1])
         return tower.maps(relevance.clamp(min=0).mean(1)[:, 0, tower.prefix :])

@@ -5,65 +5,51 @@ Baselines note, section 4.6: per block I + mean over heads of (gradient · relev
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from conceptseg.backbones.activations import Activations
 from conceptseg.backbones.image_encoder import Explained, ImageEncoder
-from conceptseg.backbones.relevance import check_tower, full_precision, relevance_graph
-from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.tower import tap_attended, tap_normed
-from conceptseg.extractors.image_model import ClassMethod, needs_gradient
+from conceptseg.backbones.relevance import full_precision, relevance_graph
+from conceptseg.extractors.relevance_method import RelevanceMethod
 from conceptseg.extractors.rollout import layers_from
 from conceptseg.types import Batch
 
 
-def class_row(row: Float[Tensor, "B T"] | None, step: Float[Tensor, "B T T"]) -> Float[Tensor, "B T"]:
+def class_row(row: Float[Tensor, "B T"] | None, step: Float[Tensor, "B _ T"]) -> Float[Tensor, "B T"]:
     """The class token's row of (... I + step): blocks come from the last to the first, and no other row is ever read."""
     return step[:, 0] + torch.eye(step.shape[-1])[0].to(step) if row is None else row + (row[:, None] @ step)[:, 0]
 
 
-class TransInterp(ClassMethod):
+class TransInterp(RelevanceMethod):
     """Gradient-weighted relevance of attention, followed from the class token's row down to block `start_layer`.
 
     start_layer: the segmentation evaluation leaves block 0 out (1); the authors' notebooks do not (0).
     """
 
     version = 1
+    needs_gradients = True
 
     def __init__(self, backbone: ImageEncoder, start_layer: int = 1, explained_class: str = "predicted") -> None:
-        super().__init__(backbone, explained_class)
-        self.start_layer = start_layer
+        super().__init__(backbone, explained_class, start_layer)
 
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
-        tower = self.backbone.tower
-        layers = layers_from(self.start_layer, len(tower.blocks))
-        check_tower(tower)
-        normed: list[Tensor] = []
-        attended: list[Tensor] = []
-        images = self.backbone.images(batch.tasks)
-        with torch.enable_grad(), full_precision(), TapSet(self.backbone.model) as taps:
-            for layer in layers:
-                tap_normed(taps, tower, layer, normed.append)
-                tap_attended(taps, tower, layer, attended.append)
-            output = self.backbone.run(needs_gradient(images), taps)
-        return self.by_class(batch, output, partial(self._explain, images, output, normed, attended))
+        layers_from(self.first_layer, len(self.backbone.tower.blocks))
+        return super().saliency(batch)
 
-    def _explain(
-        self, images: Tensor, output: Tensor, normed: list[Tensor], attended: list[Tensor], explained: Explained
-    ) -> Float[Tensor, "B h w"]:
+    def explain(self, images: Tensor, output: Tensor, activations: Activations, explained: Explained) -> Float[Tensor, "B h w"]:
         tower = self.backbone.tower
+        graph = relevance_graph(tower, activations, explained.rows, "new")
+        attended = [block.attended for block in activations.blocks]
+        row = None
         with full_precision():
             arriving = torch.autograd.grad(self.backbone.score(output, explained).sum(), attended, retain_graph=True)
-        graph = relevance_graph(tower, images, explained.rows, "new")
-        layers = layers_from(self.start_layer, len(tower.blocks))
-        with torch.no_grad(), full_precision():
-            relevances = graph.relevance_of(*graph.attention[self.start_layer :])
-            row = None
-            for layer, x, gradient, relevance in reversed(list(zip(layers, normed, arriving, relevances, strict=True))):
-                weighted = tower.attention_gradient(layer, x, gradient) * relevance
-                row = class_row(row, weighted.clamp(min=0).mean(1))
+            relevances = graph.relevance_of(*graph.attention)
+            for layer in reversed(range(len(attended))):
+                _, _, values = tower.split_heads(activations.blocks[layer].mapped.detach())
+                queries = arriving[layer][:, : relevances[layer].shape[2]]  # of the last block the class token alone
+                gradient = tower.attention_gradient(activations.first + layer, values, queries)
+                row = class_row(row, gradient.mul_(relevances[layer]).clamp_(min=0).mean(1))
         assert row is not None, "there is at least one block"
         return tower.maps(row[:, tower.prefix :])

@@ -6,7 +6,7 @@ Numbers printed in the baselines note (§3.3, §4.7) and its acceptance checks (
 import pytest
 import torch
 from relevance_oracle import RuleByRule
-from tiny_encoders import batch, one_by_one, tiny_clip, tiny_vit
+from tiny_encoders import activations, batch, one_by_one, tiny_clip, tiny_vit
 
 from conceptseg.backbones.relevance import (
     AddRelevance,
@@ -43,7 +43,7 @@ def test_the_linear_rules_give_the_printed_relevance():
     x, weight, arriving = tensor(1, -2, 3)[None], tensor([1, -1, 0.5], [-2, 0.5, 1]), tensor(1, 2)[None]
     for joint, wanted in ((True, (0.222222, 0.444444, 2.333333)), (False, (0.4, 1.0, 2.6))):
         leaf = x.clone().requires_grad_()
-        (found,) = relevance(LinearRelevance.apply(leaf, weight, None, joint), arriving, leaf)
+        (found,) = relevance(LinearRelevance.apply(leaf, Weights(weight), x @ weight.T, joint), arriving, leaf)
         torch.testing.assert_close(found[0], tensor(*wanted), **PRINTED)
 
 
@@ -147,7 +147,7 @@ def test_new_rules_conserve_relevance_block_by_block_and_orig_rules_do_not(vit):
     images = vit.images(batch(2).tasks)
     rows = vit.model.head.weight[[3, 5]]
     for rules, conserved in (("new", True), ("orig", False)):
-        graph = relevance_graph(vit.tower, images, rows, rules)
+        graph = relevance_graph(vit.tower, activations(vit, images), rows, rules)
         totals = [r.flatten(1).sum(1) for r in graph.relevance_of(*graph.inputs)]
         same = [torch.allclose(t, torch.ones_like(t), atol=1e-6) for t in totals]
         assert all(same) if conserved else not any(same[:-1])
@@ -193,7 +193,8 @@ def test_attention_and_its_gradient_from_taps_are_those_of_a_plain_forward_pass(
         score = vit.run(images.clone().requires_grad_(), taps)[:, 2].sum()
     for layer, arriving in enumerate(torch.autograd.grad(score, attended)):
         torch.testing.assert_close(vit.tower.attention(layer, normed[layer]), held[layer])
-        torch.testing.assert_close(vit.tower.attention_gradient(layer, normed[layer], arriving), wanted[layer])
+        _, _, values = vit.tower.query_key_value(layer, normed[layer])
+        torch.testing.assert_close(vit.tower.attention_gradient(layer, values, arriving), wanted[layer])
 
 
 def test_explaining_the_own_prediction_ignores_what_is_asked_for(vit, clip):

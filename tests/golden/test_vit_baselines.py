@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_encoders import task, write_vit
+from tiny_encoders import activations, task, write_vit
 
-from conceptseg.backbones.relevance import relevance_graph
+from conceptseg.backbones.relevance import relevance_graph, token_relevance
 from conceptseg.backbones.vit import ViTBackbone
 from conceptseg.extractors.attention_gradcam import AttentionGradCAM
 from conceptseg.extractors.lrp import LRP
@@ -162,16 +162,12 @@ def test_relevance_of_every_block_is_the_references(case):
     images = backbone.images([task(case[2])])
     for (which, index), (rules, letter) in product(case[3].items(), (("new", "A"), ("orig", "B"))):
         if f"{which}.{letter}.R_blocks" in wanted:
-            graph = relevance_graph(backbone.tower, images, backbone.model.head.weight[index][None], rules)
-            found = graph.relevance_of(*reversed(graph.inputs), graph.tokens, keep=True)
+            graph = relevance_graph(backbone.tower, activations(backbone, images), backbone.model.head.weight[index][None], rules)
+            found = graph.relevance_of(*reversed(graph.inputs), keep=True)
             # float64 against a float32 record: the record's own distance from float64 is its tolerance.
             for block, (got, held) in enumerate(zip(found, wanted[f"{which}.{letter}.R_blocks"], strict=False)):
                 if block:  # at the final norm the reference's record stands behind the norm, where relevance is the same
                     assert relative(got[0], held) <= TOLERANCES[case[0]][f"{which}.{letter}.R_blocks"][1] * 10
-            totals = [1.0, *(float(r.sum()) for r in found[:-1])]
-            held = sums[f"{which}.{letter}.relevance_sums"]
-            torch.testing.assert_close(
-                torch.tensor(totals[1:], dtype=torch.float64), held[2 : 1 + len(totals)], rtol=1e-8, atol=0
-            )
-            token_share = float(found[-1].sum())
-            assert token_share == pytest.approx(float(held[1 + len(totals)]), rel=1e-8)
+            of_tokens = token_relevance(backbone.tower, images, found[-1], rules)
+            totals = torch.stack([r.sum() for r in (*found, of_tokens)])
+            torch.testing.assert_close(totals, sums[f"{which}.{letter}.relevance_sums"][2 : 2 + len(totals)], rtol=1e-8, atol=0)

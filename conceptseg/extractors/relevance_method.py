@@ -1,0 +1,44 @@
+"""What LRP, partial LRP and TransInterp share: one forward pass of the host, kept, and relevance handed down through it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import partial
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from conceptseg.backbones.activations import Activations, tap_activations
+from conceptseg.backbones.image_encoder import Explained, ImageEncoder
+from conceptseg.backbones.relevance import check_tower, full_precision
+from conceptseg.backbones.taps import TapSet
+from conceptseg.extractors.image_model import ClassMethod, needs_gradient
+from conceptseg.types import Batch
+
+
+class RelevanceMethod(ClassMethod):
+    """Implement `explain`. needs_gradients: whether the host's forward pass is kept for ordinary gradients too."""
+
+    needs_gradients: ClassVar[bool] = False
+
+    def __init__(self, backbone: ImageEncoder, explained_class: str, first_layer: int) -> None:
+        super().__init__(backbone, explained_class)
+        self.first_layer = first_layer
+
+    def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
+        tower = self.backbone.tower
+        check_tower(tower)
+        images = self.backbone.images(batch.tasks)
+        with torch.set_grad_enabled(self.needs_gradients), full_precision(), TapSet(self.backbone.model) as taps:
+            gathered = tap_activations(taps, tower, range(len(tower.blocks))[self.first_layer])
+            output = self.backbone.run(needs_gradient(images), taps)
+            activations = gathered()
+        return self.by_class(batch, output, partial(self.explain, images, output, activations))
+
+    @abstractmethod
+    def explain(
+        self, images: Float[Tensor, "B 3 H W"], output: Float[Tensor, "B k"], activations: Activations, explained: Explained
+    ) -> Float[Tensor, "B h w"]:
+        """One map an image, of one class each."""
