@@ -35,6 +35,10 @@ class ResumeError(StoreError):
     """A run folder was written by other code or another configuration."""
 
 
+class ReportError(ConceptSegError):
+    """A finished table, or the report written from it, does not hold together."""
+
+
 def did_you_mean(got: str, offered: Iterable[str]) -> str:
     """The tail of a message about an unknown name: the nearest choice, then all of them (at most 20).
 

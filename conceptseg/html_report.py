@@ -22,20 +22,21 @@ from conceptseg.report.panels import colour_map
 from conceptseg.report.results import Behind, Block, Results, Row, write_atomically
 from conceptseg.store.maps import MapKeeper
 from conceptseg.store.run import RunStore
-from conceptseg.store.schema import RowKey
 from conceptseg.types import Task
 
 log = logging.getLogger(__name__)
 
 EMBED_BELOW = 4_000_000
 """Bytes of pictures that are put into the page itself; more are linked beside it."""
-SIDE = 104
+SIDE = 112
 """Longest side of a thumbnail in pixels."""
+BLOCK = 16
+"""Pixels of WebP's blocks: tiles of a strip that begin with one don't bleed into each other."""
 METHODS, METHODS_OF_MANY, MANY = 4, 2, 1500
 """Methods with pictures in a block, the best ones; fewer where a block has many images, so that the folder stays below 30 MB."""
 RESAMPLES = 1000
 """Behind the intervals of words and classes, which are many."""
-TRUTH, PREDICTION = (0, 200, 130), (240, 120, 0)
+TRUTH, PREDICTION, COVER = (0, 200, 130), (240, 120, 0), 140
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +102,11 @@ def _parts(shown: Sequence[_Shown]) -> tuple[dict[str, list[dict[str, Any]]], st
         else:
             parts = by_word(rows, [DEFINITIONS["miou_dataset"]], RESAMPLES, 0.95)
         found[one.row.name] = [
-            {"name": p.name, "n": p.n, "value": v.value, "low": _number(v.low), "high": _number(v.high)}
+            {"name": p.name, "n": p.n, "value": _rounded(v.value), "low": _rounded(v.low), "high": _rounded(v.high)}
             for p in parts
             for v in p.values.values()
         ]
     return found, kind, metric
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else value
 
 
 # ---------------------------------------------------------------- pictures
@@ -135,79 +132,61 @@ class _Thumbnails:
                 write_atomically(self.folder / address, content)
             return
         inside = {
-            address: f"data:image/{address.rpartition('.')[2]};base64,{base64.b64encode(content).decode()}"
-            for address, content in self.held.items()
+            address: f"data:image/webp;base64,{base64.b64encode(content).decode()}" for address, content in self.held.items()
         }
         for section in sections:
             for sample in section.gallery.samples:
                 assert isinstance(sample, dict)
-                for key in ("photo", "truth"):
-                    sample[key] = inside[sample[key]]
-                for key in ("maps", "predictions"):
-                    sample[key] = [address and inside[address] for address in sample[key]]
+                sample["strip"] = inside[sample["strip"]]
 
 
 def _gallery(
     block: Block, table: Results, shown: Sequence[_Shown], keeper: _Thumbnails, number: int, pictures: int | None
 ) -> Gallery:
-    methods = _pictured(table, shown)
-    if not methods:
+    methods = _ranked(table, shown)
+    pictured = [one for one in methods if _keeps_maps(one)]
+    if not pictured:
         return Gallery()
-    if min(methods[0].row.n, pictures or methods[0].row.n) > MANY:
-        methods = methods[:METHODS_OF_MANY]
-    held = [one.store.rows() for one in methods]
-    keys = [
-        key
-        for key in _keys(methods[0])
-        if any(RowKey(key, m.run.view, m.run.segmenter) in h for m, h in zip(methods, held, strict=True))
-    ]
+    first = pictured[0]
+    keys = [row["sample"] for row in _records(first)]
     if pictures is not None and len(keys) > pictures:
         keys = [keys[i * len(keys) // pictures] for i in range(pictures)]
+    pictured = pictured[: METHODS_OF_MANY if len(keys) > MANY else METHODS]
     score = DEFINITIONS["miou_image"]
     scores = [
         dict(zip(r.samples, score.finish(score.statistics(r)), strict=True))
         for r in (Rows.from_records(_records(m)) for m in methods)
     ]
-    samples: list[dict[str, Any]] = []
-    for place, (key, task) in enumerate(_tasks(methods[0], keys)):
-        stem = f"{number}-{place}"
-        size = _fitted(task.truth.shape)
-        maps, predictions = [], []
-        for which, one in enumerate(methods):
-            kept = one.maps.read(key, one.run.view, one.run.segmenter)
-            maps.append(kept and keeper.keep(f"{stem}m{which}.webp", _webp(colour_map()[kept[0]], 60, _fitted(kept[0].shape))))
-            predictions.append(kept and keeper.keep(f"{stem}p{which}.png", _mask(kept[1] > 0, size, PREDICTION)))
-        photo = np.round(255 * task.image).astype(np.uint8)
-        truth = (task.truth > 0) & (task.truth != 255)
-        samples.append(
-            {
-                "key": key, "words": [w for w, label in zip(task.concepts.names, task.concepts.labels, strict=True) if label],
-                "scores": [_rounded(found.get(key)) for found in scores],
-                "photo": keeper.keep(f"{stem}.webp", _webp(photo, 55, size)),
-                "truth": keeper.keep(f"{stem}t.png", _mask(truth, size, TRUTH)), "maps": maps, "predictions": predictions,
-            }
-        )  # fmt: skip
+    samples = [
+        {
+            "key": key, "words": [w for w, label in zip(task.concepts.names, task.concepts.labels, strict=True) if label],
+            "scores": [_rounded(found.get(key)) for found in scores], "size": task.truth.shape[::-1],
+            "strip": keeper.keep(f"{number}-{place}.webp", _strip(task, [_kept(one, key) for one in pictured])),
+        }
+        for place, (key, task) in enumerate(_tasks(first, keys))
+    ]  # fmt: skip
     words = sorted({word for sample in samples for word in sample["words"]})
-    return Gallery(tuple(m.row.name for m in methods), tuple(words), tuple(samples))
+    return Gallery(tuple(m.row.name for m in methods), tuple(map(methods.index, pictured)), tuple(words), tuple(samples))
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None or np.isnan(value) else round(float(value), 4)
+    return None if value is None or np.isnan(value) else round(float(value), 3)
 
 
-def _pictured(table: Results, shown: Sequence[_Shown]) -> list[_Shown]:
-    """The best methods that kept maps, by the first standard column they have."""
+def _ranked(table: Results, shown: Sequence[_Shown]) -> list[_Shown]:
+    """Methods, the best first by the first standard column with a mean IoU."""
     column = next((c.name for c in table.columns if c.kind == "standard" and "miou" in c.name), table.columns[0].name)
-    kept = [
-        one for one in shown
-        if one.row.group == "methods" and (one.store.folder / "maps").is_dir()
-        and any(one.maps.read(r["sample"], one.run.view, one.run.segmenter) for r in _records(one)[:1])
-    ]  # fmt: skip
-    return sorted(kept, key=lambda one: -(one.row.values[column].value if column in one.row.values else 0.0))[:METHODS]
+    methods = [one for one in shown if one.row.group == "methods"]
+    return sorted(methods, key=lambda one: -(one.row.values[column].value if column in one.row.values else 0.0))
 
 
-def _keys(one: _Shown) -> list[str]:
-    return [row["sample"] for row in _records(one)]
+def _keeps_maps(one: _Shown) -> bool:
+    return any(_kept(one, row["sample"]) is not None for row in _records(one)[:1])
+
+
+def _kept(one: _Shown, key: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Map and labels of a sample, None where the run kept none."""
+    return one.maps.read(key, one.run.view, one.run.segmenter)
 
 
 def _tasks(one: _Shown, keys: Sequence[str]) -> Iterator[tuple[str, Task]]:
@@ -223,29 +202,38 @@ def _tasks(one: _Shown, keys: Sequence[str]) -> Iterator[tuple[str, Task]]:
         log.warning("no pictures of %s: %s", one.run.run_id, error)
 
 
-def _fitted(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Height and width with the longest side at most SIDE."""
+def _strip(task: Task, kept: Sequence[tuple[np.ndarray, np.ndarray] | None]) -> bytes:
+    """WebP of tiles of one size side by side: the photo, the truth, and a map and a prediction of each of `kept`."""
+    size = _tile_size(task.truth.shape)
+    tiles = [
+        _opaque(np.round(255 * task.image).astype(np.uint8), size),
+        _cover((task.truth > 0) & (task.truth != 255), size, TRUTH),
+    ]
+    for one in kept:
+        if one is None:
+            tiles += [np.zeros((*size, 4), np.uint8)] * 2
+        else:
+            tiles += [_opaque(colour_map()[one[0]], size), _cover(one[1] > 0, size, PREDICTION)]
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate(tiles, axis=1), "RGBA").save(buffer, "WEBP", quality=50, method=4)
+    return buffer.getvalue()
+
+
+def _tile_size(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Height and width with the longest side at most SIDE, the width a whole number of blocks: the page stretches it back."""
     scale = min(1.0, SIDE / max(shape[:2]))
-    return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
+    return max(1, round(shape[0] * scale)), BLOCK * max(1, round(shape[1] * scale / BLOCK))
 
 
-def _webp(picture: np.ndarray, quality: int, size: tuple[int, int]) -> bytes:
-    image = Image.fromarray(picture)
-    if size != picture.shape[:2]:
-        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=quality, method=4)
-    return buffer.getvalue()
+def _opaque(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    image = Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return np.dstack([np.asarray(image), np.full(size, 255, np.uint8)])
 
 
-def _mask(inside: np.ndarray, size: tuple[int, int], colour: tuple[int, int, int]) -> bytes:
-    """A see-through PNG with one colour where `inside`."""
+def _cover(inside: np.ndarray, size: tuple[int, int], colour: tuple[int, int, int]) -> np.ndarray:
+    """One colour, see-through, where `inside`."""
     small = np.asarray(Image.fromarray(inside.astype(np.uint8)).resize((size[1], size[0]), Image.Resampling.NEAREST))
-    image = Image.fromarray(small, "P")
-    image.putpalette([0, 0, 0, *colour])
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", transparency=bytes([0, 140]), bits=1, optimize=True)
-    return buffer.getvalue()
+    return np.array([*colour, COVER], np.uint8) * small[..., None]
 
 
 # ---------------------------------------------------------------- runs

@@ -87,13 +87,11 @@ def _kinds(columns: list[Column]) -> list[str]:
 
 
 def _cell(block: Block, row: Row, column: Column) -> str:
-    if column.name not in row.values:
+    cell = block.cell(row, column)
+    if cell is None:
         return _tex(ABSENT)
-    number, interval = column.written(row.values[column.name])
-    written = _tex(number)
-    if row.group == "methods" and number == block.best(column):
-        written = rf"\textbf{{{written}}}"
-    return written + (rf" {{\scriptsize {interval}}}" if interval else "")
+    written = rf"\textbf{{{_tex(cell.number)}}}" if cell.best else _tex(cell.number)
+    return written + (rf" {{\scriptsize {cell.interval}}}" if cell.interval else "")
 
 
 def _tex(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from conceptseg.report.results import ABSENT, Block, Column, Results, Row
@@ -46,9 +47,17 @@ class Gallery:
     """Pictures of a block, as the page's script reads them."""
 
     methods: tuple[str, ...] = ()
+    """Every method with scores of single images."""
+    pictured: tuple[int, ...] = ()
+    """Places in `methods` of those with a map and a prediction in each strip."""
     words: tuple[str, ...] = ()
     samples: tuple[Mapping[str, Any], ...] = ()
-    """key, words, scores (one a method, or None), and the addresses of photo, truth, maps and predictions."""
+    """key, words, scores (one a method, or None), size [width height] and the address of the strip of tiles."""
+
+    @property
+    def tiles(self) -> int:
+        """Pictures side by side in a strip: photo, truth, then map and prediction of each pictured method."""
+        return 2 + 2 * len(self.pictured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +91,20 @@ def render(table: Results, sections: Sequence[Section], runs: Sequence[RunBehind
 
     loader = PackageLoader("conceptseg.report", "templates")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=False)
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "ensure_ascii": False, "default": _plain}
+    environment.globals["kind_groups"] = _kind_groups
+    written = {"sort_keys": False, "ensure_ascii": False, "separators": (",", ":"), "default": _plain}
+    environment.policies["json.dumps_kwargs"] = written
     page = environment.get_template("report.html.j2")
     return page.render(table=table, sections=sections, runs=runs, kinds=KINDS, absent=ABSENT)
 
 
+def _kind_groups(columns: Sequence[Column]) -> list[tuple[str, list[Column]]]:
+    return [(kind, list(group)) for kind, group in groupby(columns, key=lambda column: column.kind)]
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Gallery):
-        return {"methods": value.methods, "samples": value.samples}
+        return {"methods": value.methods, "pictured": value.pictured, "tiles": value.tiles, "samples": value.samples}
     raise TypeError(f"{type(value).__name__} is not data of a page")
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from conceptseg.report.results import ReportError, write_atomically
+from conceptseg.errors import ReportError
+from conceptseg.report.results import write_atomically
 
 VOID = 255  # as in conceptseg.types, which would import torch
 MAX_BYTES = 1_500_000

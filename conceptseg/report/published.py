@@ -10,9 +10,8 @@ from typing import Any
 
 import yaml
 
-from conceptseg.errors import did_you_mean
+from conceptseg.errors import ReportError, did_you_mean
 from conceptseg.metrics.definitions import DEFINITIONS
-from conceptseg.report.results import ReportError
 
 ELSEWHERE = ("unknown", "iou_of_nouns", "iod", "ioh", "iou", "miou_21", "miou_20")
 """What a quoted number may obey beside our own definitions."""

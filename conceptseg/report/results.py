@@ -6,13 +6,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-from conceptseg.errors import ConceptSegError, did_you_mean
+from conceptseg.errors import ReportError, did_you_mean
+from conceptseg.report.strict_json import build, list_of, mapping_to, sentences
 
 SCHEMA = 1
 ABSENT = "\u2013"  # an en dash, where a row has no such metric
@@ -21,10 +21,6 @@ Kind = Literal["standard", "released", "published", "cost"]
 Group = Literal["controls", "methods"]
 Provenance = Literal["control", "lab", "weights", "random"]
 Status = Literal["ok", "not run", "failed"]
-
-
-class ReportError(ConceptSegError):
-    """A finished table, or the report written from it, does not hold together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +152,19 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Cell:
+    """A number as every output prints it."""
+
+    number: str
+    interval: str
+    """Empty where there is none."""
+    best: bool
+    """Whether it is the best method's of its column."""
+    own_n: str
+    """Such as "n=60", where the number rests on other samples than its row."""
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """Rows that may be compared: one data set, one protocol."""
 
@@ -181,6 +190,15 @@ class Block:
         """(heading, field of Row) of the declared properties that some row has: columns of the printed table."""
         headings = (("told", "told"), ("trained on", "trained_on"), ("argmax", "argmax"))
         return tuple((heading, name) for heading, name in headings if any(getattr(row, name) for row in self.rows))
+
+    def cell(self, row: Row, column: Column) -> Cell | None:
+        """What stands in a printed table; None where the row has no such number."""
+        if column.name not in row.values:
+            return None
+        value = row.values[column.name]
+        number, interval = column.written(value)
+        own_n = f"n={value.n}" if value.n not in (None, row.n) else ""
+        return Cell(number, interval, row.group == "methods" and number == self.best(column), own_n)
 
     def best(self, column: Column) -> str | None:
         """The largest value of a method as it is printed, so that rows that look alike share the place; None for quotations."""
@@ -228,8 +246,8 @@ class Results:
                 "  Compute the table again, or use the conceptseg version that wrote it."
             )
         body = {key: value for key, value in data.items() if key != "schema"}
-        blocks = _each(Block, {"rows": _each(Row, {"values": _values, "also": _each(Behind)})})
-        return _read(cls, body, where, {"columns": _each(Column), "blocks": blocks, "notes": _notes})
+        blocks = list_of(Block, {"rows": list_of(Row, {"values": mapping_to(Value), "also": list_of(Behind)})})
+        return build(cls, body, where, {"columns": list_of(Column), "blocks": blocks, "notes": sentences})
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and dicts, `from_json`'s inverse. Keys that older tables lack are written only where they say something."""
@@ -340,77 +358,3 @@ def _value_problems(value: Value, column: Column) -> list[str]:
     if column.percent and any(abs(v) > 1 + 1e-9 for v in numbers):
         problems.append(f"{value.value:g} is not a share between -1 and 1, as a column in percent wants")
     return problems
-
-
-# ---------------------------------------------------------------- reading JSON strictly
-
-Reader = Callable[[Any, str], Any]
-T = TypeVar("T")
-
-
-def _read(cls: type[T], data: object, where: str, readers: Mapping[str, Reader]) -> T:
-    """Build a dataclass from a JSON object: unknown and missing keys and wrong types are errors that name the place."""
-    if not isinstance(data, Mapping):
-        raise ReportError(f"{where}: wanted an object with the keys of {cls.__name__}, got {_shown(data)}.")
-    hints = get_type_hints(cls)
-    known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
-    for key in data:
-        if key not in known:
-            raise ReportError(f'{where}: unknown key "{key}". {did_you_mean(str(key), known)}')
-    missing = [name for name, field in known.items() if name not in data and field.default is MISSING]
-    if missing:
-        raise ReportError(f"{where}: lacks {', '.join(missing)}. Write every key of {cls.__name__}.")
-    made = {}
-    for key, value in data.items():
-        at = f"{where}.{key}"
-        if key in readers:
-            made[key] = readers[key](value, at)
-        elif _fits(value, hints[key]):
-            made[key] = value
-        else:
-            raise ReportError(f"{at}: wanted {_wanted(hints[key])}, got {_shown(value)}.")
-    return cls(**made)
-
-
-def _each(cls: type, readers: Mapping[str, Reader] | None = None) -> Reader:
-    def read(data: Any, where: str) -> tuple[Any, ...]:
-        if not isinstance(data, list):
-            raise ReportError(f"{where}: wanted a list, got {_shown(data)}.")
-        return tuple(_read(cls, item, f"{where}[{i}]", readers or {}) for i, item in enumerate(data))
-
-    return read
-
-
-def _values(data: Any, where: str) -> dict[str, Value]:
-    if not isinstance(data, Mapping):
-        raise ReportError(f"{where}: wanted an object from metric to value, got {_shown(data)}.")
-    return {str(name): _read(Value, value, f"{where}.{name}", {}) for name, value in data.items()}
-
-
-def _notes(data: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(data, list) or not all(isinstance(note, str) for note in data):
-        raise ReportError(f"{where}: wanted a list of sentences, got {_shown(data)}.")
-    return tuple(data)
-
-
-def _fits(value: object, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if isinstance(hint, UnionType):
-        return any(_fits(value, choice) for choice in get_args(hint))
-    if isinstance(value, bool):  # a bool is an int to Python, not to a reader
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
-
-
-def _wanted(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return " or ".join(f'"{choice}"' for choice in get_args(hint))
-    if isinstance(hint, UnionType):
-        return " or ".join("null" if choice is NoneType else _wanted(choice) for choice in get_args(hint))
-    return {str: "a string", int: "an integer", float: "a number", bool: "true or false"}[hint]
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from conceptseg.report.results import ABSENT, Block, Column, ReportError, Results, Row, load, write_atomically
+from conceptseg.errors import ReportError
+from conceptseg.report.results import ABSENT, Block, Column, Results, Row, load, write_atomically
 
 HEADER = """# Results
 
@@ -134,13 +135,10 @@ def _block_table(block: Block, columns: Sequence[Column]) -> str:
 
 
 def _cell(block: Block, row: Row, column: Column) -> str:
-    if column.name not in row.values:
+    cell = block.cell(row, column)
+    if cell is None:
         return ABSENT
-    value = row.values[column.name]
-    number, interval = column.written(value)
-    is_best = row.group == "methods" and number == block.best(column)
-    own_n = f"n={value.n}" if value.n not in (None, row.n) else ""
-    return " ".join(part for part in (f"**{number}**" if is_best else number, interval, own_n) if part)
+    return " ".join(part for part in (f"**{cell.number}**" if cell.best else cell.number, cell.interval, cell.own_n) if part)
 
 
 def _definition(column: Column) -> str:

@@ -208,10 +208,10 @@ def _legend(block: Block, columns: Sequence[Column], layouts: Sequence[_Layout])
 
 
 def _cell(block: Block, row: Row, column: Column, separator: str) -> Text:
-    if column.name not in row.values:
+    cell = block.cell(row, column)
+    if cell is None:
         return Text(ABSENT)
-    value = row.values[column.name]
-    number, interval = column.written(value)
-    is_best = row.group == "methods" and number == block.best(column)
-    own_n = f"n={value.n} " if value.n not in (None, row.n) else ""
-    return Text.assemble(own_n, (number, "bold" if is_best else ""), f"{separator}{interval}" if interval else "")
+    own_n = f"{cell.own_n} " if cell.own_n else ""
+    return Text.assemble(
+        own_n, (cell.number, "bold" if cell.best else ""), f"{separator}{cell.interval}" if cell.interval else ""
+    )

@@ -10,13 +10,14 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
+import large_page
 import pytest
-from PIL import Image
+
+import conceptseg.html_report as maker
 
 TABLE = "conceptattention/ablation_space"
 BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-NUMBER = re.compile(r"-?\d+(\.\d+)?")
+IMAGES = 60
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,8 @@ def page(shared) -> Path:
 def test_the_page_is_one_file_with_pictures_inside_and_nothing_from_elsewhere(page):
     text = page.read_text()
     assert [p.name for p in page.parent.iterdir() if p.is_dir()] == []
-    assert text.count("data:image/webp;base64,") == 6 * (1 + 4)
-    assert not re.findall(r'(?:src|href)="(?!data:)', text) and "@import" not in text and "fetch(" not in text
+    assert text.count("data:image/webp;base64,") == 6
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', text) and "@import" not in text and "fetch(" not in text
 
 
 def test_words_from_data_are_escaped(page):
@@ -60,53 +61,57 @@ def test_csv_and_latex_hold_the_table(page):
     assert tex.count("{") == tex.count("}") and tex.count("&") == 7 * 10 + 4
 
 
-def test_thousands_of_images_stay_under_thirty_megabytes():
-    from conceptseg.html_report import METHODS_OF_MANY, TRUTH, _fitted, _mask, _webp
-
-    # Busier than photographs: three of VOC's take 1.8, 0.3 and 1.0 kB for photo, mask and map, this as much.
-    small = np.random.default_rng(0).integers(0, 256, (11, 16, 3), dtype=np.uint8)
-    photo = np.asarray(Image.fromarray(small).resize((500, 333), Image.Resampling.BICUBIC))
-    mask = np.asarray(Image.fromarray(small[..., 0]).resize((500, 333), Image.Resampling.BICUBIC)) > 128
-    size, grid = _fitted(photo.shape), np.asarray(Image.fromarray(small).resize((64, 64), Image.Resampling.BICUBIC))
-    sizes = len(_webp(photo, 55, size)), len(_mask(mask, size, TRUTH)), len(_webp(grid, 60, (64, 64)))
-    assert min(sizes) > 300, sizes
-    each = sizes[0] + sizes[1] + METHODS_OF_MANY * (sizes[1] + sizes[2])
-    assert 4276 * (each + 500) < 30e6, sizes  # 500 bytes of addresses, scores and words in the page
-
-
-def test_many_pictures_are_linked_beside_the_page(shared, page):
-    import conceptseg.html_report as maker
-    from conceptseg.report.results import load
-
-    (results,) = (shared.folder / "runs" / "tables").glob("*/results.json")
-    before, maker.EMBED_BELOW = maker.EMBED_BELOW, 0
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A page with the pictures beside it, as one of thousands of images has them."""
+    before, maker.EMBED_BELOW, maker.MANY = (maker.EMBED_BELOW, maker.MANY), 0, 1
     try:
-        written = maker.write_html(load(results), shared.folder / "runs", shared.folder / "linked", pictures=2)
+        return large_page.make(tmp_path_factory.mktemp("large"), IMAGES)
     finally:
-        maker.EMBED_BELOW = before
-    (folder,) = [p for p in written.parent.iterdir() if p.is_dir()]
-    assert len(list(folder.iterdir())) == 2 * (2 + 2 * 4)
-    assert all(f"{folder.name}/{picture.name}" in written.read_text() for picture in folder.iterdir())
+        maker.EMBED_BELOW, maker.MANY = before
+
+
+def test_pictures_of_thousands_of_images_are_linked_and_stay_under_thirty_megabytes(large):
+    (folder,) = [path for path in large.parent.iterdir() if path.is_dir()]
+    strips = [path.stat().st_size for path in folder.iterdir()]
+    assert len(strips) == IMAGES and min(strips) > 2500, "as heavy as photographs"
+    text = large.read_text()
+    assert all(f'"{folder.name}/0-{place}.webp"' in text for place in range(IMAGES))
+    of_an_image = sum(strips) / IMAGES + len(text.partition('"samples":')[2].partition("</script>")[0]) / IMAGES
+    words = 90 * large_page.METHODS * large_page.WORDS  # a bar for each word of each method
+    assert large_page.IMAGES * of_an_image + words + 200_000 < 30e6, of_an_image
 
 
 # ---------------------------------------------------------------- in a browser
 
 
 @pytest.fixture(scope="module")
-def browser(page):
+def chromium():
     if BROWSER is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     sync = pytest.importorskip("playwright.sync_api", reason="pip install playwright, which drives the system's Chromium")
     with sync.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        opened = chromium.new_page(viewport={"width": 1300, "height": 1000}, color_scheme="light")
-        opened.said = []
-        opened.on("console", lambda message: opened.said.append(message.text))
-        opened.on("pageerror", lambda error: opened.said.append(str(error)))
-        opened.on("requestfailed", lambda request: opened.said.append(request.url))
-        opened.goto(page.as_uri())
-        yield opened
-        chromium.close()
+        started = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+def opened(chromium, page: Path, width: int = 1300):
+    """The page in a window of its own, which notes what the browser complains of."""
+    window = chromium.new_page(viewport={"width": width, "height": 1000}, color_scheme="light")
+    window.said = []
+    window.on("console", lambda message: window.said.append(message.text))
+    window.on("pageerror", lambda error: window.said.append(str(error)))
+    window.on("requestfailed", lambda request: window.said.append(request.url))
+    window.goto(page.as_uri())
+    if folder := os.environ.get("SCREENSHOTS"):  # to be looked at
+        window.screenshot(path=f"{folder}/{page.stem}-{width}.png", full_page=True)
+    return window
+
+
+@pytest.fixture(scope="module")
+def browser(chromium, page):
+    return opened(chromium, page)
 
 
 def column(browser, place):
@@ -117,15 +122,14 @@ def scores(browser):
     return [float(f.get_attribute("data-score")) for f in browser.locator("figure[data-score]").all()]
 
 
-def test_a_browser_opens_the_page_without_a_word_of_complaint(browser, page):
+def test_a_browser_opens_the_page_without_a_word_of_complaint(browser):
     assert browser.locator("figure[data-score]").count() == 6 and browser.said == []
-    if folder := os.environ.get("SCREENSHOTS"):  # to be looked at
-        browser.screenshot(path=f"{folder}/{page.stem}.png", full_page=True)
 
 
 def test_a_click_on_a_heading_sorts_and_another_one_turns_the_order_round(browser):
-    place = browser.locator("thead th").count()
-    heading = browser.locator("thead th").nth(place - 1).locator("button")
+    headings = browser.locator("thead tr:last-child th")
+    place = headings.count()
+    heading = headings.nth(place - 1).locator("button")
     heading.click()
     first = [float(v) for v in column(browser, place)]
     heading.click()
@@ -134,10 +138,17 @@ def test_a_click_on_a_heading_sorts_and_another_one_turns_the_order_round(browse
     assert browser.said == []
 
 
+def test_rows_of_the_table_are_filtered(browser):
+    browser.fill("[name=rows]", "softmax")
+    assert browser.locator("table.sortable tbody tr:visible").count() == 3
+    browser.fill("[name=rows]", "")
+    assert browser.locator("table.sortable tbody tr:visible").count() == 6
+
+
 def test_pictures_are_ordered_and_filtered(browser):
-    browser.select_option("[name=order]", "worst")
+    browser.select_option(".pictures [name=order]", "worst")
     worst = scores(browser)
-    browser.select_option("[name=order]", "best")
+    browser.select_option(".pictures [name=order]", "best")
     assert worst == sorted(worst) and scores(browser) == worst[::-1]
     word = browser.locator("[name=word] option").nth(1).inner_text()
     browser.select_option("[name=word]", word)
@@ -147,20 +158,43 @@ def test_pictures_are_ordered_and_filtered(browser):
     browser.fill("[name=search]", "no such key")
     assert scores(browser) == []
     browser.fill("[name=search]", "")
-    browser.select_option("[name=order]", "disagreement")
+    browser.select_option(".pictures [name=order]", "disagreement")
     assert len(scores(browser)) == 6 and browser.said == []
 
 
 def test_maps_truth_and_prediction_are_laid_over_the_photo(browser):
+    places = []
     for name in ("map", "truth", "prediction"):
         layer, box = browser.locator(f".stack .{name}").first, browser.locator(f"[name={name}]")
         before = layer.is_visible()
         box.set_checked(not before)
         assert layer.is_visible() is not before
-    assert browser.locator(".stack .photo").first.evaluate("image => image.naturalWidth") > 0
+        places.append(layer.evaluate("tile => getComputedStyle(tile).backgroundPositionX"))
+    assert len(set(places)) == 3, "each shows a tile of its own"
+    strip = (
+        "async tile => { const i = new Image(); i.src = getComputedStyle(tile).backgroundImage.slice(5, -2); await i.decode(); "
+    )
+    assert browser.locator(".stack .photo").first.evaluate(strip + "return i.naturalWidth }") == 64 * (2 + 2 * 4)
 
 
-def test_bars_follow_the_chosen_method(browser):
+def test_bars_follow_the_chosen_method_and_order(browser):
     first = browser.locator(".parts .bars").inner_text()
-    browser.select_option(".parts select", index=3)
-    assert browser.locator(".parts .bars").inner_text() != first and browser.said == []
+    browser.select_option(".parts [name=method]", index=3)
+    second = browser.locator(".parts .bars").inner_text()
+    browser.select_option(".parts [name=order]", "worst")
+    assert len({first, second, browser.locator(".parts .bars").inner_text()}) == 3 and browser.said == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_only_pictures_near_the_window_are_on_the_page_and_scrolling_brings_the_others(chromium, large, width):
+    window = opened(chromium, large, width)
+    shown = scores(window)
+    assert 0 < len(shown) < IMAGES and f"{IMAGES} of {IMAGES} images" in window.locator(".count").inner_text()
+    assert window.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out on a narrow screen"
+    window.evaluate("document.querySelector('.gallery').scrollIntoView(false)")
+    window.wait_for_function(f"document.querySelector('figure[data-score]').dataset.score != {shown[0]}")
+    window.wait_for_load_state("networkidle")
+    assert min(scores(window)) < min(shown) and window.said == []
+    window.select_option(".pictures [name=method]", label="Method number 9")
+    assert window.locator("[name=map]").is_disabled(), "its maps are not on the page"
+    window.close()

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conceptseg.errors import ReportError
 from conceptseg.report import panels
 from conceptseg.report.panels import COLUMN_GAP, PanelCell, PanelRow, colour_map, picture_sheet
-from conceptseg.report.results import ReportError
 
 
 def one_row(height: int = 64, width: int = 64, methods: int = 2, seed: int = 0) -> PanelRow:

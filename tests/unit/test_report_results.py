@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from conceptseg.report.results import Column, ReportError, Results, Value, load, save
+from conceptseg.errors import ReportError
+from conceptseg.report.results import Column, Results, Value, load, save
 
 
 def plain_table() -> dict[str, Any]:

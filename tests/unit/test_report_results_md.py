@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from conceptseg.report.results import ReportError, Results, save
+from conceptseg.errors import ReportError
+from conceptseg.report.results import Results, save
 from conceptseg.report.results_md import check, render, update
 
 

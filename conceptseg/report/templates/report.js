@@ -1,12 +1,13 @@
 "use strict";
-// Tables: a click on a heading sorts by it; rows without a number stay last.
+// Tables: a click on a heading sorts by it, rows without a number stay last; a word above hides rows without it.
 for (const table of document.querySelectorAll("table.sortable")) {
-  table.querySelectorAll("thead th").forEach((heading, column) => {
+  const headings = [...table.querySelectorAll("thead tr:last-child th")];
+  const body = table.tBodies[0];
+  headings.forEach((heading, column) => {
     heading.querySelector("button").addEventListener("click", () => {
       const descending = heading.getAttribute("aria-sort") !== "descending";
-      table.querySelectorAll("thead th").forEach((other) => other.removeAttribute("aria-sort"));
+      headings.forEach((other) => other.removeAttribute("aria-sort"));
       heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
-      const body = table.tBodies[0];
       const value = (row) => row.cells[column].dataset.value ?? "";
       const numeric = heading.dataset.kind === "number";
       const rows = [...body.rows].sort((a, b) => {
@@ -18,45 +19,62 @@ for (const table of document.querySelectorAll("table.sortable")) {
       body.append(...rows);
     });
   });
+  table.closest("section").querySelector("[name=rows]").addEventListener("input", (event) => {
+    const text = event.target.value.trim().toLowerCase();
+    for (const row of body.rows) row.hidden = !row.textContent.toLowerCase().includes(text);
+  });
 }
+
+const percent = (share) => (100 * share).toFixed(1);
+const element = (name, className, text = "") => {
+  const made = document.createElement(name);
+  made.className = className;
+  made.textContent = text;
+  return made;
+};
 
 // Bars of one method's words or classes.
 for (const box of document.querySelectorAll(".parts")) {
   const parts = JSON.parse(box.querySelector("script").textContent);
-  const choice = box.querySelector("select");
+  const choice = box.querySelector("[name=method]");
+  const order = box.querySelector("[name=order]");
   const bars = box.querySelector(".bars");
   const draw = () => {
+    const orders = {
+      best: (a, b) => b.value - a.value, worst: (a, b) => a.value - b.value, images: (a, b) => b.n - a.n,
+      name: (a, b) => a.name.localeCompare(b.name),
+    };
     bars.replaceChildren();
-    const chosen = [...parts[choice.value]].sort((a, b) => b.value - a.value);
-    for (const part of chosen) {
-      const name = document.createElement("span");
-      name.textContent = `${part.name} (n=${part.n})`;
-      const track = document.createElement("span");
-      const bar = document.createElement("span");
-      bar.className = "bar";
-      bar.style.display = "block";
+    for (const part of [...parts[choice.value]].sort(orders[order.value])) {
+      const track = element("span", "track");
+      const bar = element("span", "bar");
       bar.style.width = `${100 * part.value}%`;
       track.append(bar);
-      const number = document.createElement("span");
-      const bounds = part.low === null ? "" : ` [${(100 * part.low).toFixed(1)}, ${(100 * part.high).toFixed(1)}]`;
-      number.textContent = `${(100 * part.value).toFixed(1)}${bounds}`;
-      bars.append(name, track, number);
+      if (part.low !== null) {
+        const whisker = element("span", "whisker");
+        whisker.style.left = `${100 * part.low}%`;
+        whisker.style.width = `${100 * (part.high - part.low)}%`;
+        track.append(whisker);
+      }
+      const bounds = part.low === null ? "" : ` [${percent(part.low)}, ${percent(part.high)}]`;
+      bars.append(element("span", "name", `${part.name} (n=${part.n})`), track, element("span", "", percent(part.value) + bounds));
     }
   };
-  choice.addEventListener("change", draw);
+  for (const field of [choice, order]) field.addEventListener("change", draw);
   draw();
 }
 
-// Pictures: chosen by score, shown page by page, maps laid over the photo.
-const PAGE = 48;
+// Pictures: one strip an image, its tiles laid over each other. Only cards near the window are on the page.
+const GAP = 12;
+const CAPTION = 52;
 for (const box of document.querySelectorAll(".pictures")) {
-  const { methods, samples } = JSON.parse(box.querySelector("script").textContent);
+  const { methods, pictured, tiles, samples } = JSON.parse(box.querySelector("script").textContent);
   const gallery = box.querySelector(".gallery");
+  const cards = gallery.querySelector(".cards");
   const field = (name) => box.querySelector(`[name="${name}"]`);
   const count = box.querySelector(".count");
-  const more = box.querySelector(".more");
   let chosen = [];
-  let shown = 0;
+  let drawn = "";
 
   const choose = () => {
     const at = Number(field("method").value);
@@ -76,44 +94,58 @@ for (const box of document.querySelectorAll(".pictures")) {
       worst: (a, b) => score(a) - score(b),
       median: (a, b) => Math.abs(score(a) - middle) - Math.abs(score(b) - middle),
       disagreement: (a, b) => spread(b) - spread(a),
-      key: (a, b) => a.key.localeCompare(b.key),
+      key: (a, b) => (a.key < b.key ? -1 : 1),
     };
     chosen.sort(orders[field("order").value]);
-    gallery.replaceChildren();
-    shown = 0;
-    page();
+    count.textContent = `${chosen.length} of ${samples.length} images`;
+    for (const name of ["map", "prediction"]) field(name).disabled = !pictured.includes(at);
+    drawn = "";
+    draw();
   };
 
-  const picture = (source, kind, alt) => {
-    const image = document.createElement("img");
-    image.src = source;
-    image.alt = alt;
-    image.loading = "lazy";
-    image.className = kind === "photo" ? "photo" : `layer ${kind}`;
-    return image;
+  const tile = (kind, at) => {
+    const made = element("div", kind === "photo" ? "tile photo" : `tile layer ${kind}`);
+    made.style.setProperty("--at", at);
+    return made;
   };
 
-  const page = () => {
+  const card = (sample, at) => {
+    const figure = element("figure", "card");
+    const square = element("div", "box");
+    const stack = element("div", "stack");
+    const [width, height] = sample.size;
+    stack.style.width = `${(100 * width) / Math.max(width, height)}%`;
+    stack.style.aspectRatio = `${width} / ${height}`;
+    stack.style.setProperty("--tiles", tiles);
+    stack.style.setProperty("--strip", `url("${sample.strip}")`);
+    const place = pictured.indexOf(at);
+    stack.append(tile("photo", 0));
+    if (place >= 0) stack.append(tile("map", 2 + 2 * place), tile("prediction", 3 + 2 * place));
+    stack.append(tile("truth", 1));
+    square.append(stack);
+    const caption = element("figcaption", "", `${sample.words.join(", ")} · ${percent(sample.scores[at])}`);
+    caption.append(element("span", "key", sample.key));
+    figure.title = methods.map((name, i) => `${name}: ${sample.scores[i] === null ? "–" : percent(sample.scores[i])}`).join("\n");
+    figure.dataset.score = sample.scores[at];
+    figure.append(square, caption);
+    return figure;
+  };
+
+  const draw = () => {
+    const width = gallery.clientWidth;
+    const across = Math.max(2, Math.floor((width + GAP) / (150 + GAP)));
+    const height = (width + GAP) / across + CAPTION;
+    const down = Math.ceil(chosen.length / across);
+    gallery.style.height = `${down * height}px`;
+    const top = -gallery.getBoundingClientRect().top;
+    const first = Math.max(0, Math.min(Math.floor(top / height) - 2, down - 4));
+    const last = Math.max(first + 4, Math.ceil((top + window.innerHeight) / height) + 2);
+    if (drawn === `${across} ${width} ${first} ${last}`) return;
+    drawn = `${across} ${width} ${first} ${last}`;
     const at = Number(field("method").value);
-    for (const sample of chosen.slice(shown, shown + PAGE)) {
-      const figure = document.createElement("figure");
-      const stack = document.createElement("div");
-      stack.className = "stack";
-      stack.append(picture(sample.photo, "photo", `${sample.words.join(", ")}: ${sample.key}`));
-      if (sample.maps[at]) stack.append(picture(sample.maps[at], "map", "map"));
-      stack.append(picture(sample.truth, "truth", "truth"));
-      if (sample.predictions[at]) stack.append(picture(sample.predictions[at], "prediction", "prediction"));
-      const caption = document.createElement("figcaption");
-      const scores = sample.scores.map((v, i) => `${methods[i]}: ${v === null ? "–" : (100 * v).toFixed(1)}`);
-      caption.textContent = `${sample.words.join(", ")} · ${(100 * sample.scores[at]).toFixed(1)} · ${sample.key}`;
-      figure.title = scores.join("\n");
-      figure.dataset.score = sample.scores[at];
-      figure.append(stack, caption);
-      gallery.append(figure);
-    }
-    shown = Math.min(shown + PAGE, chosen.length);
-    count.textContent = `${shown} of ${chosen.length} images`;
-    more.hidden = shown >= chosen.length;
+    cards.style.gridTemplateColumns = `repeat(${across}, minmax(0, 1fr))`;
+    cards.style.transform = `translateY(${first * height}px)`;
+    cards.replaceChildren(...chosen.slice(first * across, last * across).map((sample) => card(sample, at)));
   };
 
   const layers = () => {
@@ -125,7 +157,13 @@ for (const box of document.querySelectorAll(".pictures")) {
   field("search").addEventListener("input", choose);
   for (const name of ["map", "truth", "prediction"]) field(name).addEventListener("change", layers);
   field("opacity").addEventListener("input", layers);
-  more.addEventListener("click", page);
+  let waiting = false;
+  const later = () => {
+    if (!waiting) requestAnimationFrame(() => { waiting = false; draw(); });
+    waiting = true;
+  };
+  window.addEventListener("scroll", later, { passive: true });
+  window.addEventListener("resize", later);
   layers();
   choose();
 }
