@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from conceptseg.data.base import SegmentationDataset
 from conceptseg.errors import ConceptSegError, DataError, StoreError
@@ -19,14 +20,18 @@ from conceptseg.extractors.base import Extractor
 from conceptseg.protocols import Excluded, SegmentationProtocol
 from conceptseg.saliency.views import View
 from conceptseg.segment.segmenter import Segmenter
+from conceptseg.store.cost import Stages
 from conceptseg.store.maps import MapKeeper
 from conceptseg.store.run import RunStore
 from conceptseg.store.schema import Row
-from conceptseg.types import Batch, SaliencyMaps, Task
+from conceptseg.types import Batch, Task
 
 log = logging.getLogger(__name__)
 
 Loaded = Task | Excluded | DataError
+
+BEHIND = 1
+"""Chunks that may wait to be scored while the model works on the next one: what a kill costs beside the chunk in work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,16 @@ class Tally:
     failed: int = 0
     excluded: int = 0
     errors: list[str] = field(default_factory=list)
+    stages: Stages = field(default_factory=Stages)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        failed = {row["sample"]: row["error"] for row in rows if row["status"] == "failed"}
+        for key, reason in failed.items():
+            log.warning("%s failed: %s", key, reason)
+        self.failed += len(failed)
+        self.excluded += sum(row["status"] == "excluded" for row in rows)
+        self.computed += len({row["sample"] for row in rows if row["status"] == "ok"})
+        self.errors += list(failed.values())
 
 
 def evaluate(
@@ -69,7 +84,11 @@ def evaluate(
     max_failures: int = 20,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tally:
-    """Compute the rows that are missing. Raises StoreError after `max_failures` failed samples; their rows are kept."""
+    """Compute the rows that are missing. Raises StoreError after `max_failures` failed samples; their rows are kept.
+
+    One thread reads the next chunk and another scores and writes the last one while the model works on this one. Whatever ends
+    the loop short of a kill, chunks that the model has answered are written first.
+    """
     by_key = {view.key: view for view in views.values()}
     segmenters = {s.key: s for s in protocol.segmenters if extractor.comparable or s.decision != "argmax"}
     tally = Tally()
@@ -81,30 +100,12 @@ def evaluate(
         else:
             tally.held += len(chunk)
     total, done = sum(len(chunk) for chunk, _ in todo), 0
-    for (_, asked), loaded, seconds in zip(todo, _prefetched(data, protocol, [c for c, _ in todo]), _clock(), strict=False):
-        rows: list[Row] = []
-        tasks: list[Task] = []
-        for key, one in loaded.items():
-            if isinstance(one, Task):
-                tasks.append(one)
-            else:
-                status = "excluded" if isinstance(one, Excluded) else "failed"
-                reason = one.reason if isinstance(one, Excluded) else str(one)
-                rows.append(cast(Row, {"sample": key, "view": "*", "segmenter": "*", "status": status, "error": reason}))
-        for batch in _same_shape(tasks):
-            rows += _batch_rows(batch, asked, extractor, protocol, segmenters, maps)
-        share = seconds() / max(1, len(tasks))
-        for row in rows:
-            row["seconds"] = round(share, 4)
-        store.append(rows)
-        failed = {row["sample"]: row["error"] for row in rows if row["status"] == "failed"}
-        for key, reason in failed.items():
-            log.warning("%s failed: %s", key, reason)
-        tally.failed += len(failed)
-        tally.excluded += sum(row["status"] == "excluded" for row in rows)
-        tally.computed += len({row["sample"] for row in rows if row["status"] == "ok"})
-        tally.errors += list(failed.values())
-        done += len(loaded)
+    scorer = Scorer(store, protocol, segmenters, maps, tally.stages)
+
+    def settle(job: Future[list[Row]], samples: int) -> None:
+        nonlocal done
+        tally.add(_waited_for(job, tally.stages))
+        done += samples
         on_progress(done, total)
         if tally.failed >= max_failures:
             raise StoreError(
@@ -112,37 +113,49 @@ def evaluate(
                 f"  Their rows are kept, with the reason. Mend the cause and run again with runtime.retry_failed=true, "
                 f"or raise runtime.max_failures (now {max_failures})."
             )
+
+    chunks = _prefetched(data, protocol, [c for c, _ in todo], tally.stages)
+    with ThreadPoolExecutor(1, "scoring") as thread:
+        waiting: deque[tuple[Future[list[Row]], int]] = deque()
+        for (_, asked), loaded in zip(todo, chunks, strict=True):
+            with tally.stages.timed("model"):
+                answers = dict(_answers([one for one in loaded.values() if isinstance(one, Task)], asked, extractor))
+            waiting.append((thread.submit(scorer, loaded, answers), len(loaded)))
+            if len(waiting) > BEHIND:
+                settle(*waiting.popleft())
+        while waiting:
+            settle(*waiting.popleft())
     return tally
 
 
-def _clock() -> Iterator[Callable[[], float]]:
-    while True:
-        start = time.perf_counter()
-        yield lambda start=start: time.perf_counter() - start  # type: ignore[misc]
+def _waited_for(future: Future[Any], stages: Stages) -> Any:
+    with stages.timed("waiting"):
+        return future.result()
 
 
 def _prefetched(
-    data: SegmentationDataset, protocol: SegmentationProtocol, chunks: Sequence[tuple[str, ...]]
+    data: SegmentationDataset, protocol: SegmentationProtocol, chunks: Sequence[tuple[str, ...]], stages: Stages
 ) -> Iterator[dict[str, Loaded]]:
     """Read the next chunk in a thread while this one is computed."""
 
     def load(chunk: tuple[str, ...]) -> dict[str, Loaded]:
         found: dict[str, Loaded] = {}
-        for key in chunk:
-            try:
-                found[key] = protocol.prepare(data.read(key))
-            except DataError as error:
-                found[key] = error
+        with stages.timed("reading"):
+            for key in chunk:
+                try:
+                    found[key] = protocol.prepare(data.read(key))
+                except DataError as error:
+                    found[key] = error
         return found
 
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    with ThreadPoolExecutor(1, "reading") as thread:
         coming = None
         for chunk in chunks:
-            ready, coming = coming, pool.submit(load, chunk)
+            ready, coming = coming, thread.submit(load, chunk)
             if ready is not None:
-                yield ready.result()
+                yield _waited_for(ready, stages)
         if coming is not None:
-            yield coming.result()
+            yield _waited_for(coming, stages)
 
 
 def _same_shape(tasks: Iterable[Task]) -> Iterator[Batch]:
@@ -154,55 +167,114 @@ def _same_shape(tasks: Iterable[Task]) -> Iterator[Batch]:
         yield Batch(tuple(group))
 
 
-def _batch_rows(
-    batch: Batch,
-    views: Sequence[View],
-    extractor: Extractor,
-    protocol: SegmentationProtocol,
-    segmenters: Mapping[str, Segmenter],
-    keeper: MapKeeper | None,
-) -> list[Row]:
-    """Rows of one batch. A sample that breaks its batch is found by running each alone, and gets a failed row."""
-    rows: list[Row] = []
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model says of one task: a map [C h w] a view, on the host, or why it failed."""
+
+    maps: Mapping[str, np.ndarray]
+    seconds: float
+    """The task's share of its batch's time."""
+    error: str = ""
+
+
+def _answers(tasks: Iterable[Task], views: Sequence[View], extractor: Extractor) -> Iterator[tuple[str, Answer]]:
+    """The answer to each task, by key."""
+    for batch in _same_shape(tasks):
+        yield from _batch_answers(batch, views, extractor)
+
+
+def _batch_answers(batch: Batch, views: Sequence[View], extractor: Extractor) -> Iterator[tuple[str, Answer]]:
+    """Answers to one batch. A sample that breaks its batch is found by running each alone."""
+    started = time.perf_counter()
     try:
-        for maps in extractor.stream(batch, views):
-            rows += _view_rows(batch, maps, protocol, segmenters, keeper)
+        found = {maps.view: maps.scores.detach().float().cpu().numpy() for maps in extractor.stream(batch, views)}
     except torch.OutOfMemoryError as error:
         raise StoreError(
             f"the device ran out of memory at {len(batch)} samples a batch ({error}).\n  Every row written before is kept. "
             f"Go on with runtime.batch_size={max(1, len(batch) // 2)}."
         ) from error
-    except (ConceptSegError, RuntimeError, ValueError, ArithmeticError) as error:
-        if isinstance(error, ConceptSegError) and not isinstance(error, DataError):
-            raise  # a setting is wrong, so every sample would fail alike
+    except FAILURES as error:
+        reason = _reason(error)
         if len(batch) > 1:
-            return [
-                row for task in batch.tasks for row in _batch_rows(Batch((task,)), views, extractor, protocol, segmenters, keeper)
-            ]
-        reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-        return [cast(Row, {"sample": batch.keys[0], "view": "*", "segmenter": "*", "status": "failed", "error": reason})]
-    return rows
+            for task in batch.tasks:
+                yield from _batch_answers(Batch((task,)), views, extractor)
+        else:
+            yield batch.keys[0], Answer({}, time.perf_counter() - started, reason)
+        return
+    share = (time.perf_counter() - started) / len(batch)
+    for number, key in enumerate(batch.keys):
+        yield key, Answer({view: scores[number] for view, scores in found.items()}, share)
 
 
-def _view_rows(
-    batch: Batch,
-    maps: SaliencyMaps,
-    protocol: SegmentationProtocol,
-    segmenters: Mapping[str, Segmenter],
-    keeper: MapKeeper | None,
-) -> Iterator[Row]:
-    scores = maps.scores.detach().float().cpu().numpy()
-    for task, one in zip(batch.tasks, scores, strict=True):
-        known: dict[str, Any] = {"sample": task.key, "view": maps.view}
-        if not np.isfinite(one).all():
+FAILURES = (ConceptSegError, RuntimeError, ValueError, ArithmeticError)
+"""What may go wrong with one sample."""
+
+
+def _reason(error: BaseException) -> str:
+    """For the row of a sample that failed; raises it again where a setting is wrong, so that every sample would fail alike."""
+    if isinstance(error, ConceptSegError) and not isinstance(error, DataError):
+        raise error
+    return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """Turns the answers of a chunk into rows, and writes them."""
+
+    store: RunStore
+    protocol: SegmentationProtocol
+    segmenters: Mapping[str, Segmenter]
+    keeper: MapKeeper | None
+    stages: Stages
+
+    def __call__(self, loaded: Mapping[str, Loaded], answers: Mapping[str, Answer]) -> list[Row]:
+        rows: list[Row] = []
+        for key, one in loaded.items():
+            if isinstance(one, Task):
+                rows += self._task_rows(one, answers[key])
+            elif isinstance(one, Excluded):
+                rows.append(_whole(key, "excluded", one.reason))
+            else:
+                rows.append(_whole(key, "failed", str(one)))
+        with self.stages.timed("rows"):
+            self.store.append(rows)
+        return rows
+
+    def _task_rows(self, task: Task, answer: Answer) -> list[Row]:
+        """Rows of one task; a single failed one where it can't be scored."""
+        started = time.perf_counter()
+        error, rows = answer.error, []
+        if not error:
+            try:
+                rows = [row for view, maps in answer.maps.items() for row in self._view_rows(task, view, maps)]
+            except FAILURES as raised:
+                error = _reason(raised)
+        if error:
+            rows = [_whole(task.key, "failed", error)]
+        for row in rows:
+            row["seconds"] = round(answer.seconds + time.perf_counter() - started, 4)
+        return rows
+
+    def _view_rows(self, task: Task, view: str, maps: Float[np.ndarray, "C h w"]) -> Iterator[Row]:
+        known: dict[str, Any] = {"sample": task.key, "view": view}
+        if not np.isfinite(maps).all():
             reason = (
                 "the map holds NaN or infinity. Try extractor.backbone.dtype=float32 or bfloat16: float16 overflows in MM-DiTs."
             )
-            for name in segmenters:
+            for name in self.segmenters:
                 yield cast(Row, {**known, "segmenter": name, "status": "failed", "error": reason})
-            continue
+            return
         words = [w for w, label in zip(task.concepts.names, task.concepts.labels, strict=True) if label]
-        for segmenter, record, prediction in protocol.score(task, one, segmenters.values()):
-            if keeper is not None:
-                keeper.keep(task, maps.view, segmenter.key, one, prediction)
+        with self.stages.timed("metrics"):
+            scored = list(self.protocol.score(task, maps, self.segmenters.values()))
+        if self.keeper is not None:
+            with self.stages.timed("pictures"):
+                for segmenter, _, prediction in scored:
+                    self.keeper.keep(task, view, segmenter.key, maps, prediction)
+        for segmenter, record, _ in scored:
             yield cast(Row, {**known, "segmenter": segmenter.key, "status": "ok", "words": words, **record})
+
+
+def _whole(sample: str, status: str, reason: str) -> Row:
+    """The row of a sample that has no other."""
+    return cast(Row, {"sample": sample, "view": "*", "segmenter": "*", "status": status, "error": reason})

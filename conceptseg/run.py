@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,12 +53,15 @@ def carry_out(evaluation: Evaluation, title: str = "") -> Tally:
     runtime = evaluation.config["runtime"]
     if runtime["threads"]:
         torch.set_num_threads(runtime["threads"])
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():  # torchrun's processes: "cuda" is an accelerator of their own
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     shown = runtime["progress"] and evaluation.shard.index == 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     from rich.console import Console
 
     shard = evaluation.shard
     with (
+        ending_in_order(),
         evaluation.store as store,
         measured(store.folder, shard.index, shard.count, evaluation.extractor) as cost,
         Progress(*columns, console=Console(file=sys.stderr), disable=not shown, transient=True) as bar,
@@ -65,12 +72,29 @@ def carry_out(evaluation: Evaluation, title: str = "") -> Tally:
             evaluation.maps if runtime["keep_maps"] else None, runtime["retry_failed"], runtime["max_failures"],
             lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
-        cost.images = tally.computed
+        cost.images, cost.stages = tally.computed, tally.stages
     log.info(
         "%s: %d samples computed, %d held already, %d excluded, %d failed", evaluation.store.folder, tally.computed, tally.held,
         tally.excluded, tally.failed,
     )  # fmt: skip
     return tally
+
+
+@contextmanager
+def ending_in_order() -> Iterator[None]:
+    """What schedulers send before they kill (SIGTERM) ends the loop like Ctrl-C does: what the model has answered is written."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set what a signal does
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def readings(evaluation: Evaluation, metrics: Sequence[str], segmenters: Iterable[str] | None = None) -> list[Reading]:

@@ -1,4 +1,4 @@
-"""What a run cost: seconds, peak memory and forward passes, summed over every process and resumption. Never part of a row."""
+"""What a run cost: seconds, by stage too, peak memory and forward passes, summed over every process. Never part of a row."""
 
 from __future__ import annotations
 
@@ -9,9 +9,25 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+
+class Stages(dict[str, float]):
+    """Seconds by stage, each timed by one thread.
+
+    "model" and "waiting" (for the other threads) by the loop's own, "reading" by the one that reads ahead, "metrics", "pictures"
+    and "rows" by the one that writes behind.
+    """
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self[name] = self.get(name, 0.0) + time.perf_counter() - started
 
 
 @dataclass(slots=True)
@@ -28,16 +44,24 @@ class Cost:
     """Whether `peak_bytes` is of an accelerator."""
     forward_passes: int | None = None
     """Calls of the backbone's network, each with a whole batch and all its noise draws; None for methods that do not count."""
+    stages: dict[str, float] = field(default_factory=dict)
+    """Seconds by stage, added over processes; see `Stages`."""
 
     @property
     def passes_per_image(self) -> float | None:
         """Calls over images: below 1 where several images share a call."""
         return self.forward_passes / self.images if self.forward_passes is not None and self.images else None
 
+    @property
+    def harness_share(self) -> float | None:
+        """Share of the wall time in which the model did not work; None where stages were not recorded."""
+        return 1 - self.stages["model"] / self.seconds if self.stages and self.seconds else None
+
 
 @contextmanager
 def measured(folder: Path, shard: int, count: int, extractor: Any) -> Iterator[Cost]:
-    """Adds what happens inside to the shard's own file; set `images` on the yielded cost. Writes nothing if none was computed."""
+    """Adds what happens inside to the shard's own file; set `images` and `stages` on the yielded cost. Writes nothing if no image
+    was computed."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -87,4 +111,5 @@ def _added(held: Cost | None, more: Cost | None) -> Cost | None:
     return Cost(
         held.images + more.images, held.seconds + more.seconds, max(held.peak_bytes, more.peak_bytes),
         held.accelerator or more.accelerator, passes,
+        {name: held.stages.get(name, 0.0) + more.stages.get(name, 0.0) for name in {**held.stages, **more.stages}},
     )  # fmt: skip
