@@ -23,7 +23,7 @@ from conceptseg.errors import ConceptSegError, guarded
 
 log = logging.getLogger(__name__)
 
-QUIET = ("runtime.", "report.", "hydra.", "hydra/", "launcher=")
+QUIET = ("runtime.", "report.", "hydra.", "hydra/", "launcher=", "launcher.")
 """Overrides that say how a run is done, not what is run."""
 
 
@@ -104,6 +104,8 @@ def _evaluate(config: DictConfig) -> int:
     from hydra.core.hydra_config import HydraConfig
 
     overrides = list(HydraConfig.get().overrides.task)
+    if config.get("launcher"):
+        _launch(config, overrides)
     if config.get("table"):
         return _table(config, overrides)
     from conceptseg.assemble import assemble
@@ -140,6 +142,16 @@ def _evaluate(config: DictConfig) -> int:
     if sheet:
         print(f"pictures: {sheet}")
     return 0
+
+
+def _launch(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Has everything computed elsewhere; what follows finds it done."""
+    from conceptseg.config import check_targets, instantiate
+    from conceptseg.launch import launch
+
+    whole = plain(config)
+    check_targets(whole, whole["runtime"]["allow_targets"])
+    launch(instantiate(whole["launcher"], "launcher"), [o for o in overrides if not o.lstrip("+~").startswith("launcher")])
 
 
 def _table(config: DictConfig, overrides: Sequence[str]) -> int:

@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     **{peer: GROUND | PEERS for peer in PEERS},
     "extractors": GROUND | PEERS,
     "protocols": GROUND | PEERS,
+    "launch": {"errors"},
     "evaluate": GROUND | PEERS | {"extractors", "protocols", "store"},
     "assemble": GROUND | PEERS | {"config", "extractors", "protocols", "store", "evaluate"},
     "report": {"errors", "store", "metrics", "types"},
@@ -42,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "explain": GROUND | {"extractors"},
     "trace": GROUND | {"backbones"},
     "studies": GROUND | {"backbones", "trace"},
-    "cli": GROUND | {"assemble", "config", "html_report", "lab", "paper_table", "report", "run", "tables"},
+    "cli": GROUND | {"assemble", "config", "html_report", "lab", "launch", "paper_table", "report", "run", "tables"},
     "__main__": {"cli"},
 }
 MODELS = {"torch", "torchvision", "torchmetrics", "diffusers", "transformers", "open_clip"}

@@ -1,0 +1,127 @@
+"""Every shard of an evaluation as a job of its own: through submitit (Slurm, or processes of this machine) or Ray.
+
+A job is the command that a person would type, with its shard's number. Jobs don't talk to each other: what is done is read from
+the run folder, so a job that was killed is sent again, and any number of shards goes on with what another number began.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from conceptseg.errors import ConfigError, StoreError, did_you_mean
+
+EXECUTORS = ("slurm", "local", "debug")
+
+
+class Launcher(Protocol):
+    shards: int
+
+    def run(self, commands: Sequence[Sequence[str]]) -> list[str]:
+        """Carry out all commands, each somewhere. Returns what went wrong, a line a command that failed."""
+
+
+@dataclass
+class ShardCommand:
+    """A shard's command as a submitit job.
+
+    Before Slurm's time is up, or when it wants the node back, the command is ended in order and the job queued again: it goes on
+    from its rows.
+    """
+
+    command: tuple[str, ...]
+    _process: Any = field(default=None, repr=False)
+
+    def __call__(self) -> int:
+        self._process = subprocess.Popen(self.command)
+        return self._ended()
+
+    def _ended(self) -> int:
+        # Not wait(): `checkpoint` is called from a signal in the midst of this, and a second wait would never return.
+        while self._process.poll() is None:
+            time.sleep(0.1)
+        return int(self._process.returncode)
+
+    def checkpoint(self) -> Any:
+        """What submitit queues again."""
+        from submitit.helpers import DelayedSubmission
+
+        self._process.terminate()
+        self._ended()
+        return DelayedSubmission(ShardCommand(self.command))
+
+
+class SubmititLauncher:
+    """Jobs through submitit.
+
+    executor: "slurm"; "local", processes of this machine; "debug", one after the other inside this process. folder: holds the
+    jobs' logs, where all machines see it. parameters: what `submitit.AutoExecutor.update_parameters` takes.
+    """
+
+    def __init__(self, executor: str, shards: int, folder: str, parameters: Mapping[str, Any]) -> None:
+        if executor not in EXECUTORS:
+            raise ConfigError(f'launcher.executor: unknown "{executor}". {did_you_mean(executor, EXECUTORS)}')
+        self.executor, self.shards, self.folder, self.parameters = executor, shards, Path(folder), dict(parameters)
+
+    def run(self, commands: Sequence[Sequence[str]]) -> list[str]:
+        try:
+            from submitit import AutoExecutor
+        except ImportError as error:
+            raise ConfigError('launcher=slurm needs submitit, which is not installed: pip install "conceptseg[slurm]"') from error
+        executor = AutoExecutor(folder=self.folder / "%j", cluster=self.executor)
+        executor.update_parameters(**self.parameters)
+        with executor.batch():  # one array of jobs, not one queue entry each
+            jobs = [executor.submit(ShardCommand(tuple(command))) for command in commands]
+        failed = []
+        for number, job in enumerate(jobs):
+            problem = job.exception() or (f"ended with {job.result()}" if job.result() else None)
+            if problem:
+                failed.append(f"shard {number}: {problem}; see {job.paths.stderr}")
+        return failed
+
+
+class RayLauncher:
+    """Jobs as tasks of a Ray cluster, whose machines see this folder.
+
+    address: of a running cluster ("auto" finds this machine's); None starts one here. resources: what `ray.remote` takes, for
+    example {num_cpus: 4, num_gpus: 1}.
+    """
+
+    def __init__(self, shards: int, address: str | None, resources: Mapping[str, Any]) -> None:
+        self.shards, self.address, self.resources = shards, address, dict(resources)
+
+    def run(self, commands: Sequence[Sequence[str]]) -> list[str]:
+        try:
+            import ray
+        except ImportError as error:
+            raise ConfigError('launcher=ray needs ray, which is not installed: pip install "conceptseg[ray]"') from error
+        ray.init(address=self.address, include_dashboard=False if self.address is None else None)
+        try:
+            task = ray.remote(**self.resources)(_carried_out)
+            codes = ray.get([task.remote(list(command), str(Path.cwd())) for command in commands])
+        finally:
+            ray.shutdown()
+        return [f"shard {number}: ended with {code}" for number, code in enumerate(codes) if code]
+
+
+def _carried_out(command: list[str], folder: str) -> int:
+    return subprocess.run(command, cwd=folder).returncode
+
+
+def launch(launcher: Launcher, overrides: Sequence[str]) -> None:
+    """Compute what `conceptseg <overrides>` lacks, shard by shard. Raises StoreError if a shard failed; its rows are kept."""
+    if launcher.shards < 1:
+        raise ConfigError(f"launcher.shards is {launcher.shards}; wanted 1 or more.")
+    shared = [*overrides, f"runtime.shard_count={launcher.shards}", "runtime.progress=false", "report.publish=no"]
+    started = (sys.executable, "-m", "conceptseg")
+    failed = launcher.run([[*started, *shared, f"runtime.shard_index={number}"] for number in range(launcher.shards)])
+    if failed:
+        raise StoreError(
+            f"{len(failed)} of {launcher.shards} shards failed. Every row written is kept: the same command goes on from there, "
+            f"with any number of shards.\n  " + "\n  ".join(failed)
+        )

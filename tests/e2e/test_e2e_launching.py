@@ -1,0 +1,209 @@
+"""torchrun, accelerate and launchers share a run out; killed, resumed or with another number of shards, the rows are the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from commands import FAST, lines_of, rows_of, until
+
+from conceptseg.errors import ConfigError, StoreError
+from conceptseg.launch import ShardCommand, SubmititLauncher, launch
+
+SMALL = ("extractor=random", "dataset.count=23", "runtime.batch_size=1", "runtime.keep_maps=false")
+
+
+@pytest.fixture(scope="module")
+def alone(shared):
+    shared.run(*SMALL, "runtime.runs=alone")
+    return rows_of(shared.the_run("alone"))
+
+
+# ------------------------------------------------------------ one machine
+
+
+SLOW = """
+import time
+from conceptseg.extractors import controls
+saliency = controls.RandomMap.saliency
+controls.RandomMap.saliency = lambda self, batch: (time.sleep(0.2), saliency(self, batch))[1]
+from conceptseg.cli import evaluate
+evaluate()
+"""
+"""The command with a method slow enough to be killed in the midst."""
+
+
+def rank_of(pid: int) -> str | None:
+    with suppress(OSError):
+        said = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return next((s.removeprefix(b"RANK=").decode() for s in said if s.startswith(b"RANK=")), None)
+    return None
+
+
+def ranks_below(parent: int) -> dict[str, int]:
+    """Rank -> process, of all processes that a process started."""
+    found: dict[str, int] = {}
+    for task in Path(f"/proc/{parent}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            if (rank := rank_of(child)) is not None:
+                found[rank] = child
+            found |= ranks_below(child)
+    return found
+
+
+@pytest.mark.slow
+def test_torchrun_with_a_killed_process_is_resumed_by_torchrun_to_the_same_rows(commands, alone, child_environment):
+    script = commands.folder / "slow.py"
+    script.write_text(SLOW)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with (commands.folder / "said.txt").open("w") as said:
+        started = subprocess.Popen(
+            [*torchrun, str(script), *FAST, *SMALL], cwd=commands.folder, env=child_environment, stdout=said, stderr=said
+        )
+        until(lambda: (commands.folder / "runs").exists() and len(rows_of_shard(commands, "1of2")) >= 2, seconds=280)
+        os.kill(ranks_below(started.pid)["1"], signal.SIGKILL)
+        assert started.wait(timeout=100) != 0
+    held = len(lines_of(commands.the_run()))
+    assert 2 <= held < 23
+    again = commands.run_cold(*torchrun[1:], "-m", "conceptseg", *FAST, *SMALL)
+    assert commands.rows() == alone
+    assert again.said.count("samples computed") == 2
+    assert {p.name for p in commands.the_run().glob("rows-*")} == {"rows-0of2.jsonl", "rows-1of2.jsonl"}
+
+
+def rows_of_shard(commands, name):
+    return [line for file in commands.folder.glob(f"runs/*/rows-{name}.jsonl") for line in file.read_bytes().splitlines()]
+
+
+@pytest.mark.slow
+def test_accelerate_launch_shares_the_work_out(commands, alone):
+    started = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+    settings = ("--mixed_precision", "no", "--dynamo_backend", "no")
+    commands.run_cold(*started, *settings, "-m", "conceptseg", *FAST, *SMALL)
+    assert commands.rows() == alone
+    assert {p.name for p in commands.the_run().glob("rows-*")} == {"rows-0of2.jsonl", "rows-1of2.jsonl"}
+
+
+# ------------------------------------------------------------ many machines
+
+
+def test_a_run_begun_on_eight_shards_of_which_some_were_killed_is_resumed_on_three(commands, alone):
+    for index in range(8):
+        one = commands.start(*SMALL, "runtime.shard_count=8", f"runtime.shard_index={index}")
+        if index in (2, 5, 6):
+            until(lambda index=index: bool(rows_of_shard(commands, f"{index}of8")), one)
+            one.kill()
+        one.wait()
+    assert len(commands.rows()) <= len(alone)
+    for index in range(3):
+        commands.run(*SMALL, "runtime.shard_count=3", f"runtime.shard_index={index}")
+    assert commands.rows() == alone
+
+
+@pytest.mark.slow
+def test_a_launcher_computes_every_shard_elsewhere_and_prints_one_table(commands, alone):
+    said = commands.run(*SMALL, "launcher=local")
+    assert commands.rows() == alone
+    assert "0 samples computed, 23 held" in said.said and said.out.count("Random") >= 1
+    assert {p.name for p in commands.the_run().glob("rows-?of2.jsonl")} == {"rows-0of2.jsonl", "rows-1of2.jsonl"}
+
+
+def submitit(folder, shards=2, **parameters):
+    return SubmititLauncher("local", shards, str(folder), {"timeout_min": 1, **parameters})
+
+
+def test_shards_are_told_their_number_and_to_publish_nothing(tmp_path, monkeypatch):
+    told = []
+
+    class Told:
+        shards = 3
+
+        def run(self, commands):
+            told.extend(commands)
+            return []
+
+    launch(Told(), ["table=lab"])
+    assert [command[-1] for command in told] == [f"runtime.shard_index={i}" for i in range(3)]
+    assert all({"table=lab", "runtime.shard_count=3", "report.publish=no"} <= set(command) for command in told)
+
+
+def test_a_shard_that_failed_is_reported_with_its_log(tmp_path):
+    failing = [sys.executable, "-c", "import sys; print('no such disk', file=sys.stderr); sys.exit(3)"]
+    (line,) = submitit(tmp_path).run([failing, [sys.executable, "-c", "pass"]])
+    assert line.startswith("shard 0: ended with 3")
+    assert "no such disk" in Path(line.rpartition(" ")[2]).read_text()
+
+
+def test_a_launch_with_a_failed_shard_says_that_the_rows_are_kept():
+    class Failing:
+        shards = 2
+
+        def run(self, commands):
+            return ["shard 1: ended with 9"]
+
+    with pytest.raises(StoreError, match=r"1 of 2 shards failed.*\n  shard 1: ended with 9"):
+        launch(Failing(), [])
+
+
+def test_a_job_whose_time_is_up_ends_its_command_in_order_and_starts_it_again(tmp_path):
+    """As Slurm does it: submitit's warning signal, then the job a second time."""
+    log = tmp_path / "log.txt"
+    code = (
+        "import signal, sys, time, pathlib\n"
+        f"log = pathlib.Path({str(log)!r})\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (log.open('a').write('ended in order\\n'), sys.exit(143)))\n"
+        "first = not log.exists()\n"
+        "log.open('a').write('started\\n')\n"
+        "time.sleep(60 if first else 0)\n"
+    )
+    from submitit import LocalExecutor
+
+    executor = LocalExecutor(tmp_path / "jobs")
+    executor.update_parameters(timeout_min=1, signal_delay_s=1)
+    job = executor.submit(ShardCommand((sys.executable, "-c", code)))
+    until(log.exists)
+    time.sleep(0.3)
+    job._interrupt()
+    assert job.result() == 0
+    assert log.read_text().split("\n")[:3] == ["started", "ended in order", "started"]
+
+
+@pytest.mark.parametrize(("setting", "named"), [({"executor": "slrm"}, "slurm"), ({"shards": 0}, "launcher.shards")])
+def test_a_launcher_with_a_wrong_setting_is_refused(tmp_path, setting, named):
+    with pytest.raises(ConfigError, match=named):
+        launch(SubmititLauncher(**{"executor": "debug", "shards": 1, "folder": str(tmp_path), "parameters": {}, **setting}), [])
+
+
+def test_ray_that_is_not_installed_is_named_with_the_way_to_install_it(monkeypatch):
+    from conceptseg.launch import RayLauncher
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"conceptseg\[ray\]"):
+        RayLauncher(2, None, {}).run([["true"]])
+
+
+def test_ray_carries_out_every_shard(tmp_path):
+    pytest.importorskip("ray")
+    from conceptseg.launch import RayLauncher
+
+    commands = [[sys.executable, "-c", f"open({str(tmp_path / str(i))!r}, 'w'); exit({i})"] for i in range(2)]
+    assert RayLauncher(2, None, {"num_cpus": 0}).run(commands) == ["shard 1: ended with 1"]
+    assert {p.name for p in tmp_path.iterdir()} == {"0", "1"}
+
+
+def test_stages_of_all_shards_are_added_up(commands):
+    from conceptseg.store.cost import read_cost
+
+    for index in range(2):
+        commands.run(*SMALL, "runtime.shard_count=2", f"runtime.shard_index={index}")
+    parts = [json.loads(p.read_text())["stages"] for p in commands.the_run().glob("cost-*.json")]
+    cost = read_cost(commands.the_run())
+    assert cost.stages["model"] == pytest.approx(sum(part["model"] for part in parts))
+    assert 0 <= cost.harness_share <= 1
