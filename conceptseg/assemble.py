@@ -17,7 +17,7 @@ from conceptseg.data.base import SegmentationDataset
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.evaluate import Shard
 from conceptseg.extractors.base import Extractor
-from conceptseg.metrics.definitions import DEFINITIONS
+from conceptseg.metrics.definitions import definition_of
 from conceptseg.metrics.summary import DRAWN
 from conceptseg.protocols import SegmentationProtocol
 from conceptseg.saliency.views import View, expand_views
@@ -94,8 +94,7 @@ def _check_report(report: Mapping[str, Any]) -> None:
     if report["draw"] not in DRAWN:
         raise ConfigError(f'report.draw: unknown "{report["draw"]}". {did_you_mean(report["draw"], DRAWN)}')
     for name in report["columns"]:
-        if name not in DEFINITIONS:
-            raise ConfigError(f'report.columns: unknown metric "{name}". {did_you_mean(name, DEFINITIONS)}')
+        definition_of(name, "report.columns")
 
 
 def shard_of(runtime: Mapping[str, Any]) -> Shard:

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 QUIET = ("runtime.", "report.", "hydra.", "hydra/", "launcher=", "launcher.")
 """Overrides that say how a run is done, not what is run."""
+LAB_FILL = {"backbone=lab/*": "table.backbones=lab"}
+"""Another way to say that the lab fills a paper's table."""
 
 
 def _calm() -> None:
@@ -42,6 +44,7 @@ def evaluate() -> int:
     """conceptseg [overrides]: one evaluation, or table=<name>; alone it means table=lab."""
     _calm()
     register()
+    sys.argv[1:] = [LAB_FILL.get(a, a) for a in sys.argv[1:]]
     said = [a for a in sys.argv[1:] if not a.startswith("-")]
     asks = [a for a in sys.argv[1:] if a in ("--help", "-h", "--hydra-help", "--version", "--info", "--cfg", "-c", "--resolve")]
     if not asks and all(a.lstrip("+~").startswith(QUIET) for a in said):

@@ -15,7 +15,7 @@ from conceptseg import __version__
 from conceptseg.assemble import Evaluation
 from conceptseg.backbones.base import Checkpoint
 from conceptseg.errors import ConfigError, did_you_mean
-from conceptseg.metrics.definitions import DEFINITIONS
+from conceptseg.metrics.definitions import definition_of
 from conceptseg.report.published import Claim, QuotedRow, load_claim, shipped
 from conceptseg.report.results import Behind, Block, Column, Results, Row, Value
 from conceptseg.run import Reading, draw_sheet, interval_text
@@ -81,9 +81,7 @@ def _columns(table: Mapping[str, Any], claim: Claim, report: Mapping[str, Any]) 
         found.append(Column(f"published/{name}", column.label, True, column.text, cites, "published", 2))
     for kind in KINDS:
         for name in table[kind]["columns"] if kind in table else ():
-            if name not in DEFINITIONS:
-                raise ConfigError(f'table.{kind}.columns: unknown metric "{name}". {did_you_mean(name, DEFINITIONS)}')
-            d = DEFINITIONS[name]
+            d = definition_of(name, f"table.{kind}.columns")
             label = d.label.removeprefix("published ")  # its group says so
             found.append(Column(f"{kind}/{name}", label, d.percent, d.text, d.source, kind))
     return (*found, *(COSTS if report["costs"] else ()))
@@ -110,11 +108,8 @@ def _rows_of(
         overrides = overrides_of(row, block, table, kind, on_lab)
         config = composed(overrides, extra, compose)
         labels.append(f"{config['protocol']['name']} v{config['protocol']['version']}")
-        needs = lacking(config, row.get("memory", ""))
-        if needs:
-            wants.append(
-                f"needs {row.get('needs', ' and '.join(needs))}: {shlex.join(['conceptseg', *overrides, *_settings(extra)])}"
-            )
+        if why := _why_not_run(config, row, overrides, extra):
+            wants.append(why)
             continue
         metrics = [name for k in kinds for name in table[k]["columns"]]
         finished[kind] = evaluated(config, metrics, done, f"{row['name']}, {kind}")
@@ -200,6 +195,7 @@ def _run(
     quoted: QuotedRow | None,
     table: Mapping[str, Any],
 ) -> Row:
+    found = sorted(found, key=lambda one: not one[2].n)  # a protocol under which every sample failed stands last
     _, evaluation, reading = found[0]
     values = _quotes(quoted, table) | costs_of(evaluation)
     for which, _, one in found:
@@ -243,18 +239,29 @@ def _backbone(evaluation: Evaluation) -> str | None:
 # ---------------------------------------------------------------- what a row needs
 
 
-def lacking(config: Mapping[str, Any], memory: str = "") -> list[str]:
-    """Weights and data that this machine does not hold, each with its size or the script that fetches it.
+def _why_not_run(config: Mapping[str, Any], row: Mapping[str, Any], overrides: Sequence[str], extra: Sequence[str]) -> str:
+    """What this machine lacks for a row and the command that has it; empty where nothing is lacking."""
+    missing = lacking(config, row.get("memory", ""))
+    models = [one.removeprefix("lab:") for one in missing if one.startswith("lab:")]
+    if models:
+        return f"the lab has no {' and '.join(models)} weights yet: conceptseg-lab train {models[0]} --ship"
+    command = shlex.join(["conceptseg", *overrides, *_settings(extra)])
+    return f"needs {row.get('needs', ' and '.join(missing))}: {command}" if missing else ""
 
-    memory: said of a backbone whose sheet does not say it.
+
+def lacking(config: Mapping[str, Any], memory: str = "") -> list[str]:
+    """Weights and data that this machine does not hold, each with its size or the script that fetches it; lab models by path.
+
+    memory: of all of them, where their sheets do not say it.
     """
     needs = []
     for part in _checkpoints(config["extractor"]):
         path = str(part["path"])
         if not _at_hand(path, part.get("revision")):
-            size = ", ".join(["", *filter(None, [part.get("memory") or memory])])
-            trained = f" (conceptseg-lab train {path[4:]} --ship)" if path.startswith("lab:") else ""
-            needs.append(f"{path.rpartition('/')[2]}{size}{trained}")
+            needs.append(", ".join(filter(None, [path.rpartition("/")[2], part.get("memory")])))
+    needs = list(dict.fromkeys(needs))  # one model may serve twice
+    if needs and memory:
+        needs[-1] += f", {memory}"
     root = config["dataset"].get("root")
     if root is not None and not Path(root).exists():
         script = {"ImageNetSegmentation": "fetch_imagenet_segmentation.py", "PascalVOC": "fetch_voc.py"}.get(

@@ -13,7 +13,7 @@ from conceptseg.assemble import Evaluation, assemble
 from conceptseg.errors import ConfigError, DataError, did_you_mean
 from conceptseg.extractors.base import Extractor
 from conceptseg.keys import canonical_json
-from conceptseg.metrics.definitions import DEFINITIONS
+from conceptseg.metrics.definitions import definition_of
 from conceptseg.metrics.intervals import Interval
 from conceptseg.report.results import Block, Column, Results, Row, Value
 from conceptseg.run import Reading, carry_out, draw_sheet, interval_text, readings, write_results
@@ -35,12 +35,9 @@ class Done:
 
 def columns_of(names: Sequence[str]) -> tuple[Column, ...]:
     """Raises ConfigError for a metric that is not defined."""
-    for name in names:
-        if name not in DEFINITIONS:
-            raise ConfigError(f'columns: unknown metric "{name}". {did_you_mean(name, DEFINITIONS)}')
     return tuple(
         Column(d.name, d.label, d.percent, d.text, d.source, "released" if d.name.startswith("published_") else "standard")
-        for d in (DEFINITIONS[name] for name in names)
+        for d in (definition_of(name, "columns") for name in names)
     )
 
 
@@ -86,6 +83,8 @@ def compute_table(
 
 def composed(overrides: Sequence[str], extra: Sequence[str], compose: Compose) -> dict[str, Any]:
     """A row's config with those of the user's overrides that concern it."""
+    if not any(o.lstrip("+~").startswith(("backbone@", "extractor.")) for o in extra):  # these concern every row
+        return compose([*overrides, *extra])
     config = compose(overrides)
     mine = [o for o in extra if concerns(o, config)]
     return compose([*overrides, *mine]) if mine else config

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int64
 
-from conceptseg.errors import ConfigError, DataError
+from conceptseg.errors import ConfigError, DataError, did_you_mean
 from conceptseg.metrics.published import BACKGROUND, iou_from_accuracy
 from conceptseg.types import AP_NAMES
 
@@ -364,3 +364,10 @@ DEFINITIONS: dict[str, Definition] = {
         ),
     )
 }
+
+
+def definition_of(name: str, where: str) -> Definition:
+    """The metric of that name. Raises ConfigError, which names the setting `where` it was asked for, if there is none."""
+    if name not in DEFINITIONS:
+        raise ConfigError(f'{where}: unknown metric "{name}". {did_you_mean(name, DEFINITIONS)}')
+    return DEFINITIONS[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -81,10 +81,9 @@ def best_cuts(definition: Definition, cuts: Sequence[Rows]) -> Rows:
     def picked(tables: list[np.ndarray]) -> np.ndarray:
         return np.stack(tables)[chosen, np.arange(len(first))]
 
-    return Rows(
-        first.samples, first.classes, picked([c.inter for c in cuts]), picked([c.pred for c in cuts]),
-        picked([c.label for c in cuts]), picked([c.pred_void for c in cuts]), first.valid, picked([c.correct for c in cuts]),
-        first.void, first.ap, first.words, first.present, first.seconds,
+    return replace(
+        first, inter=picked([c.inter for c in cuts]), pred=picked([c.pred for c in cuts]), label=picked([c.label for c in cuts]),
+        pred_void=picked([c.pred_void for c in cuts]), correct=picked([c.correct for c in cuts]),
     )  # fmt: skip
 
 

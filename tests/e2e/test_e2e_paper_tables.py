@@ -5,6 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from commands import TESTS
+
+SHEETS = TESTS.parent / "conf" / "table"
+PAPER = sorted(path.relative_to(SHEETS).with_suffix("").as_posix() for path in SHEETS.glob("*/*.yaml"))
+LAB_MODELS = TESTS.parent / "conceptseg" / "lab" / "weights"
+NEVER = ("COCO-Gen", "a dependency parser")
+"""What no table can be filled without, even on the lab: its data are gone, or nothing of it is run here."""
 
 
 def results_of(folder):
@@ -66,3 +73,34 @@ def test_the_layers_of_a_model_are_points_of_a_curve(shared):
     assert table["blocks"][0]["axis"] == "layer"
     assert [row["x"] for row in rows] == [float(i) for i in range(len(rows))] and len(rows) > 1
     assert {row["series"] for row in rows} == {"ConceptAttention Flux"}
+
+
+# ---------------------------------------------------------------- the lab in place of weights and data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAPER)
+def test_the_lab_fills_every_row_that_its_models_can(shared, name):
+    shared.run(f"table={name}", "backbone=lab/*", "dataset.count=1")
+    (folder,) = (shared.folder / "runs" / "tables").glob(f"{name.replace('/', '-')}-lab-*")
+    table, rows = results_of(folder)
+    absent = {one for one in ("sd3", "dino") if not (LAB_MODELS / one / "card.json").exists()}
+    for row in rows:
+        if row["status"] == "not run":
+            assert any(f"the lab has no {one} weights yet" in row["note"] for one in absent) or any(
+                n in row["note"] for n in NEVER
+            )
+        else:
+            assert (row["status"], row["n"], row["failed"]) == ("ok", 1, 0), row["note"]
+            assert all(other["n"] == 1 for other in row["also"])
+    assert "table.backbones=lab" in table["command"]
+
+
+def test_a_row_of_the_lab_without_weights_is_not_run_and_says_which(shared):
+    model = "extractor.backbone.path=lab:mamba"
+    shared.run("table=conceptattention/ablation_attention", "table.backbones=lab", "dataset.count=1", model)
+    tables = (json.loads(path.read_text()) for path in (shared.folder / "runs" / "tables").glob("*/results.json"))
+    (table,) = [table for table in tables if model in table["command"]]
+    for row in table["blocks"][0]["rows"]:
+        assert row["status"] == "not run" and row["values"]["published/miou"]
+        assert row["note"].startswith("the lab has no mamba weights yet: conceptseg-lab train mamba --ship")
