@@ -53,8 +53,7 @@ def carry_out(evaluation: Evaluation, title: str = "") -> Tally:
     runtime = evaluation.config["runtime"]
     if runtime["threads"]:
         torch.set_num_threads(runtime["threads"])
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():  # torchrun's processes: "cuda" is an accelerator of their own
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    take_own_accelerator()
     shown = runtime["progress"] and evaluation.shard.index == 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     from rich.console import Console
@@ -78,6 +77,14 @@ def carry_out(evaluation: Evaluation, title: str = "") -> Tally:
         tally.excluded, tally.failed,
     )  # fmt: skip
     return tally
+
+
+def take_own_accelerator() -> None:
+    """Let "cuda" mean the accelerator of this process's number, where torchrun or accelerate started several on one machine."""
+    import torch
+
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -207,3 +208,22 @@ def test_stages_of_all_shards_are_added_up(commands):
     cost = read_cost(commands.the_run())
     assert cost.stages["model"] == pytest.approx(sum(part["model"] for part in parts))
     assert 0 <= cost.harness_share <= 1
+
+
+# ------------------------------------------------------------ start-up
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_printed_in_seconds(commands):
+    """CPU seconds of the process: the machine may be busy. About half of the limit where it is not."""
+    commands.run(*SMALL)
+
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        said = commands.run_cold("-m", "conceptseg", *SMALL, "runtime.progress=false")
+        assert "0 samples computed, 23 held" in said.said
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    seconds()  # writes bytecode
+    assert seconds() < 10

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 
@@ -13,6 +15,7 @@ from conceptseg.errors import ConfigError, StoreError
 from conceptseg.evaluate import Shard, evaluate
 from conceptseg.extractors.base import OneView
 from conceptseg.protocols import SegmentationProtocol
+from conceptseg.run import ending_in_order, take_own_accelerator
 from conceptseg.saliency.views import View
 from conceptseg.segment.segmenter import Segmenter
 from conceptseg.store.run import RunStore
@@ -92,6 +95,28 @@ def test_what_the_model_has_answered_is_written_before_the_loop_is_left(run, tmp
     assert sorted(rows(tmp_path)) == KEYS[:4]
     run()
     assert sorted(rows(tmp_path)) == KEYS
+
+
+def test_a_warning_before_a_kill_writes_what_was_answered(run, tmp_path):
+    def spoil(keys):
+        if keys[0] == KEYS[4]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit, match="143"), ending_in_order():
+        run(Random(spoil))
+    assert KEYS[:4] == sorted(rows(tmp_path))[:4] and len(rows(tmp_path)) < len(KEYS)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_processes_of_one_machine_take_an_accelerator_each(monkeypatch):
+    taken = []
+    for name, found in {"is_available": lambda: True, "device_count": lambda: 2, "set_device": taken.append}.items():
+        monkeypatch.setattr(torch.cuda, name, found)
+    take_own_accelerator()
+    for rank in "013":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        take_own_accelerator()
+    assert taken == [0, 1, 1]
 
 
 def test_a_sample_that_can_not_be_scored_fails_alone(run, tmp_path):
