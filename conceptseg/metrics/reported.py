@@ -1,4 +1,4 @@
-"""The definitions as torchmetrics, for Lightning users and for our own reports alike."""
+"""The definitions as torchmetrics, for Lightning users and whoever else has rows; reports read the definitions themselves."""
 
 from __future__ import annotations
 
