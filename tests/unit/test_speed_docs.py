@@ -1,0 +1,30 @@
+"""docs/speed.md quotes benchmarks/speed/figures.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[2]
+PAGE = " ".join((REPO / "docs" / "speed.md").read_text(encoding="utf-8").split())
+FIGURES = json.loads((REPO / "benchmarks" / "speed" / "figures.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("plan", ["ours, new words", "ours, known words"])
+def test_the_ratios_to_the_original_are_those_that_were_measured(plan):
+    found = FIGURES["original_plan cut"]
+    ratio, tflop = found["ratios"][plan], found["tflop"]["cut"]
+    row = (
+        f"{found['seconds'][plan]:.2f} | {ratio['min']:.2f} | **{ratio['median']:.2f}** | {ratio['max']:.2f} | "
+        f"{tflop[plan]:.3f} | {tflop['original'] / tflop[plan]:.1f} |"
+    )
+    assert row in PAGE
+    whole = found["tflop"]["full"]
+    assert f"{whole[plan]:.0f} | {whole['original'] / whole[plan]:.1f} |" in PAGE
+    assert ratio["min"] >= 2.5
+
+
+def test_what_was_not_measured_is_said_to_be_so():
+    assert ("throughput full" in FIGURES) or "not run" in PAGE
