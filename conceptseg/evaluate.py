@@ -86,8 +86,8 @@ def evaluate(
 ) -> Tally:
     """Compute the rows that are missing. Raises StoreError after `max_failures` failed samples; their rows are kept.
 
-    One thread reads the next chunk and another scores and writes the last one while the model works on this one. Whatever ends
-    the loop short of a kill, chunks that the model has answered are written first.
+    One thread reads the next chunk and another scores and writes the last one while the model works on this one. Whatever else
+    ends the loop, short of a kill, chunks that the model has answered are written first.
     """
     by_key = {view.key: view for view in views.values()}
     segmenters = {s.key: s for s in protocol.segmenters if extractor.comparable or s.decision != "argmax"}
@@ -100,11 +100,11 @@ def evaluate(
         else:
             tally.held += len(chunk)
     total, done = sum(len(chunk) for chunk, _ in todo), 0
-    scorer = Scorer(store, protocol, segmenters, maps, tally.stages)
+    scorer = Scorer(store, protocol, segmenters, maps, tally, max_failures)
 
-    def settle(job: Future[list[Row]], samples: int) -> None:
+    def settle(job: Future[None], samples: int) -> None:
         nonlocal done
-        tally.add(_waited_for(job, tally.stages))
+        _waited_for(job, tally.stages)
         done += samples
         on_progress(done, total)
         if tally.failed >= max_failures:
@@ -116,7 +116,7 @@ def evaluate(
 
     chunks = _prefetched(data, protocol, [c for c, _ in todo], tally.stages)
     with ThreadPoolExecutor(1, "scoring") as thread:
-        waiting: deque[tuple[Future[list[Row]], int]] = deque()
+        waiting: deque[tuple[Future[None], int]] = deque()
         for (_, asked), loaded in zip(todo, chunks, strict=True):
             with tally.stages.timed("model"):
                 answers = dict(_answers([one for one in loaded.values() if isinstance(one, Task)], asked, extractor))
@@ -225,9 +225,12 @@ class Scorer:
     protocol: SegmentationProtocol
     segmenters: Mapping[str, Segmenter]
     keeper: MapKeeper | None
-    stages: Stages
+    tally: Tally
+    max_failures: int
 
-    def __call__(self, loaded: Mapping[str, Loaded], answers: Mapping[str, Answer]) -> list[Row]:
+    def __call__(self, loaded: Mapping[str, Loaded], answers: Mapping[str, Answer]) -> None:
+        if self.tally.failed >= self.max_failures:
+            return  # the loop ends with the chunk before this one
         rows: list[Row] = []
         for key, one in loaded.items():
             if isinstance(one, Task):
@@ -236,9 +239,9 @@ class Scorer:
                 rows.append(_whole(key, "excluded", one.reason))
             else:
                 rows.append(_whole(key, "failed", str(one)))
-        with self.stages.timed("rows"):
+        with self.tally.stages.timed("rows"):
             self.store.append(rows)
-        return rows
+        self.tally.add(rows)
 
     def _task_rows(self, task: Task, answer: Answer) -> list[Row]:
         """Rows of one task; a single failed one where it can't be scored."""
@@ -265,10 +268,10 @@ class Scorer:
                 yield cast(Row, {**known, "segmenter": name, "status": "failed", "error": reason})
             return
         words = [w for w, label in zip(task.concepts.names, task.concepts.labels, strict=True) if label]
-        with self.stages.timed("metrics"):
+        with self.tally.stages.timed("metrics"):
             scored = list(self.protocol.score(task, maps, self.segmenters.values()))
         if self.keeper is not None:
-            with self.stages.timed("pictures"):
+            with self.tally.stages.timed("pictures"):
                 for segmenter, _, prediction in scored:
                     self.keeper.keep(task, view, segmenter.key, maps, prediction)
         for segmenter, record, _ in scored:

@@ -27,8 +27,7 @@ from PIL import Image
 
 from conceptseg.backbones.base import stack_images
 from conceptseg.data.images import read_image, read_mask
-from conceptseg.evaluate import Answer, Scorer
-from conceptseg.store.cost import Stages
+from conceptseg.evaluate import Answer, Scorer, Tally
 from conceptseg.store.maps import MapKeeper
 from conceptseg.store.run import RunStore
 from conceptseg.types import Sample
@@ -97,7 +96,7 @@ def at_flux_size(count: int) -> dict[str, float]:
         meter.around(keeper, "keep", "pictures")
         with RunStore(root) as store:
             meter.around(store, "append", "rows")
-            scorer = Scorer(store, protocol, {s.key: s for s in protocol.segmenters}, keeper, Stages())
+            scorer = Scorer(store, protocol, {s.key: s for s in protocol.segmenters}, keeper, Tally(), 1)
             for number, (picture, mask) in enumerate(paths):
                 key = f"noise/{number}"
                 with meter.of("reading"):

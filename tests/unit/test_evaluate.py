@@ -137,7 +137,7 @@ def test_a_loop_with_too_many_failures_stops_with_all_rows_that_it_has(run, tmp_
 
     with pytest.raises(StoreError, match="2 samples failed"):
         run(Random(spoil), max_failures=2)
-    assert 2 <= len(rows(tmp_path)) <= 4  # one batch may have been answered meanwhile
+    assert sorted(rows(tmp_path)) == KEYS[:2]
 
 
 def test_the_time_of_every_stage_is_recorded(run):
