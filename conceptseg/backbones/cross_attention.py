@@ -1,9 +1,9 @@
-"""Cross-attention of stock U-Nets, read through hooks: which layers there are, what a layer yields, and its probability maps."""
+"""Attention of stock U-Nets, read through hooks: which cross-attentions there are, what a layer yields, its probability maps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isqrt
 from typing import Any
 
@@ -36,6 +36,11 @@ class CrossAttention:
     def transformer(self) -> str:
         """Path of the spatial transformer around it, which is given the grid."""
         return self.path.rsplit(".transformer_blocks.", 1)[0]
+
+    @property
+    def self_attention(self) -> CrossAttention:
+        """The attention of the image to itself in the same block, which runs just before."""
+        return replace(self, path=self.path.removesuffix("attn2") + "attn1")
 
     @property
     def runs(self) -> tuple[int, int]:
@@ -101,6 +106,16 @@ class Attended:
         scaled = self.queries[rows, heads].float() * self.scale  # queries, not logits: they are far fewer
         logits = torch.einsum("rand,ratd->rant", scaled, keys[rows, heads].float())
         return logits.softmax(-1) if softmax else logits
+
+    def received(self) -> Float[Tensor, "R h w"]:
+        """Of a self-attention: how much attention each position receives from all positions, mean over heads; 1 on average."""
+        rows, heads, positions, _ = self.queries.shape
+        total = self.queries.new_zeros((rows, positions), dtype=torch.float32)
+        keys, some = self.keys.float(), max(1, 2**19 // (rows * heads * positions))
+        for queries in self.queries.split(some, dim=2):
+            logits = torch.einsum("rand,ramd->ranm", queries.float() * self.scale, keys)
+            total += logits.softmax(-1).sum((1, 2))
+        return rearrange(total / heads, "R (h w) -> R h w", h=self.grid[0])
 
     def head_chunks(self, heads: range, rows: int) -> Iterator[slice]:
         """Heads in groups small enough that their probabilities take about two megabytes: what is held at a time."""

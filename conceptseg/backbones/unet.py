@@ -27,7 +27,7 @@ class UNetBackbone:
     """Stable Diffusion 1.x, 2.x, XL, or the lab's. Weights are read on first use; text is encoded once per distinct string.
 
     image_size: pixels a side that the model is shown, or [height, width]; resize: how images get there. text_cache: a folder
-    that keeps embedded texts, by encoder and string.
+    that keeps embedded texts, by encoder and string. licence, memory: what a sheet tells its reader, never read.
     """
 
     family = "unet"
@@ -42,7 +42,8 @@ class UNetBackbone:
         resize: str = "bicubic",
         vae_dtype: str = "float32",
         text_cache: str | None = None,
-        **about: Any,
+        licence: str | None = None,
+        memory: str | None = None,
     ) -> None:
         self.checkpoint = Checkpoint(path, revision)
         self.dtype, self.vae_dtype = dtype_of(dtype, "dtype"), dtype_of(vae_dtype, "vae_dtype")
@@ -50,7 +51,6 @@ class UNetBackbone:
         chosen("resize", resize, RESIZES)
         self.size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
         self.resize = resize
-        self.about = about  # licence, memory need, provenance notes: printed, never read
         self.texts = TextCache(text_cache, lambda: {"class": "unet", **self.checkpoint.identity(), "dtype": str(self.dtype)})
         self._warned: set[str] = set()
         self.forward_passes = 0
@@ -292,9 +292,9 @@ class UNetBackbone:
         step: int | Tensor,
         text: Float[Tensor, "R T d"],
         conditions: Mapping[str, Tensor] | None = None,
-        tap: CrossAttentionTap | None = None,
+        *taps: CrossAttentionTap,
     ) -> Float[Tensor, "R c h w"] | None:
-        """One forward pass at a training step. Returns the U-Net's output, or None if the tap stopped it early."""
+        """One forward pass at a training step. Returns the U-Net's output, or None if a tap stopped it early."""
         model, added = self.unet, None
         if conditions is not None:
             added = {name: value.to(self.device, self.dtype) for name, value in conditions.items()}
@@ -307,9 +307,7 @@ class UNetBackbone:
                 added_cond_kwargs=added, return_dict=False,
             )[0]  # fmt: skip
 
-        with torch.inference_mode():
-            if tap is None:
-                return forward()
-            with TapSet(model) as taps:
-                tap.attach(taps)
-                return taps.run(forward)
+        with torch.inference_mode(), TapSet(model) as hooks:
+            for tap in taps:
+                tap.attach(hooks)
+            return hooks.run(forward)

@@ -25,7 +25,8 @@ SPACES = {
     "words": "mean over all (layer, head) maps of the mean over a word's tokens: the method",
     "words_by_grid": "the same, every grid size with one weight however many layers and heads it has",
     "words_normalized": "words over the sum of the maps of all tokens of the prompt (the reference's normalize)",
-    "words_standardized": "each word's map less its own mean, over its own deviation, so that a word's share of mass is no prior",
+    "words_standardized": "each word's map less its own mean, over its own deviation, so that a word's share of mass is no prior "
+    "where words compete; on one object cut at the mean it equals words",
 }
 
 
@@ -124,10 +125,6 @@ class DAAM(UNetMaps):
                 indexed = self.indexed_prompt.format(caption=task.caption, concepts=listed)
             found.append(Asked(prompt, indexed, tuple(group)))
         return found
-
-    def texts(self, batch: Batch) -> set[str]:
-        """Every text that is encoded for a batch."""
-        return {one.prompt for task in batch.tasks for one in self.asked(task)}
 
     def reader(self, asked: Sequence[Asked], totals: bool) -> TokenShares:
         """Where each row's words are, and as the last map the sum over the prompt's tokens (left empty unless `totals`)."""

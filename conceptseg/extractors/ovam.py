@@ -1,30 +1,45 @@
 """OVAM on real images: attention of a diffusion U-Net's queries to a text of its own (Marcos-Manchón et al., arXiv:2403.14291).
 
 The U-Net is told the caption; the words asked for are in an attribution text, which need not be it. Attention of the image's
-queries to that text's keys, with a softmax over its few tokens (or none), is enlarged bilinearly and summed.
+queries to that text's keys, with a softmax over its few tokens (or none), is enlarged bilinearly and summed. Tokens may be
+optimised beforehand (`conceptseg-study optimise-token`), maps may be refined by self-attention. The paper's CRF is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from conceptseg.backbones.cross_attention import Attended, upsample
+from conceptseg.backbones.cross_attention import Attended, CrossAttention, CrossAttentionTap, grid_factor, upsample
+from conceptseg.backbones.optimised_tokens import digest_of, read_tokens
 from conceptseg.backbones.unet import UNetBackbone
 from conceptseg.backbones.word_tokens import exact_positions
 from conceptseg.errors import ConfigError, DataError
-from conceptseg.extractors.unet_maps import Asked, Kind, UNetMaps, check_choices, check_template
-from conceptseg.types import Batch, Task
+from conceptseg.extractors.unet_maps import Asked, Kind, LayerSum, LayerSums, UNetMaps, check_choices, check_template
+from conceptseg.saliency.views import View
+from conceptseg.types import Task
 
 SPACES = {
     "token_softmax": "softmax over the tokens of the attribution text: the method",
     "linear": "no softmax: the paper's linear variant",
 }
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda scores: scores, "relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
+    "clamp": lambda scores: scores.clamp(0, 1),
+}  # fmt: skip
+"""What may be done to a head's scores, by the name that settings use."""
+
+SELF = Kind(softmax=True, head=-1)
+"""Self-attention's place among the sums of a layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +49,14 @@ class Attribution:
     states: Float[Tensor, "R G T d"]
     present: Bool[Tensor, "R G T"]
     shares: Float[Tensor, "R G S T"]
+    activation: str = "none"
 
     def repeated(self, times: int) -> Attribution:
         """The same rows, over and over."""
-        return Attribution(
-            self.states.repeat(times, 1, 1, 1), self.present.repeat(times, 1, 1), self.shares.repeat(times, 1, 1, 1)
-        )
+        return replace(
+            self, states=self.states.repeat(times, 1, 1, 1), present=self.present.repeat(times, 1, 1),
+            shares=self.shares.repeat(times, 1, 1, 1),
+        )  # fmt: skip
 
     def maps(
         self, attended: Attended, heads: slice, size: tuple[int, int], how: str, softmax: bool
@@ -54,6 +71,7 @@ class Attribution:
             scores = attended.probabilities(slice(None), heads, keys, softmax=False)
             if softmax:
                 scores = scores.masked_fill(~self.present[:, group, None, None], float("-inf")).softmax(-1)
+            scores = ACTIVATIONS[self.activation](scores)
             words = torch.einsum("rst,rant->rasn", self.shares[:, group], scores)
             found.append(upsample(rearrange(words, "R a S (h w) -> R a S h w", h=attended.grid[0]), size, how))
         maps = torch.stack(found, dim=2).flatten(2, 3)
@@ -68,9 +86,13 @@ class OVAM(UNetMaps):
     attribute: "joint" lets all words compete in one text, "separate" gives every word a text of its own.
     context: whether the text's other words compete too, or were only read by the text encoder; start_token, end_token: likewise.
     The start token stands for everything that is not asked for: without it and alone in its text, a word is everywhere.
+    activation: done to the scores of every head before they are averaged (see ACTIVATIONS; for the linear variant).
+    self_attention_floor: maps are multiplied by the image's self-attention, scaled to this floor .. 1 (see `refined`); null: not.
+    tokens: a file of optimised tokens; a word in it has these two for its attribution text, others have their own.
+    Source: arXiv:2403.14291 and vpulab/ovam at 12afd87, by spec §6.
     """
 
-    version = 1
+    version = 2
 
     def __init__(
         self,
@@ -83,6 +105,9 @@ class OVAM(UNetMaps):
         context: bool = True,
         start_token: bool = True,
         end_token: bool = True,
+        activation: str = "none",
+        self_attention_floor: float | None = None,
+        tokens: str | None = None,
         exclude_factor: int | None = None,
         include_mid: bool = False,
         upsampling: str = "bilinear",
@@ -91,7 +116,7 @@ class OVAM(UNetMaps):
         posterior: str = "mode",
         seed: int = 0,
     ) -> None:
-        check_choices((attribute, "attribute", ("joint", "separate")))
+        check_choices((attribute, "attribute", ("joint", "separate")), (activation, "activation", tuple(ACTIVATIONS)))
         check_template(prompt, "prompt", ("caption",))
         check_template(attribution, "attribution", ("caption", "concepts"))
         check_template(concept, "concept", ("concept",))
@@ -100,9 +125,19 @@ class OVAM(UNetMaps):
                 "extractor.attribute is separate and neither start_token, end_token nor context competes: a lone token takes all "
                 "attention everywhere. Keep extractor.start_token=true."
             )
+        if tokens is not None and attribute != "separate":
+            raise ConfigError("extractor.tokens brings a background of its own for every word: use extractor.attribute=separate.")
+        if self_attention_floor is not None and not 0 <= self_attention_floor <= 1:
+            raise ConfigError(f"extractor.self_attention_floor is {self_attention_floor}; wanted 0 to 1 (the paper's: 0.85).")
         super().__init__(backbone, "conditional", exclude_factor, include_mid, upsampling, map_side, noise, posterior, seed)
         self.prompt, self.attribution, self.concept, self.join = prompt, attribution, concept, join
         self.attribute, self.context, self.start_token, self.end_token = attribute, context, start_token, end_token
+        self.activation, self.self_attention_floor = activation, self_attention_floor
+        self.tokens_file = None if tokens is None else Path(tokens)
+        self.tokens = {} if self.tokens_file is None else read_tokens(self.tokens_file, backbone.checkpoint.identity())
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), **({} if self.tokens_file is None else {"tokens": digest_of(self.tokens_file)})}
 
     def spaces(self, most_heads: int) -> tuple[str, ...]:
         return tuple(SPACES)
@@ -123,10 +158,8 @@ class OVAM(UNetMaps):
             found.append((self.attribution.format(caption=asked.indexed, concepts=listed), group))
         return found
 
-    def texts(self, batch: Batch) -> set[str]:
-        """Every text that is encoded for a batch."""
-        asked = [one for task in batch.tasks for one in self.asked(task)]
-        return {one.prompt for one in asked} | {text for one in asked for text, _ in self.attributions(one)}
+    def strings(self, asked: Asked) -> set[str]:
+        return {asked.prompt} | {text for text, words in self.attributions(asked) if not self._optimised(words)}
 
     def reader(self, asked: Sequence[Asked], totals: bool) -> Attribution:
         """Attribution texts, encoded without padding; tokens that do not compete are dropped after encoding."""
@@ -142,10 +175,12 @@ class OVAM(UNetMaps):
         shares = torch.stack([torch.stack([padded(share, 1) for _, share in row]) for row in rows])
         lengths = torch.tensor([[len(one) for one, _ in row] for row in rows], device=states.device)
         present = torch.arange(longest, device=states.device) < lengths[..., None]
-        return Attribution(states, present, shares)
+        return Attribution(states, present, shares, self.activation)
 
     def _attribution(self, text: str, words: Sequence[str]) -> tuple[Float[Tensor, "T d"], Float[Tensor, "S T"]]:
         backbone = self.backbone
+        if optimised := self._optimised(words):
+            return optimised[0].to(backbone.device, backbone.dtype), torch.tensor([[0.0, 1.0]], device=backbone.device)
         states = backbone.unpadded_text(text)
         places = [exact_positions(backbone.tokenizer, text, word) for word in words]
         last = len(states) - 1
@@ -160,3 +195,42 @@ class OVAM(UNetMaps):
         for number, found in enumerate(places):
             shares[number, [kept.index(position) for position in found]] = 1 / len(found)
         return states[kept], shares
+
+    def _optimised(self, words: Sequence[str]) -> list[Float[Tensor, "2 d"]]:
+        return [self.tokens[word] for word in words if word in self.tokens]
+
+    # ------------------------------------------------------------ self-attention
+
+    def further_taps(
+        self, layers: Sequence[CrossAttention], level: float, size: tuple[int, int], sums: LayerSums
+    ) -> list[CrossAttentionTap]:
+        if self.self_attention_floor is None:
+            return []
+
+        def on_layer(attended: Attended) -> None:
+            if grid_factor(size, attended.queries.shape[2]) != self.exclude_factor:
+                maps = upsample(attended.received()[:, None], size, "bilinear")
+                sums[attended.layer.index, SELF, level] = LayerSum(maps, 1, attended.grid)
+
+        return [CrossAttentionTap([one.self_attention for one in layers], on_layer)]
+
+    def fold(self, sums: LayerSums, view: View, images: int, prompts: int) -> Float[Tensor, "B C X Y"]:
+        maps = super().fold(sums, view, images, prompts)
+        if self.self_attention_floor is None:
+            return maps
+        keys = [(layer, SELF, level) for level in view.timesteps for layer in view.layers]
+        received = torch.stack([sums[key].maps for key in keys if key in sums]).mean(0)
+        received = rearrange(received, "(B n) 1 X Y -> B n X Y", B=images)[:, : view.draws].mean(1)
+        return refined(maps, received, self.self_attention_floor)
+
+
+def refined(maps: Float[Tensor, "B C X Y"], self_attention: Float[Tensor, "B X Y"], floor: float) -> Float[Tensor, "B C X Y"]:
+    """Maps times an image's self-attention map, which is scaled to floor .. 1 (paper: 0.85, 0.95 to 0.99 with optimised tokens).
+
+    self_attention: attention that each position receives, mean over heads and layers, bilinear. The spec (§6) names an aggregate
+    self-attention map without saying which; the released code adds each query's softmax up over keys, which is 1 everywhere
+    but for rounding, so its numbers can't be had again.
+    """
+    low, high = self_attention.amin((-2, -1), keepdim=True), self_attention.amax((-2, -1), keepdim=True)
+    scaled = (self_attention - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)
+    return maps * (floor + (1 - floor) * scaled)[:, None]

@@ -145,6 +145,20 @@ class UNetMaps(Extractor):
         """What is done to the maps of a view at the very end."""
         return maps
 
+    def strings(self, asked: Asked) -> set[str]:
+        """Every text that is encoded for one prompt."""
+        return {asked.prompt}
+
+    def texts(self, batch: Batch) -> set[str]:
+        """Every text that is encoded for a batch."""
+        return {text for task in batch.tasks for one in self.asked(task) for text in self.strings(one)}
+
+    def further_taps(
+        self, layers: Sequence[CrossAttention], level: float, size: tuple[int, int], sums: LayerSums
+    ) -> list[CrossAttentionTap]:
+        """What else a method reads in a forward pass; may put maps of its own into `sums`."""
+        return []
+
     @property
     def layers(self) -> list[CrossAttention]:
         """Layers on offer."""
@@ -248,7 +262,8 @@ class UNetMaps(Extractor):
                 sums[layer.index, Kind(softmax), level] = LayerSum(total, passes * len(heads), attended.grid)
 
         layers = [layer for layer in backbone.layers if layer.index in wanted]
-        backbone.denoise(noisy, step, text, conditions, CrossAttentionTap(layers, on_layer, stop=True))
+        further = self.further_taps(layers, level, size, sums)
+        backbone.denoise(noisy, step, text, conditions, *further, CrossAttentionTap(layers, on_layer, stop=True))
 
     # ------------------------------------------------------------ reading views
 

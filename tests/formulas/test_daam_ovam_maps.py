@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from conceptseg.backbones.base import sample_noise, stack_images
+from conceptseg.backbones.optimised_tokens import write_tokens
 from conceptseg.backbones.unet import UNetBackbone
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.extractors.daam import DAAM
@@ -51,26 +52,28 @@ class Explicit:
         self.queries, self.probabilities = None, None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
-        q, k, v = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)
         split = [x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v)]
         self.queries = split[0]
         self.probabilities = (split[0] @ split[1].transpose(-1, -2) / math.sqrt(split[0].shape[-1])).softmax(-1)
         return attn.to_out[0]((self.probabilities @ split[2]).transpose(1, 2).flatten(2))
 
 
-def watched(backbone, task, prompt):
-    """Processors of every cross-attention of up and down blocks after one pass with explicit attention."""
+def watched(backbone, task, prompt, self_attention=False):
+    """Processors of every cross-attention (or self-attention) of up and down blocks after one pass with explicit attention."""
     latents = backbone.latents(stack_images([task.image], backbone.size, backbone.resize))
     share = backbone.signal_shares[STEP]
     noisy = share.sqrt() * latents + (1 - share).sqrt() * sample_noise(latents.shape[1:], 0, [task.key], 0)
     stock, explicit = backbone.unet.attn_processors, {}
     for layer in backbone.layers:
-        explicit[layer.path] = Explicit()
+        explicit[layer.self_attention.path if self_attention else layer.path] = Explicit()
     backbone.unet.set_attn_processor({n: explicit.get(n.removesuffix(".processor"), p) for n, p in stock.items()})
     with torch.inference_mode():
         backbone.unet(noisy, STEP, encoder_hidden_states=backbone.text([prompt]))
     backbone.unet.set_attn_processor(stock)
-    return {layer.index: explicit[layer.path] for layer in backbone.layers if not layer.path.startswith("mid")}
+    outside = [layer for layer in backbone.layers if not layer.path.startswith("mid")]
+    return {one.index: explicit[one.self_attention.path if self_attention else one.path] for one in outside}
 
 
 def enlarged(probabilities, token, how="bicubic"):
@@ -184,6 +187,42 @@ def test_ovam_drops_context_after_encoding_and_can_ask_word_by_word(backbone, ta
     assert got.shape == (3, 12, 12) and (got > 0).all() and (got < 1).all()
     with pytest.raises(ConfigError, match="takes all attention everywhere"):
         OVAM(backbone, **{**settings, "start_token": False})
+
+
+def test_ovam_multiplies_by_the_attention_that_positions_receive_from_the_image(backbone, task):
+    floor = 0.85
+    plain, extractor = OVAM(backbone), OVAM(backbone, self_attention_floor=floor)
+    (without,), (got,) = (read(one, task, view(one, "token_softmax")) for one in (plain, extractor))
+    received, layers = torch.zeros(12, 12), extractor.axes().layers
+    for layer, processor in watched(backbone, task, "a apple", self_attention=True).items():
+        assert layer in layers
+        side = math.isqrt(processor.probabilities.shape[2])
+        one = sum(processor.probabilities[0, head, query] for head in range(2) for query in range(side * side)) / 2
+        received += interpolate(one.reshape(1, 1, side, side), size=(12, 12), mode="bilinear")[0, 0] / len(layers)
+    scaled = (received - received.min()) / (received.max() - received.min())
+    torch.testing.assert_close(got, without * (floor + (1 - floor) * scaled), **CLOSE)
+    assert not torch.allclose(got, without, atol=1e-3)
+
+
+def test_ovam_reads_optimised_tokens_and_activations(backbone, task, tmp_path):
+    """An optimised word's text is its two states, whatever else is asked for; they serve the model they were made for."""
+    file, states = tmp_path / "tokens.safetensors", torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    write_tokens(file, {"apple": states}, backbone.checkpoint.identity())
+    write_tokens(file, {"sky": states.flip(0)}, backbone.checkpoint.identity())
+    extractor = OVAM(backbone, attribute="separate", tokens=str(file), activation="clamp")
+    reader = extractor.reader(extractor.asked(task), False)
+    torch.testing.assert_close(reader.states[0, 0, :2], states)
+    assert reader.present[0].sum(1).tolist() == [2, 3, 2] and reader.shares[0, 0, 0].tolist() == [0, 1, 0]
+    got, own = (read(one, task, view(one, "token_softmax"))[0] for one in (extractor, OVAM(backbone, attribute="separate")))
+    torch.testing.assert_close(got[1], own[1])
+    assert not torch.allclose(got[0], own[0], atol=1e-3)
+    raw, cut = (read(OVAM(backbone, activation=how), task, view(extractor, "linear"))[0] for how in ("none", "relu"))
+    assert raw.min() < 0 <= cut.min()
+    with pytest.raises(ConfigError, match="attribute=separate"):
+        OVAM(backbone, tokens=str(file))
+    write_tokens(tmp_path / "other.safetensors", {"apple": states}, {"path": "another"})
+    with pytest.raises(ConfigError, match="were optimised for"):
+        OVAM(backbone, attribute="separate", tokens=str(tmp_path / "other.safetensors"))
 
 
 def test_prompts_that_do_not_fit_and_words_that_are_not_said_are_refused(backbone, task):
