@@ -118,6 +118,21 @@ def test_the_mean_over_pairs_is_that_of_all_maps_stacked(base):
     torch.testing.assert_close(tr.prompt_maps().maps, stacked.mean(0), **SAME)
 
 
+def test_grids_may_have_one_weight_each_and_steps_their_mean(base):
+    grids, layers = {}, sorted(base.sums.layers)[:-1]  # so that grids differ in layers
+    for layer in layers:
+        maps = base.sums.layers[layer]
+        grids.setdefault(maps.shape[-1], []).append(upsample(maps[0], base.size, "bicubic_clamped"))
+    means = [torch.cat(maps).mean(0) for maps in grids.values()]
+    assert len(means) > 1
+    by_grid, by_pair = (base.prompt_maps(layers=layers, space_reduce=how).maps for how in ("grids", "pairs"))
+    torch.testing.assert_close(by_grid, torch.stack(means).mean(0), **SAME)
+    assert not torch.allclose(by_grid, by_pair, atol=1e-4)
+    torch.testing.assert_close(base.prompt_maps(time_reduce="mean").maps, base.prompt_maps().maps / 2, **SAME)
+    with pytest.raises(ViewError, match="unknown"):
+        base.prompt_maps(space_reduce="layers")
+
+
 def test_one_running_map_is_close_to_raw_sums_and_far_smaller(pipe, base):
     """It cuts at 0 in every step, not once; on maps from 0 to 2 that changes less than a hundredth."""
     pairs, one = base, traced(pipe, settings={**SIDE, "keep": "map"})
