@@ -28,7 +28,7 @@ def study(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """What a command line asks for (that of the process if None): the numbers that are printed."""
     parser = argparse.ArgumentParser(prog="conceptseg-study", description=__doc__)
     commands = parser.add_subparsers(dest="study", required=True, metavar="study")
-    for add in (_generate, _nouns, _annotate, _sheets, _ratings, _interactions, _cohyponyms, _adjectives):
+    for add in (_generate, _nouns, _annotate, _sheets, _ratings, _interactions, _cohyponyms, _adjectives, _optimise_token):
         add(commands)
     said = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], dict[str, Any]] = said.run
@@ -41,7 +41,7 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], dict[
     return command
 
 
-def _generation(command: Any) -> None:
+def _generation(command: Any, seeded: bool = True) -> None:
     command.add_argument("--model", default="lab:sd", help='a folder in diffusers layout, "owner/name", or "lab:<name>"')
     command.add_argument("--revision", default=None, help="commit of a hub repository; needed for one")
     command.add_argument("--device", default="cpu")
@@ -49,7 +49,8 @@ def _generation(command: Any) -> None:
     command.add_argument("--steps", type=int, default=30, help="denoising steps (the paper's: 30)")
     command.add_argument("--guidance", type=float, default=7.5)
     command.add_argument("--size", type=int, nargs=2, default=None, metavar=("HEIGHT", "WIDTH"))
-    command.add_argument("--seed", type=int, default=0)
+    if seeded:
+        command.add_argument("--seed", type=int, default=0)
 
 
 def _generator(said: argparse.Namespace) -> Any:
@@ -89,7 +90,7 @@ def _generate(commands: Any) -> None:
         rows = []
         for one in made[:6]:
             maps = one.maps()
-            rows.append([(one.prompt[:30], one.image), *((word, held.overlay(one.image)) for word, held in maps.items())])
+            rows.append([(one.prompt, one.image), *((word, held.overlay(one.image)) for word, held in maps.items())])
         draw_rows(said.root / "sheet.png", rows)
         return {"generations": len(made), "nouns": sum(len(one.maps()) for one in made), "root": str(said.root)}
 
@@ -205,8 +206,9 @@ def _interactions(commands: Any) -> None:
             made = generator.generate(sentence.text, said.seed + number)
             rows += pair_rows(sentence, made.maps, said.threshold, said.absolute, said.soft, said.seed)
             if len(pictures) < 6:
-                shown = [(word.form, map_of(made.maps, word).overlay(made.image)) for word in sentence.words[:7]]
-                pictures.append([(sentence.text[:30], made.image), *shown])
+                maps = [(f"{word.form}: {word.relation}", map_of(made.maps, word)) for word in sentence.words[:7]]
+                shown = [(title, held.overlay(made.image)) for title, held in maps]
+                pictures.append([(sentence.text, made.image), *shown])
         said.out.mkdir(parents=True, exist_ok=True)
         _write_rows(said.out / "pairs.csv", as_rows(rows))
         draw_rows(said.out / "sheet.png", pictures)
@@ -247,7 +249,8 @@ def _cohyponyms(commands: Any) -> None:
             write_generation(said.out, pair.id, made, maps)
             if len(pictures) < 8:
                 shown = [(word, one.overlay(made.image)) for word, one in maps.items()]
-                pictures.append([(f"{pair.prompt} ({overlap[pair.id]:.2f})", made.image), *shown])
+                kinds = "one kind" if pair.same_kind else "two kinds"
+                pictures.append([(f"{pair.prompt}, {kinds}: IoU of maps {overlap[pair.id]:.2f}", made.image), *shown])
         draw_rows(said.out / "sheet.png", pictures)
         judged = None
         if said.presence is not None:
@@ -305,3 +308,40 @@ def _adjectives(commands: Any) -> None:
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--threshold", type=float, default=0.4)
     _generation(command)
+
+
+# ---------------------------------------------------------------- token optimisation
+
+
+def _optimise_token(commands: Any) -> None:
+    def run(said: argparse.Namespace) -> dict[str, Any]:
+        """Token optimisation of OVAM. Makes an annotated image again and fits a word's token to its mask, for extractor=ovam."""
+        from conceptseg.backbones.optimised_tokens import write_tokens
+        from conceptseg.studies.folders import Generation
+        from conceptseg.studies.pictures import draw_rows, grey
+        from conceptseg.studies.token_optimisation import annotated, judged, optimise_token
+
+        generator, one = _generator(said), Generation(said.root / said.id)
+        record, start, truth = annotated(generator, one, said.word, said.row)
+        found = optimise_token(record, start, truth, said.epochs, said.rate)
+        before, after = judged(record, start, truth, said.word, 0.4), judged(record, found.states, truth, said.word, 0.8)
+        write_tokens(said.file, {said.word: found.states}, generator.backbone.checkpoint.identity())
+        shown = [("before", before), ("optimised", after)]
+        pictures = [(f"{said.word}, {name}: IoU {iou:.2f}", held.overlay(one.image)) for name, (held, iou) in shown]
+        draw_rows(said.file.with_suffix(".png"), [[(one.prompt, one.image), ("annotation", grey(truth.numpy())), *pictures]])
+        return {
+            "word": said.word, "iou_before": before[1], "iou_optimised": after[1], "loss_before": found.losses[0],
+            "loss_optimised": min(found.losses), "file": str(said.file),
+        }  # fmt: skip
+
+    command = _command(commands, "optimise-token", run)
+    command.add_argument("root", type=Path, help="folder of generations with <word>.gt.png masks")
+    command.add_argument("id", help="the annotated generation; its prompt and seed are used again")
+    command.add_argument("word", help="the word whose token is optimised")
+    command.add_argument("file", type=Path, help="safetensors file; other words in it stay")
+    command.add_argument("--epochs", type=int, default=800)
+    command.add_argument("--rate", type=float, default=100.0, help="of gradient descent; times 0.7 every 120 epochs")
+    command.add_argument(
+        "--row", choices=["unconditional", "conditional"], default="unconditional", help="whose queries are read"
+    )
+    _generation(command, seeded=False)

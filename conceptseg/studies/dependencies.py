@@ -105,7 +105,7 @@ def parse_with_spacy(prompts: Iterable[tuple[str, str]], model: str) -> list[Sen
     found = []
     for name, prompt in prompts:
         words = [
-            Word(t.i + 1, t.text, t.idx, t.idx + len(t), 0 if t.head is t else t.head.i + 1, t.dep_, t.tag_, None)
+            Word(t.i + 1, t.text, t.idx, t.idx + len(t), 0 if t.head.i == t.i else t.head.i + 1, t.dep_, t.tag_, None)
             for t in parser(prompt)
         ]
         found.append(Sentence(name, prompt, tuple(words)))

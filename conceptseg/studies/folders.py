@@ -45,9 +45,11 @@ class Generation:
         return Image.open(self._file("output.png")).convert("RGB")
 
     def maps(self) -> dict[str, WordMap]:
-        """Word maps by word; none if they were not kept."""
+        """Word maps by word, in the order of the prompt; none if they were not kept."""
         file = self.folder / "maps.safetensors"
-        return {word: WordMap(word, values) for word, values in load_file(file).items()} if file.exists() else {}
+        held = load_file(file) if file.exists() else {}
+        said = self.prompt.lower()
+        return {word: WordMap(word, held[word]) for word in sorted(held, key=lambda word: said.find(word.lower()))}
 
     def truths(self) -> dict[str, Bool[np.ndarray, "H W"]]:
         """Truth masks by word."""

@@ -1,5 +1,6 @@
 """The DAAM paper's experiments as commands, on a tiny random model, and their formulas on cases one can check by hand."""
 
+import copy
 import json
 import math
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from conceptseg.backbones.optimised_tokens import read_tokens
+from conceptseg.backbones.unet import UNetBackbone
 from conceptseg.errors import ConfigError, DataError, TapError
 from conceptseg.lab.models import build_sd, save
 from conceptseg.studies.annotations import mask_of, run_lengths
@@ -19,6 +22,7 @@ from conceptseg.studies.dependencies import (
     Overlap,
     overlaps,
     pair_rows,
+    parse_with_spacy,
     read_conllu,
     relation_table,
 )
@@ -28,6 +32,7 @@ from conceptseg.studies.generator import Generator
 from conceptseg.studies.nouns import COCO80, PairScore, nouns_in, summary
 from conceptseg.studies.ratings import Item, assign, opinion_scores, ordinal_alpha
 from conceptseg.studies.replay import AttentionRecord, recording, replaying
+from conceptseg.studies.token_optimisation import open_vocabulary_maps, optimise_token, recording_queries
 from conceptseg.trace import PromptMaps, WordMap
 
 
@@ -270,6 +275,45 @@ def test_interactions_run_as_a_command(parsed, quick, tmp_path):
     assert (tmp_path / "out" / "sheet.png").exists()
 
 
+@pytest.fixture(scope="module")
+def parser(tmp_path_factory):
+    """A folder with a blank spaCy pipeline whose heads are set by hand, loaded as an installed model is."""
+    spacy = pytest.importorskip("spacy")
+
+    @spacy.Language.component("heads_by_hand")
+    def set_heads(doc):
+        said = {"heads": [2, 2, 2, 5, 5, 2], "deps": ["det", "amod", "ROOT", "prep", "det", "pobj"], "tags": ["X"] * 6}
+        return spacy.tokens.Doc(doc.vocab, [token.text for token in doc], [token.whitespace_ != "" for token in doc], **said)
+
+    pipeline = spacy.blank("en")
+    pipeline.add_pipe("heads_by_hand")
+    folder = tmp_path_factory.mktemp("spacy")
+    pipeline.to_disk(folder)
+    return str(folder)
+
+
+def test_sentences_of_spacy_are_numbered_and_placed_as_in_conllu(parser, parsed):
+    (sentence,), (other,) = parse_with_spacy([("s1", "a red ball on a ball")], parser), read_conllu(parsed)
+    assert (sentence.id, sentence.text) == (other.id, other.text)
+    for ours, theirs in zip(sentence.words, other.words, strict=True):
+        assert (ours.number, ours.form, ours.start, ours.end) == (theirs.number, theirs.form, theirs.start, theirs.end)
+    assert [w.head for w in sentence.words] == [w.head for w in other.words] == [3, 3, 0, 6, 6, 3]
+    assert [w.relation for w in sentence.words] == ["det", "amod", "ROOT", "prep", "det", "pobj"]
+
+
+def test_captions_are_parsed_by_the_command(parser, quick, tmp_path):
+    (tmp_path / "captions.txt").write_text("s1\ta red ball on a ball\n")
+    said = study(["interactions", str(tmp_path / "captions.txt"), str(tmp_path / "out"), "--spacy", parser, *quick])
+    relations = {row["relation"]: row["n"] for row in said["relations"]}
+    assert relations["det"] == 2 and relations[ALL_PAIRS] == 5
+
+
+def test_a_model_of_spacy_that_is_not_installed_is_refused():
+    pytest.importorskip("spacy")
+    with pytest.raises(ConfigError, match="nothing is downloaded unasked"):
+        parse_with_spacy([("s1", "a ball")], "no_such_model")
+
+
 # ---------------------------------------------------------------- entanglement
 
 
@@ -309,8 +353,6 @@ def test_mass_outside_is_the_share_off_the_noun():
 
 
 def test_replayed_attention_is_the_recorded_one_and_comes_off(model):
-    from conceptseg.backbones.unet import UNetBackbone
-
     generator = Generator(UNetBackbone(str(model)), steps=2)
     unet, record = generator.backbone.unet, AttentionRecord()
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in unet.modules()]
@@ -321,3 +363,71 @@ def test_replayed_attention_is_the_recorded_one_and_comes_off(model):
     with pytest.raises(TapError, match="Record and replay with the same steps"):
         Generator(generator.backbone, steps=3).generate("a boat", 0, around=replaying(unet, record))
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in unet.modules()] == hooks
+
+
+# ---------------------------------------------------------------- token optimisation
+
+
+def test_open_vocabulary_maps_are_those_of_a_loop_over_layers_steps_and_heads(model):
+    """Any text's states against queries of a finished generation; OVAM, spec §6."""
+    generator, record = Generator(UNetBackbone(str(model)), steps=2), {}
+    generator.generate("a red ball", 0, around=recording_queries(generator.backbone.unet, record, "conditional"))
+    states = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    want = torch.zeros(2, 12, 12)
+    for layer in record.values():
+        side, keys = layer.grid[0], layer.to_k(states).detach()
+        assert len(layer.calls) == 2
+        for queries in layer.calls:
+            width = queries.shape[-1]
+            for head in range(len(queries)):
+                scores = queries[head] @ keys[:, head * width : (head + 1) * width].T / math.sqrt(width)
+                maps = scores.softmax(-1).T.reshape(1, 2, side, side)
+                want += torch.nn.functional.interpolate(maps, size=(12, 12), mode="bilinear")[0]
+    torch.testing.assert_close(open_vocabulary_maps(record, states), want, atol=1e-5, rtol=1e-5)
+    other = {}
+    generator.generate("a red ball", 0, around=recording_queries(generator.backbone.unet, other, "unconditional"))
+    assert not torch.allclose(other[0].calls[0], record[0].calls[0])
+
+
+def test_one_step_of_optimisation_follows_the_slope_and_the_best_states_are_kept(model):
+    """The slope by differences of the loss, which is restated pixel by pixel."""
+    generator, record = Generator(UNetBackbone(str(model)), steps=1), {}
+    generator.generate("a red ball", 0, around=recording_queries(generator.backbone.unet, record))
+    for layer in record.values():
+        layer.to_k = copy.deepcopy(layer.to_k).double()
+        layer.calls = [queries.double() for queries in layer.calls]
+    truth = torch.zeros(12, 12, dtype=torch.bool)
+    truth[2:6, 3:9] = True
+
+    def loss(states):
+        maps = open_vocabulary_maps(record, states, (12, 12))
+        low, high = float(maps.min()), float(maps.max())
+        total = 0.0
+        for y in range(12):
+            for x in range(12):
+                nothing, thing = ((float(one) - low) / (high - low) for one in maps[:, y, x])
+                total -= math.log(math.exp(thing if truth[y, x] else nothing) / (math.exp(thing) + math.exp(nothing)))
+        return total / 144
+
+    start, along = torch.randn(2, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        slope = (loss(start + 1e-4 * along) - loss(start - 1e-4 * along)) / 2e-4
+    moved = optimise_token(record, start, truth, epochs=2, rate=1e-3, step=1)
+    assert moved.losses[0] == pytest.approx(loss(start), abs=1e-5) and moved.losses[1] < moved.losses[0]
+    assert float(((start - moved.states) / 1e-3 * along).sum()) == pytest.approx(slope, rel=1e-2)
+    assert optimise_token(record, start, truth, epochs=1).states.equal(start)
+
+
+def test_a_token_is_optimised_by_a_command_on_an_annotated_generation(root, quick, tmp_path):
+    truth = np.zeros((24, 24), bool)
+    truth[4:16, 4:16] = True
+    write_mask(root / "one" / "ball.gt.png", truth)
+    file, arguments = tmp_path / "tokens.safetensors", [str(root), "one", "ball"]
+    said = study(["optimise-token", *arguments, str(file), "--epochs", "12", *quick])
+    assert said["loss_optimised"] < said["loss_before"] and file.with_suffix(".png").exists()
+    identity = UNetBackbone(quick[1]).checkpoint.identity()
+    assert read_tokens(file, identity)["ball"].shape == (2, 16)
+    with pytest.raises(DataError, match="another image comes out"):
+        study(["optimise-token", *arguments, str(file), *quick[:2], "--steps", "1"])
+    with pytest.raises(DataError, match="no truth mask of boat"):
+        study(["optimise-token", str(root), "one", "boat", str(file), *quick])
