@@ -102,11 +102,7 @@ class CLIPBackbone(ImageEncoder):
             )
         patch = vision["patch_size"]
         rows, columns = (patch, patch) if isinstance(patch, int) else patch
-        if self.image_size[0] % rows or self.image_size[1] % columns:
-            raise ConfigError(
-                f"extractor.backbone.image_size is {list(self.image_size)}; this model's patches are {rows} x {columns} pixels, "
-                f"so multiples of them are wanted."
-            )
+        self.check_tiling(rows, columns)
         try:
             model = CLIP(**{**config, "vision_cfg": {**vision, "image_size": self.image_size}})
         except (TypeError, AssertionError, KeyError) as error:

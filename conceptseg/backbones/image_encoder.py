@@ -135,6 +135,14 @@ class ImageEncoder(ABC):
 
     # ------------------------------------------------------------ the model
 
+    def check_tiling(self, rows: int, columns: int) -> None:
+        """Raises ConfigError where patches of rows x columns pixels don't tile the image."""
+        if self.image_size[0] % rows or self.image_size[1] % columns:
+            raise ConfigError(
+                f"extractor.backbone.image_size is {list(self.image_size)}; this model's patches are {rows} x {columns} pixels, "
+                f"so multiples of them are wanted."
+            )
+
     @property
     @abstractmethod
     def model(self) -> nn.Module:

@@ -91,11 +91,7 @@ class ViTBackbone(ImageEncoder):
                 f"no class token to read. Choose a plain ViT (backbone@extractor.backbone=vit_base_patch16_224)."
             )
         rows, columns = model.patch_embed.patch_size
-        if self.image_size[0] % rows or self.image_size[1] % columns:
-            raise ConfigError(
-                f"extractor.backbone.image_size is {list(self.image_size)}; this model's patches are {rows} x {columns} pixels, "
-                f"so multiples of them are wanted."
-            )
+        self.check_tiling(rows, columns)
         state = checkpoint_weights(self.checkpoint, self.file)
         if "pos_embed" in state:
             # Without a position of its own (no_embed_class), a prefix token has no row to be kept.

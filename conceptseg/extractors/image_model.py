@@ -14,6 +14,9 @@ from torch.nn.functional import normalize
 
 from conceptseg.backbones.clip import CLIPBackbone
 from conceptseg.backbones.image_encoder import Explained, ImageEncoder
+from conceptseg.backbones.taps import TapSet
+from conceptseg.backbones.tower import tap_normed
+from conceptseg.backbones.transformers_model import TransformersBackbone
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.extractors.base import OneView, Provenance
 from conceptseg.types import BACKGROUND, Batch, Told
@@ -21,10 +24,10 @@ from conceptseg.types import BACKGROUND, Batch, Told
 TOLD_BY_CLASS: dict[str, Told] = {"predicted": "own prediction", "given": "true name"}
 
 
-class ImageModelMethod(OneView):
-    """A method that shows images, as they are, to one encoder."""
+class ModelMethod(OneView):
+    """A method on one model: its numbers rest on what that model was trained on."""
 
-    def __init__(self, backbone: ImageEncoder) -> None:
+    def __init__(self, backbone: ImageEncoder | TransformersBackbone) -> None:
         self.backbone = backbone
         self.trained_on = backbone.trained_on
 
@@ -34,6 +37,12 @@ class ImageModelMethod(OneView):
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "backbone": self.backbone.identity()}
+
+
+class ImageModelMethod(ModelMethod):
+    """A method that shows images, as they are, to one encoder."""
+
+    backbone: ImageEncoder
 
 
 def on_every_channel(batch: Batch, maps: Float[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
@@ -91,6 +100,17 @@ class PatchTextMethod(ImageModelMethod):
 
     def __init__(self, backbone: ImageEncoder) -> None:
         super().__init__(needs_text(backbone))
+
+    def last_query_key_value(
+        self, batch: Batch
+    ) -> tuple[Float[Tensor, "B A T k"], Float[Tensor, "B A T k"], Float[Tensor, "B A T k"]]:
+        """Queries, keys and values of every head in the last block."""
+        tower, last = self.backbone.tower, len(self.backbone.tower.blocks) - 1
+        normed: list[Tensor] = []
+        with TapSet(self.backbone.model) as taps:
+            tap_normed(taps, tower, last, normed.append)
+            self.backbone.run(self.backbone.images(batch.tasks), taps)
+        return tower.query_key_value(last, normed[0])
 
     @abstractmethod
     def patch_vectors(self, batch: Batch) -> Float[Tensor, "B h w k"]:

@@ -9,8 +9,6 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from conceptseg.backbones.image_encoder import ImageEncoder
-from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.tower import tap_normed
 from conceptseg.extractors.image_model import PatchTextMethod
 from conceptseg.types import Batch
 
@@ -36,11 +34,7 @@ class NACLIP(PatchTextMethod):
 
     def patch_vectors(self, batch: Batch) -> Float[Tensor, "B h w k"]:
         tower, last = self.backbone.tower, len(self.backbone.tower.blocks) - 1
-        normed: list[Tensor] = []
-        with TapSet(self.backbone.model) as taps:
-            tap_normed(taps, tower, last, normed.append)
-            self.backbone.run(self.backbone.images(batch.tasks), taps)
-        _, keys, values = tower.query_key_value(last, normed[0])
+        _, keys, values = self.last_query_key_value(batch)
         near = pad(neighbourhood(tower.grid, self.sigma), (tower.prefix, 0, tower.prefix, 0)).to(keys)
         attention = torch.softmax(keys @ keys.mT * keys.shape[-1] ** -0.5 + near, dim=-1)
         proj = tower.blocks[last].proj

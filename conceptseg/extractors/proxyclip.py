@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate, linear, normalize
 
 from conceptseg.backbones.image_encoder import ImageEncoder
 from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.tower import tap_block, tap_normed
+from conceptseg.backbones.tower import tap_block
 from conceptseg.backbones.vit import ViTBackbone
 from conceptseg.extractors.image_model import PatchTextMethod
 from conceptseg.types import Batch
@@ -50,11 +50,7 @@ class ProxyCLIP(PatchTextMethod):
 
     def patch_vectors(self, batch: Batch) -> Float[Tensor, "B h w k"]:
         tower, last = self.backbone.tower, len(self.backbone.tower.blocks) - 1
-        normed: list[Tensor] = []
-        with TapSet(self.backbone.model) as taps:
-            tap_normed(taps, tower, last, normed.append)
-            self.backbone.run(self.backbone.images(batch.tasks), taps)
-        _, _, values = tower.query_key_value(last, normed[0])
+        _, _, values = self.last_query_key_value(batch)
         grid = self.proxy.tower.grid
         placed = rearrange(values[:, :, tower.prefix :], "B A (h w) k -> B (A k) h w", h=tower.grid[0])
         enlarged = interpolate(placed, size=grid, mode="bilinear")

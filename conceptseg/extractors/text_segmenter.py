@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from conceptseg.backbones.transformers_model import TransformersBackbone
 from conceptseg.errors import ConfigError
-from conceptseg.extractors.base import OneView, Provenance
+from conceptseg.extractors.image_model import ModelMethod
 
 
-class TextSegmenter(OneView):
+class TextSegmenter(ModelMethod):
     """A method on one model of transformers, which must be of the class that the method reads."""
 
     told = "true name"
     architecture: ClassVar[str]
+    backbone: TransformersBackbone
 
     def __init__(self, backbone: TransformersBackbone) -> None:
         needs_architecture(backbone, self.architecture, "backbone")
-        self.backbone = backbone
-        self.trained_on = backbone.trained_on
-
-    @property
-    def provenance(self) -> Provenance:
-        return self.backbone.provenance
-
-    def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "backbone": self.backbone.identity()}
+        super().__init__(backbone)
 
 
 def needs_architecture(backbone: object, wanted: str, key: str) -> None:
