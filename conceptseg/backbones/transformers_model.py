@@ -1,4 +1,4 @@
-"""Segmenters of transformers that read a text and an image: GroupViT and CLIPSeg."""
+"""Models of transformers that find what a text names: GroupViT, CLIPSeg, Grounding DINO, and SAM 2, which is told boxes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from conceptseg.backbones.mmdit import chosen, device_of, dtype_of
 from conceptseg.errors import ConfigError, DataError, did_you_mean
 from conceptseg.types import Task, TrainedOn
 
-ARCHITECTURES = ("GroupViTModel", "CLIPSegForImageSegmentation")
+ARCHITECTURES = ("GroupViTModel", "CLIPSegForImageSegmentation", "GroundingDinoForObjectDetection", "Sam2Model")
 
 
 class TransformersBackbone:

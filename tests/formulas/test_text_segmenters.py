@@ -1,4 +1,4 @@
-"""GroupViT and CLIPSeg, on tiny random models of the stock classes."""
+"""GroupViT, CLIPSeg and Grounding DINO with SAM 2, on tiny random models of the stock classes."""
 
 import pytest
 import torch
@@ -7,12 +7,13 @@ from tiny_transformers import made
 
 from conceptseg.errors import ConfigError
 from conceptseg.extractors.clipseg import CLIPSeg
+from conceptseg.extractors.grounded_sam import GroundedSAM
 from conceptseg.extractors.groupvit import GroupViT
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    names = ("GroupViTModel", "CLIPSegForImageSegmentation")
+    names = ("GroupViTModel", "CLIPSegForImageSegmentation", "GroundingDinoForObjectDetection", "Sam2Model")
     return {name: made(tmp_path_factory.mktemp(name), name) for name in names}
 
 
@@ -34,10 +35,41 @@ def test_clipseg_is_the_probability_of_the_hosts_logits(models):
     torch.testing.assert_close(method.saliency(shown)[0, 1], torch.sigmoid(wanted[0] if wanted.ndim == 3 else wanted))
 
 
+def test_grounded_sam_is_the_best_of_box_score_times_mask_box_by_box(models):
+    """Literal: one image, one word, one box at a time."""
+    boxes, masks = models["GroundingDinoForObjectDetection"], models["Sam2Model"]
+    method, shown = GroundedSAM(boxes, masks, boxes=3, threshold=0.0), batch(1)
+    ids, mask = boxes.token_ids(["sky"])
+    with torch.no_grad():
+        found = boxes.model(pixel_values=boxes.images(shown.tasks), input_ids=ids, attention_mask=mask)
+        score = torch.sigmoid(found.logits[0]).amax(-1)
+        assert len(score.unique()) == len(score) and score.max() < 0.999
+        maps = []
+        for number in score.argsort(descending=True)[:3]:
+            x, y, width, height = found.pred_boxes[0, number].tolist()
+            box = torch.tensor([x - width / 2, y - height / 2, x + width / 2, y + height / 2]) * 64
+            inside = masks.model(
+                pixel_values=masks.images(shown.tasks), input_boxes=box[None, None], multimask_output=False
+            ).pred_masks
+            maps.append(score[number] * torch.sigmoid(inside[0, 0, 0]))
+    torch.testing.assert_close(method.saliency(shown)[0, 2], torch.stack(maps).amax(0), atol=1e-5, rtol=1e-4)
+
+
+def test_a_word_without_a_box_above_the_threshold_has_an_empty_map(models):
+    boxes, masks = models["GroundingDinoForObjectDetection"], models["Sam2Model"]
+    assert not GroundedSAM(boxes, masks, threshold=1.1).saliency(batch(1)).any()
+
+
 def test_batches_change_nothing_and_another_model_is_refused(models):
     shown = batch(2)
-    for method in (GroupViT(models["GroupViTModel"]), CLIPSeg(models["CLIPSegForImageSegmentation"])):
+    boxes, masks = models["GroundingDinoForObjectDetection"], models["Sam2Model"]
+    asked = (GroupViT(models["GroupViTModel"]), CLIPSeg(models["CLIPSegForImageSegmentation"]), GroundedSAM(boxes, masks))
+    for method in asked:
         torch.testing.assert_close(method.saliency(shown), one_by_one(method, shown), atol=1e-5, rtol=1e-5)
         assert method.told == "true name"
     with pytest.raises(ConfigError, match=r"is a GroupViTModel, but this method reads a CLIPSegForImageSegmentation"):
         CLIPSeg(models["GroupViTModel"])
+    with pytest.raises(
+        ConfigError, match=r"extractor.masks is a GroundingDinoForObjectDetection, but this method reads a Sam2Model"
+    ):
+        GroundedSAM(boxes, boxes)
