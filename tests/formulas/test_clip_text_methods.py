@@ -7,6 +7,7 @@ from tiny_encoders import batch, one_by_one, tiny_clip, tiny_vit
 from torch.nn.functional import cosine_similarity, linear
 
 from conceptseg.extractors.clip_as_rnn import CLIPasRNN, outlined, sinkhorn
+from conceptseg.extractors.dense_crf import dense_crf
 from conceptseg.extractors.gem import GEM
 from conceptseg.extractors.legrad import LeGrad
 from conceptseg.extractors.maskclip import MaskCLIP
@@ -178,8 +179,43 @@ def test_a_word_that_fails_the_judge_is_struck_off_and_the_best_stays(clip):
     method = CLIPasRNN(clip, clip, ["grass", "sky"], ["a {}"], keep=1.1)
     maps = method.saliency(batch(1, names=("apple", "kite", "grass"), labels=(1, 2, 0)))[0]
     assert sum(bool(m.any()) for m in maps) == 1 and not maps[2].any()
-    alone = CLIPasRNN(clip, clip, ["grass"], ["a {}"]).saliency(batch(1))[0]
+    alone = CLIPasRNN(clip, clip, ["grass"], ["a {}"], crf_iterations=0).saliency(batch(1))[0]
     assert alone[0].min() == 0 and alone[0].max() == 1
+
+
+def test_the_crf_is_mean_field_over_every_pair_of_pixels():
+    """Literal: loops over labels and pairs, kernels and their sums written out (arXiv:1210.5644, Algorithm 1)."""
+    rng = np.random.default_rng(0)
+    image, given = rng.random((3, 4, 5)) * 0.05, rng.dirichlet([1, 1, 1], size=(4, 5)).transpose(2, 0, 1)
+    pixels = [(y, x) for y in range(4) for x in range(5)]
+
+    def kernels(i, j):
+        apart = (i[0] - j[0]) ** 2 + (i[1] - j[1]) ** 2
+        tint = sum((255 * (image[c][i] - image[c][j])) ** 2 for c in range(3))
+        return np.exp(-apart / 2), np.exp(-apart / (2 * 67**2) - tint / (2 * 3**2))
+
+    sums = {i: [sum(kernels(i, j)[m] for j in pixels) for m in (0, 1)] for i in pixels}
+    found = given.copy()
+    for _ in range(2):
+        energy = np.zeros_like(found)
+        for i in pixels:
+            for label in range(3):
+                agreeing = 0
+                for j in pixels:
+                    for m, weight in ((0, 3), (1, 4)):
+                        agreeing += weight * kernels(i, j)[m] / np.sqrt(sums[i][m] * sums[j][m]) * found[(label, *j)]
+                energy[(label, *i)] = np.log(given[(label, *i)]) + agreeing
+        found = np.exp(energy) / np.exp(energy).sum(0)
+    torch.testing.assert_close(dense_crf(torch.tensor(given), torch.tensor(image), 2), torch.tensor(found))
+
+
+def test_the_crf_draws_an_edge_where_colours_change():
+    """Evidence leaks one column over the edge of two colours; the CRF takes it back."""
+    image = torch.zeros(3, 6, 8, dtype=torch.float64)
+    image[:, :, 4:] = 1
+    leaning = torch.where(torch.arange(8) < 5, 0.7, 0.2).double().expand(6, 8)
+    found = dense_crf(torch.stack([leaning, 1 - leaning]), image, 10)[0]
+    assert (leaning[:, 4] > 0.5).all() and ((found > 0.5) == (image[0] == 0)).all()
 
 
 METHODS = [
