@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from conceptseg.report.results import ABSENT, Block, Column, Results, Row
+from conceptseg.report.results import ABSENT, KIND_NAMES, Block, Column, Results, Row, by_kind
 
 _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -76,13 +76,10 @@ def _kinds(columns: list[Column]) -> list[str]:
     if len({c.kind for c in columns}) < 2:
         return []
     cells, rules, at = ["", ""], [], 3
-    while columns:
-        kind = columns[0].kind
-        span = next((i for i, c in enumerate(columns) if c.kind != kind), len(columns))
-        heading = {"published": "quoted", "released": "released protocol", "standard": "standard protocol", "cost": "cost"}[kind]
-        cells.append(rf"\multicolumn{{{span}}}{{c}}{{{heading}}}")
-        rules.append(rf"\cmidrule(lr){{{at}-{at + span - 1}}}")
-        columns, at = columns[span:], at + span
+    for kind, group in by_kind(columns):
+        cells.append(rf"\multicolumn{{{len(group)}}}{{c}}{{{KIND_NAMES[kind]}}}")
+        rules.append(rf"\cmidrule(lr){{{at}-{at + len(group) - 1}}}")
+        at += len(group)
     return [" & ".join(cells) + r" \\", " ".join(rules)]
 
 

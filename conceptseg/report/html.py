@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
-from conceptseg.report.results import ABSENT, Block, Column, Results, Row
+from conceptseg.report.results import ABSENT, KIND_NAMES, Block, Column, Results, Row, by_kind
 
-KINDS = {"standard": "standard", "released": "released protocol", "published": "quoted", "cost": "cost"}
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 
@@ -91,15 +89,11 @@ def render(table: Results, sections: Sequence[Section], runs: Sequence[RunBehind
 
     loader = PackageLoader("conceptseg.report", "templates")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=False)
-    environment.globals["kind_groups"] = _kind_groups
+    environment.globals["by_kind"] = by_kind
     written = {"sort_keys": False, "ensure_ascii": False, "separators": (",", ":"), "default": _plain}
     environment.policies["json.dumps_kwargs"] = written
     page = environment.get_template("report.html.j2")
-    return page.render(table=table, sections=sections, runs=runs, kinds=KINDS, absent=ABSENT)
-
-
-def _kind_groups(columns: Sequence[Column]) -> list[tuple[str, list[Column]]]:
-    return [(kind, list(group)) for kind, group in groupby(columns, key=lambda column: column.kind)]
+    return page.render(table=table, sections=sections, runs=runs, kinds=KIND_NAMES, absent=ABSENT)
 
 
 def _plain(value: Any) -> Any:
@@ -153,6 +147,6 @@ def _chart(rows: Sequence[Row], column: Column) -> Chart:
     scale = 100 if column.percent else 1
     heights = [low + (high - low) * step / 4 for step in range(5)]
     return Chart(
-        f"{column.heading} ({KINDS[column.kind]})", tuple(lines), tuple((across(x), f"{x:g}") for x in ticks),
+        f"{column.heading} ({KIND_NAMES[column.kind]})", tuple(lines), tuple((across(x), f"{x:g}") for x in ticks),
         tuple((up(y), f"{scale * y:.{1 if column.percent else 3}f}") for y in heights),
     )  # fmt: skip

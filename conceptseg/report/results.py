@@ -6,8 +6,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,9 @@ SCHEMA = 1
 ABSENT = "\u2013"  # an en dash, where a row has no such metric
 
 Kind = Literal["standard", "released", "published", "cost"]
+KIND_NAMES: dict[Kind, str] = {
+    "published": "quoted", "released": "released protocol", "standard": "standard protocol", "cost": "cost"
+}  # fmt: skip
 Group = Literal["controls", "methods"]
 Provenance = Literal["control", "lab", "weights", "random"]
 Status = Literal["ok", "not run", "failed"]
@@ -65,6 +69,11 @@ class Column:
             scale, places = 1, 3 if largest < 10 else 1 if largest < 1000 else 0
         value_text, *bounds = (f"{scale * v:.{places}f}" for v in numbers)
         return value_text + value.mark, f"[{', '.join(bounds)}]" if bounds else ""
+
+
+def by_kind(columns: Sequence[Column]) -> list[tuple[Kind, tuple[Column, ...]]]:
+    """Neighbouring columns of one kind together."""
+    return [(kind, tuple(group)) for kind, group in groupby(columns, key=lambda column: column.kind)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from textwrap import wrap
 
 from rich import box
@@ -15,7 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from conceptseg.report.results import ABSENT, Block, Column, Results, Row
+from conceptseg.report.results import ABSENT, Block, Column, Results, Row, by_kind
 
 WIDTH_OF_A_FILE = 120  # columns where output is no terminal
 _NAME_WIDTH = 18  # the least; names wrap
@@ -116,7 +115,7 @@ def _layouts(block: Block, columns: tuple[Column, ...], width: int) -> list[_Lay
     if _width(block, _Layout(columns[:1], "\n", codes, False)) > width:
         codes = ()  # on so narrow a terminal the legend says it
     parts: list[tuple[Column, ...]] = [()]
-    for kind in (tuple(group) for _, group in groupby(columns, key=lambda column: column.kind)):
+    for _, kind in by_kind(columns):
         for more in [kind] if _fits(block, kind, codes, width) else [(column,) for column in kind]:
             declared = codes if len(parts) == 1 else ()
             if parts[-1] and _width(block, _Layout(parts[-1] + more, "\n", declared, False)) > width:
