@@ -114,6 +114,8 @@ def evaluate(
                 f"or raise runtime.max_failures (now {max_failures})."
             )
 
+    keys = [key for chunk, _ in todo for key in chunk]
+    extractor.encode_texts(one for key in keys if isinstance(one := _loaded(data, protocol, key), Task))
     chunks = _prefetched(data, protocol, [c for c, _ in todo], tally.stages)
     with ThreadPoolExecutor(1, "scoring") as thread:
         waiting: deque[tuple[Future[None], int]] = deque()
@@ -133,6 +135,13 @@ def _waited_for(future: Future[Any], stages: Stages) -> Any:
         return future.result()
 
 
+def _loaded(data: SegmentationDataset, protocol: SegmentationProtocol, key: str) -> Loaded:
+    try:
+        return protocol.prepare(data.read(key))
+    except DataError as error:
+        return error
+
+
 def _prefetched(
     data: SegmentationDataset, protocol: SegmentationProtocol, chunks: Sequence[tuple[str, ...]], stages: Stages
 ) -> Iterator[dict[str, Loaded]]:
@@ -142,10 +151,7 @@ def _prefetched(
         found: dict[str, Loaded] = {}
         with stages.timed("reading"):
             for key in chunk:
-                try:
-                    found[key] = protocol.prepare(data.read(key))
-                except DataError as error:
-                    found[key] = error
+                found[key] = _loaded(data, protocol, key)
         return found
 
     with ThreadPoolExecutor(1, "reading") as thread:

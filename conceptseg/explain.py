@@ -14,7 +14,7 @@ SETTINGS: dict[str, str] = {
     "prompt": "a sentence to make an image of",
     "concepts": "the words to look for: [dragon,rock]",
     "model": "a sheet of conf/backbone, a hub repository, a folder, or lab:<name> (lab_flux)",
-    "out": "where pictures go: .png or .jpg (explained.png); the image alone, of a prompt, goes beside it",
+    "out": "where pictures go: .png or .jpg (explained.png); the image of a prompt, alone, beside it; a video as .gif",
     "maps": "where the numbers go: .safetensors (nowhere)",
     "caption": 'what is said of the image ("a dragon and a rock")',
     "size": "[height,width] that the model is shown (the image's own proportions)",
@@ -67,11 +67,7 @@ def explain(given: dict[str, Any]) -> list[Path]:
     out = Path(given.get("out", "explained.png"))
     written = [found.save(out)]
     if "prompt" in given:
-        from PIL import Image
-
-        plain = out.with_stem(f"{out.stem}_image")
-        Image.fromarray(found.image).save(plain)
-        written.append(plain)
+        written.append(found.save_image(out.with_stem(f"{out.stem}_image")))
     if "maps" in given:
         written.append(found.save(given["maps"]))
     return written

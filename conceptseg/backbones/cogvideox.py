@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from conceptseg.backbones.concept_stream import SPACES, ConceptCarrier, Heads, by_heads, normed
+from conceptseg.backbones.concept_stream import ConceptCarrier, Heads, by_heads, normed
+from conceptseg.backbones.latents import spread_out
 from conceptseg.backbones.mmdit import MultiModalBackbone
 from conceptseg.backbones.prompts import Prompts
 from conceptseg.backbones.taps import TapSet
@@ -76,13 +77,26 @@ class CogVideoXCarrier(ConceptCarrier):
 
 
 class CogVideoXBackbone(MultiModalBackbone):
-    """CogVideoX 2b and 5b. Reads videos [B 3 F H W] in 0..1, F = 4k + 1 frames; levels are its timesteps over 1000."""
+    """CogVideoX 2b and 5b. Reads videos of 4k + 1 frames in 0..1, makes videos of 8k + 1; levels are its timesteps over 1000.
+
+    frames: of a video that is made; by default as many as the checkpoint was trained on. Videos are made with DDIM steps, as the
+    2b checkpoint asks; the 5b checkpoint names a solver that draws noise at every step.
+    """
 
     kind = "cogvideox"
     transformer_class = "CogVideoXTransformer3DModel"
     carrier = CogVideoXCarrier
     autoencoders = ("AutoencoderKLCogVideoX",)
-    spaces = tuple(SPACES)
+    classifier_free = True
+
+    def __init__(self, path: str, revision: str | None = None, frames: int | None = None, **settings: Any) -> None:
+        super().__init__(path, revision, **settings)
+        if frames is not None and frames % 8 != 1:
+            raise ConfigError(
+                f"extractor.backbone.frames is {frames}; its autoencoder makes eight frames at a time after the first, so 8k + 1 "
+                f"is wanted, for example {8 * (frames // 8) + 1}."
+            )
+        self.frames = frames
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -111,7 +125,31 @@ class CogVideoXBackbone(MultiModalBackbone):
         return self.part("scheduler", CogVideoXDDIMScheduler)
 
     def levels(self, steps: int, tokens: int) -> list[float]:
-        raise ConfigError("maps while a video is made are not offered on CogVideoX: read a finished video instead.")
+        self.scheduler.set_timesteps(steps)
+        return [(int(t) + 1) / 1000 for t in self.scheduler.timesteps] + [0.0]
+
+    def stepped(self, latents: Tensor, answer: Tensor, levels: Sequence[float], step: int) -> Tensor:
+        stepped: Tensor = self.scheduler.step(answer, self.scheduler.timesteps[step], latents, return_dict=False)[0]
+        return stepped
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        channels, *sides = super().latent_shape(height, width)
+        return (self._latent_frames + self._filling, channels, *sides)
+
+    @property
+    def _latent_frames(self) -> int:
+        return ((self.frames or int(self.config["sample_frames"])) - 1) // 4 + 1
+
+    @property
+    def _filling(self) -> int:
+        """Latent frames put before a video that is made, where tokens are several frames deep."""
+        return -self._latent_frames % int(self.config.get("patch_size_t") or 1)
+
+    def images(self, latents: Tensor) -> Tensor:
+        with torch.inference_mode():
+            z = latents[:, self._filling :].transpose(1, 2).to(self.vae_dtype) / self.vae.config["scaling_factor"]
+            frames: Tensor = self.vae.decode(z, return_dict=False)[0].float().transpose(1, 2)
+            return (frames / 2 + 0.5).clamp(0, 1)
 
     def latents(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Videos [B 3 F H W] in 0..1 -> scaled latents [B f c h w]: the posterior's mean, or a sample with its generator.
@@ -121,10 +159,7 @@ class CogVideoXBackbone(MultiModalBackbone):
         self.check_size(images.shape[-2], images.shape[-1])
         images = images[:, :, None] if images.ndim == 4 else images
         with torch.inference_mode():
-            posterior = self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)).latent_dist
-            z = posterior.mean
-            if generators is not None:
-                z = z + posterior.std * torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]).to(z)
+            z = spread_out(self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)).latent_dist, generators)
         return z.transpose(1, 2) * self.vae.config["scaling_factor"]
 
     def mix(self, noise: Tensor, latents: Tensor, level: float) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -15,8 +14,9 @@ from conceptseg.backbones.concept_stream import ConceptStream
 from conceptseg.backbones.double_blocks import DoubleBlockCarrier
 from conceptseg.backbones.encode_only import EncodeOnlyFlux
 from conceptseg.backbones.latents import image_ids, pack, unpack
-from conceptseg.backbones.mmdit import MultiModalBackbone, chosen
+from conceptseg.backbones.mmdit import MultiModalBackbone
 from conceptseg.backbones.prompts import Prompts
+from conceptseg.backbones.settings import chosen
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
 from conceptseg.errors import ConfigError
@@ -141,6 +141,12 @@ class FluxBackbone(MultiModalBackbone):
         self.fill({f"pooled: {c}": c for c in captions}, self.encode_pooled)
         return self._stacked("pooled", [f"pooled: {c}" for c in captions])
 
+    def encode_all(self, strings: Iterable[str]) -> None:
+        strings = sorted(strings)
+        super().encode_all(strings)
+        if self.pooled == "caption":  # of words too: which of these are captions is not known here
+            self.caption_vectors(strings)
+
     def prompts(self, captions: Sequence[str]) -> Prompts:
         hidden = super().prompts(captions).hidden
         return Prompts(hidden, self.caption_vectors(captions) if self.pooled == "caption" else None)
@@ -198,9 +204,6 @@ class FluxBackbone(MultiModalBackbone):
             guidance=torch.full((rows,), guidance, device=self.device) if self.config.get("guidance_embeds") else None,
             return_dict=False,
         )[0]  # fmt: skip
-
-    def sigmas(self, steps: int) -> dict[str, Any]:
-        return {"sigmas": np.linspace(1.0, 1 / steps, steps).tolist()}
 
     def as_latents(self, velocity: Tensor, grid: tuple[int, ...]) -> Tensor:
         return unpack(velocity, (grid[0], grid[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 
 from conceptseg.backbones.concept_stream import ConceptStream, ConceptTokens
 from conceptseg.backbones.double_blocks import DoubleBlockCarrier
+from conceptseg.backbones.latents import spread_out
 from conceptseg.backbones.mmdit import MultiModalBackbone
 from conceptseg.backbones.prompts import Prompts
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
 from conceptseg.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class Flux2Carrier(DoubleBlockCarrier):
@@ -67,7 +71,8 @@ class Flux2Backbone(MultiModalBackbone):
     """FLUX.2-dev.
 
     concept_token: which of the `text_tokens` tokens of a word's chat message stands for it, and its position: 510 of 512 in the
-    released code. Text goes through the checkpoint's own pipeline (Mistral, layers 10, 20 and 30 side by side).
+    released code, a word's last token where messages are padded on the left and end in one mark. Text goes through the
+    checkpoint's own pipeline (Mistral, layers 10, 20 and 30 side by side).
     """
 
     kind = "flux2"
@@ -93,10 +98,33 @@ class Flux2Backbone(MultiModalBackbone):
     def encode(self, strings: Sequence[str]) -> Iterable[TextRecord]:
         for string in strings:
             tokens, _ = self.text_pipeline.encode_prompt([string], max_sequence_length=self.text_tokens)
-            yield {"tokens": tokens[0], "length": torch.tensor(len(tokens[0]))}
+            start, length = self._place(string)
+            yield {"tokens": tokens[0], "start": torch.tensor(start), "length": torch.tensor(length)}
+
+    def _place(self, string: str) -> tuple[int, int]:
+        """(start, length) of a string's own tokens in its padded chat message; (0, 0) if it was cut."""
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+        pipeline = self.text_pipeline
+        message = pipeline.tokenizer.apply_chat_template(
+            format_input([string], pipeline.system_message), add_generation_prompt=False, tokenize=True, return_dict=True,
+            padding="max_length", truncation=True, max_length=self.text_tokens,
+        )  # fmt: skip
+        ids, own = list(message["input_ids"][0]), self.tokenizer(string, add_special_tokens=False).input_ids
+        places = [k for k in range(len(ids) - len(own) + 1) if ids[k : k + len(own)] == own]
+        return (places[-1], len(own)) if places else (0, 0)
 
     def concepts(self, names: Sequence[Sequence[str]]) -> ConceptTokens:
-        self.encode_text([word for row in names for word in row])
+        words = [word for row in names for word in row]
+        self.encode_text(words)
+        for word in words:
+            last = self._start(word) + int(self.texts[word]["length"]) - 1
+            if last != self.concept_token and word not in self._warned:
+                self._warned.add(word)
+                log.warning(
+                    'the last token of "%s" is at %d of the %d of its message, but extractor.backbone.concept_token is %d',
+                    word, last, self.text_tokens, self.concept_token,
+                )  # fmt: skip
         rows = [torch.stack([self.texts[word]["tokens"][self.concept_token] for word in row]) for row in names]
         return ConceptTokens(torch.stack(rows).to(self.device))
 
@@ -104,10 +132,7 @@ class Flux2Backbone(MultiModalBackbone):
         """Images in 0..1 -> latents [B 4c h w], a token a pixel, whitened by the autoencoder's running statistics."""
         self.check_size(images.shape[-2], images.shape[-1])
         with torch.inference_mode():
-            posterior = self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)).latent_dist
-            z = posterior.mean
-            if generators is not None:
-                z = z + posterior.std * torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]).to(z)
+            z = spread_out(self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)).latent_dist, generators)
         mean, spread = self._whitening(z)
         return (rearrange(z, "B c (h a) (w b) -> B (c a b) h w", a=2, b=2) - mean) / spread
 
@@ -132,8 +157,7 @@ class Flux2Backbone(MultiModalBackbone):
     def levels(self, steps: int, tokens: int) -> list[float]:
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
-        sigmas = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
-        self.scheduler.set_timesteps(sigmas=sigmas, mu=compute_empirical_mu(image_seq_len=tokens, num_steps=steps))
+        self.scheduler.set_timesteps(**self.sigmas(steps), mu=compute_empirical_mu(image_seq_len=tokens, num_steps=steps))
         return [float(sigma) for sigma in self.scheduler.sigmas]
 
     def call(self, noisy: Tensor, level: Float[Tensor, " R"], prompts: Prompts, guidance: float) -> Tensor:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from conceptseg.backbones.double_blocks import DoubleBlockCarrier
-from conceptseg.backbones.latents import pack, unpack
+from conceptseg.backbones.latents import pack, spread_out, unpack
 from conceptseg.backbones.mmdit import MultiModalBackbone
 from conceptseg.backbones.prompts import Prompts, padded
 from conceptseg.backbones.taps import TapSet
@@ -74,7 +74,7 @@ class QwenImageBackbone(MultiModalBackbone):
     def encode(self, strings: Sequence[str]) -> Iterable[TextRecord]:
         for string in strings:
             tokens, _ = self.text_pipeline.encode_prompt([string], max_sequence_length=self.text_tokens)
-            own = len(self.tokenizer(string).input_ids)  # the template's end follows them
+            own = len(self.tokenizer(string).input_ids)  # the pipeline drops what stands before them; the template's end follows
             yield {"tokens": tokens[0], "length": torch.tensor(min(own, len(tokens[0])))}
 
     def prompts(self, captions: Sequence[str]) -> Prompts:
@@ -85,10 +85,8 @@ class QwenImageBackbone(MultiModalBackbone):
         """Images in 0..1 -> latents [B c 2h 2w], whitened by the autoencoder's published statistics."""
         self.check_size(images.shape[-2], images.shape[-1])
         with torch.inference_mode():
-            posterior = self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)[:, :, None]).latent_dist
-            z = posterior.mean
-            if generators is not None:
-                z = z + posterior.std * torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]).to(z)
+            given = (2 * images - 1).to(self.device, self.vae_dtype)[:, :, None]
+            z = spread_out(self.vae.encode(given).latent_dist, generators)
         mean, spread = self._whitening(z)
         return (z[:, :, 0] - mean) / spread
 
@@ -111,8 +109,10 @@ class QwenImageBackbone(MultiModalBackbone):
     def latent_channels(self) -> int:
         return int(self.config["in_channels"]) // 4
 
-    def sigmas(self, steps: int) -> dict[str, Any]:
-        return {"sigmas": torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()}
+    def guided(self, without: Tensor, with_caption: Tensor, guidance: float) -> Tensor:
+        """As its pipeline does: every token of the mixture as long as it is with the caption."""
+        mixed = super().guided(without, with_caption, guidance)
+        return mixed * (with_caption.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True))
 
     def call(self, noisy: Tensor, level: Float[Tensor, " R"], prompts: Prompts, guidance: float) -> Tensor:
         h, w = self.grid(noisy)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from conceptseg.backbones.concept_stream import SPACES, ConceptCarrier, ConceptTokens, Heads, by_heads, normed
-from conceptseg.backbones.mmdit import MultiModalBackbone, chosen
+from conceptseg.backbones.mmdit import MultiModalBackbone
 from conceptseg.backbones.prompts import Prompts, own_tokens, pooled_tokens
+from conceptseg.backbones.settings import chosen
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
 from conceptseg.errors import DataError
@@ -172,6 +173,9 @@ class SD3Backbone(MultiModalBackbone):
         self.encode_text(captions)
         return Prompts(self._stacked("tokens", captions), self._stacked("pooled", captions))
 
+    def texts_of(self, caption: str, words: Sequence[str]) -> set[str]:
+        return {caption, " ".join(words)} if self.concept_text == "joined" else super().texts_of(caption, words)
+
     def concepts(self, names: Sequence[Sequence[str]]) -> ConceptTokens:
         if self.concept_text == "t5":
             return super().concepts(names)
@@ -218,6 +222,9 @@ class SD3Backbone(MultiModalBackbone):
     def grid(self, latents: Tensor) -> tuple[int, ...]:
         patch = int(self.config["patch_size"])
         return latents.shape[-2] // patch, latents.shape[-1] // patch
+
+    def sigmas(self, steps: int) -> dict[str, Any]:
+        return {}
 
     def call(self, noisy: Tensor, level: Float[Tensor, " R"], prompts: Prompts, guidance: float) -> Tensor:
         assert prompts.pooled is not None

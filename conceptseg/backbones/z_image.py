@@ -87,12 +87,16 @@ class ZImageCarrier(ConceptCarrier):
 
 
 class ZImageBackbone(MultiModalBackbone):
-    """Z-Image and Z-Image-Turbo. Text goes through the checkpoint's own pipeline (Qwen3, chat template) without padding."""
+    """Z-Image and Z-Image-Turbo. Text goes through the checkpoint's own pipeline (Qwen3, chat template) without padding.
+
+    Its pipeline calls g what is 1 + g as the strength of guidance here and in other families.
+    """
 
     kind = "z_image"
     transformer_class = "ZImageTransformer2DModel"
     carrier = ZImageCarrier
     text_parts = ("text_pipeline",)
+    classifier_free = True
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -103,17 +107,16 @@ class ZImageBackbone(MultiModalBackbone):
             (tokens,), _ = self.text_pipeline.encode_prompt(
                 [string], do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
             )
-            yield {"tokens": tokens, "length": torch.tensor(len(tokens))}
+            before, own = (self.tokenizer(text, add_special_tokens=False).input_ids for text in (self._before_content(), string))
+            yield {"tokens": tokens, "start": torch.tensor(len(before)), "length": torch.tensor(len(own))}
 
-    def _word_tokens(self, word: str) -> Float[Tensor, "n d"]:
-        """The word's own tokens within its chat message."""
-        own = self.tokenizer(word, add_special_tokens=False).input_ids
-        message = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": word}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+    def _before_content(self) -> str:
+        """What a chat message says before its content."""
+        mark = "\0"
+        message: str = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True, enable_thinking=True
         )
-        ids = self.tokenizer(message).input_ids
-        start = next(k for k in range(len(ids)) if ids[k : k + len(own)] == own)
-        return self.texts[word]["tokens"][start : start + len(own)].to(self.device)
+        return message.partition(mark)[0]
 
     def prompts(self, captions: Sequence[str]) -> Prompts:
         self.encode_text(captions)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from conceptseg.saliency.views import Axes, View
-from conceptseg.types import Batch, SaliencyMaps, Told, TrainedOn
+from conceptseg.types import Batch, SaliencyMaps, Task, Told, TrainedOn
 
 Provenance = Literal["control", "lab", "weights", "random"]
 """What numbers rest on: no model, a shipped tiny model, real weights, or random ones."""
@@ -37,6 +37,12 @@ class Extractor(ABC):
     @abstractmethod
     def stream(self, batch: Batch, views: Sequence[View]) -> Iterator[SaliencyMaps]:
         """Maps of every view, in the order of `views`."""
+
+    def encode_texts(self, tasks: Iterable[Task]) -> None:  # noqa: B027 - doing nothing is what most methods do
+        """Called once, before the first batch, with all that will be asked: here a method may encode every text of a run at once.
+
+        Reading `tasks` opens every image, so a method does so only where that spares it more.
+        """
 
     @property
     def provenance(self) -> Provenance:

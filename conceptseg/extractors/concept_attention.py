@@ -8,7 +8,7 @@ below (what is run).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from inspect import signature
 from math import prod
@@ -33,7 +33,7 @@ from conceptseg.extractors.explanation import Explanation, as_pixels, read_pixel
 from conceptseg.saliency.cells import CellStore, cell_scores, kinds_by_layer
 from conceptseg.saliency.normalize import linear_over_concepts, unit_length
 from conceptseg.saliency.views import Axes, CellKind, Normalize, View, expand_views
-from conceptseg.types import Batch, SaliencyMaps
+from conceptseg.types import Batch, SaliencyMaps, Task
 
 
 class ConceptAttention(Extractor):
@@ -91,6 +91,15 @@ class ConceptAttention(Extractor):
             # A video model reads a still image as one frame.
             yield SaliencyMaps(view.key, maps.flatten(2, 3) if maps.ndim == 5 else maps, self.comparable)
 
+    def texts(self, batch: Batch) -> set[str]:
+        """Every text that is encoded for a batch."""
+        return {text for task in batch.tasks for text in self.backbone.texts_of(task.caption, task.concepts.names)}
+
+    def encode_texts(self, tasks: Iterable[Task]) -> None:
+        """All at once where encoders are released, so that they are read once and let go of before the transformer is read."""
+        if self.backbone.releases_text_encoders:
+            self.backbone.encode_all(set().union(*(self.texts(Batch((task,))) for task in tasks)))
+
     def encoded(self, batch: Batch) -> tuple[Prompts, ConceptTokens]:
         """What the model is told of a batch: captions, and the concepts beside them."""
         return self.backbone.prompts(batch.captions), self.backbone.concepts([c.names for c in batch.concepts])
@@ -125,9 +134,9 @@ class ConceptAttention(Extractor):
                 name = (kind.space, kind.normalize)
                 if name not in vectors:
                     vectors[name] = _vectors(found, kind, concepts)
-                scores = rearrange(cell_scores(*vectors[name], kind), "(B N) C L -> N B C L", N=draws)
-                for draw in range(draws):
-                    cells.put(kind, layer, level, draw, scores[draw])
+                scores = cell_scores(*vectors[name], kind)
+                for draw in range(draws):  # copies of an image stand side by side
+                    cells.put(kind, layer, level, draw, scores[draw::draws])
 
         return ConceptStream(
             concepts.tokens, self.backbone.concept_pooled(len(concepts.tokens)), score, last_layer=max(wanted),
@@ -147,7 +156,7 @@ class ConceptAttention(Extractor):
         negative: str = "",
         read_steps: Sequence[int] | None = None,
     ) -> tuple[Float[Tensor, "B *f 3 H W"], list[SaliencyMaps]]:
-        """Make one image a caption and read each view on the way, over all steps or those numbered in `read_steps`.
+        """Make one image (or video) a caption and read each view on the way, over all steps or those numbered in `read_steps`.
 
         A view's own timesteps are replaced by the levels of the steps that are read. Image b starts from noise of seed + b, on
         the CPU in float32. guidance: what a guidance-distilled model is told, or, in families with classifier-free guidance, its
@@ -170,11 +179,10 @@ class ConceptAttention(Extractor):
             stream = self.concept_stream(tokens, asked, level, 1, cells, rows=rows, stop=False) if step in read else None
             answer = backbone.denoise(torch.cat([x, x]) if halves else x, level, both, stream, guidance)
             assert answer is not None
-            velocity = backbone.as_latents(answer, grid).float()
             if halves:
-                without, with_caption = velocity.chunk(2)
-                velocity = without + guidance * (with_caption - without)
-            x = x + (levels[step + 1] - level) * velocity
+                without, with_caption = answer.float().chunk(2)
+                answer = backbone.guided(without, with_caption, guidance)
+            x = backbone.stepped(x, backbone.as_latents(answer.float(), grid), levels, step)
         maps = [SaliencyMaps(view.key, cells.read(view, grid), self.comparable) for view in asked]
         return backbone.images(x), maps
 

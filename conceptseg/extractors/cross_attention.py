@@ -48,7 +48,7 @@ class PromptCrossAttention(ConceptAttention):
         return Axes(spaces=tuple(SPACES), layers=self.backbone.layers, has_timesteps=True, has_vectors=False)
 
     def texts(self, batch: Batch) -> set[str]:
-        """What the text encoder is given."""
+        """Every text that is encoded for a batch."""
         return {" ".join(concepts.names) for concepts in batch.concepts}
 
     def encoded(self, batch: Batch) -> tuple[Prompts, ConceptTokens]:

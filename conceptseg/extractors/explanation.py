@@ -32,6 +32,8 @@ class Explanation(Mapping[str, Tensor]):
     maps: Float[Tensor, "C *f h w"]
     image: UInt8[np.ndarray, "*F H W 3"]
     about: Mapping[str, Any]
+    scale: tuple[float, float] | None = None
+    """The scores that the ends of the colour scale stand for; by default the least and greatest of these maps."""
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
@@ -51,7 +53,7 @@ class Explanation(Mapping[str, Tensor]):
     def overlay(self, name: str, opacity: float = 0.6, colours: str = "plasma") -> Image.Image:
         """The image with one concept's map over it; the colour scale spans all concepts, so that overlays can be compared.
 
-        Raises ConfigError for a name that was not asked for and DataError for video, whose frames are `image[f]` and maps[:, f].
+        Raises ConfigError for a name that was not asked for and DataError for video: take `frame(f).overlay(name)`.
         """
         shown = self._coloured(name, colours)
         picture = np.asarray(Image.fromarray(shown).resize(self._size(), Image.Resampling.BILINEAR))
@@ -60,19 +62,31 @@ class Explanation(Mapping[str, Tensor]):
 
     def _size(self) -> tuple[int, int]:
         if self.image.ndim != 3:
-            raise DataError("an overlay is drawn on one image; of a video take image[f] and maps[:, f].")
+            raise DataError("an overlay is drawn on one image; of a video take frame(f).overlay(name).")
         return self.image.shape[1], self.image.shape[0]
 
     def _coloured(self, name: str, colours: str) -> UInt8[np.ndarray, "h w 3"]:
         import matplotlib
 
-        low, high = float(self.maps.min()), float(self.maps.max())
+        low, high = self.scale or (float(self.maps.min()), float(self.maps.max()))
         scaled = (self[name].float().cpu().numpy() - low) / (high - low or 1.0)
         found: np.ndarray = np.round(255 * matplotlib.colormaps[colours](scaled)[..., :3]).astype(np.uint8)
         return found
 
+    def frame(self, number: int) -> Explanation:
+        """One of a video's maps with the frame at its place, on the video's colour scale. Videos have more frames than maps."""
+        last, scale = self.maps.shape[1] - 1, (float(self.maps.min()), float(self.maps.max()))
+        shown = self.image[round(number * (len(self.image) - 1) / max(1, last))]
+        return Explanation(self.names, self.maps[:, number], shown, self.about, scale)
+
     def sheet(self) -> Image.Image:
-        """The image, and under each concept's name its map at its own grid and its overlay."""
+        """The image, and under each concept's name its map at its own grid and its overlay; of a video, frame under frame."""
+        if self.image.ndim == 4:
+            sheets = [self.frame(number).sheet() for number in range(self.maps.shape[1])]
+            whole = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)), "white")
+            for number, sheet in enumerate(sheets):
+                whole.paste(sheet, (0, number * sheet.height))
+            return whole
         scale = max(1, SHEET_CELL // max(self._size()))
         width, height = (scale * side for side in self._size())
         sheet = Image.new("RGB", ((1 + len(self)) * (width + 8) + 8, 2 * height + CAPTION_HEIGHT + 24), "white")
@@ -87,6 +101,16 @@ class Explanation(Mapping[str, Tensor]):
             over = self.overlay(name).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(over, (left, 16 + CAPTION_HEIGHT + height))
         return sheet
+
+    def save_image(self, path: str | Path) -> Path:
+        """Write what was explained, as it is: a video as .gif, eight frames a second, whatever the ending given."""
+        path = Path(path)
+        if self.image.ndim == 3:
+            Image.fromarray(self.image).save(path)
+            return path
+        first, *others = (Image.fromarray(frame) for frame in self.image)
+        first.save(path.with_suffix(".gif"), save_all=True, append_images=others, duration=125, loop=0)
+        return path.with_suffix(".gif")
 
     def save(self, path: str | Path) -> Path:
         """Write a picture sheet (.png, .jpg) or the numbers (.safetensors, with names and settings in its metadata).
@@ -110,9 +134,9 @@ class Explanation(Mapping[str, Tensor]):
         return path
 
 
-def as_pixels(image: Float[Tensor, "3 H W"]) -> UInt8[np.ndarray, "H W 3"]:
-    """An image in 0..1 as bytes."""
-    found: np.ndarray = (255 * image).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+def as_pixels(image: Float[Tensor, "*F 3 H W"]) -> UInt8[np.ndarray, "*F H W 3"]:
+    """An image, or frames, in 0..1 as bytes."""
+    found: np.ndarray = (255 * image).round().clamp(0, 255).byte().movedim(-3, -1).cpu().numpy()
     return found
 
 

@@ -54,7 +54,8 @@ def cell_scores(
     every head before heads are folded, because the two do not commute.
     Source: Helbling et al. 2025, arXiv:2502.04320, and its released evaluation code.
     """
-    scores = torch.einsum("...cd,...ld->...cl", concept_vectors.float(), image_vectors.float())
+    # matmul, not einsum: it copies image vectors of several heads once rather than twice.
+    scores = torch.matmul(concept_vectors.float(), image_vectors.float().transpose(-1, -2))
     if kind.softmax is Softmax.PER_CELL:
         scores = softmax_over_concepts(scores, kind.temperature)
     elif kind.softmax is Softmax.TOKENS:

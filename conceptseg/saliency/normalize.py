@@ -31,7 +31,7 @@ def unit_length(vectors: Float[Tensor, "*R C d"]) -> Float[Tensor, "*R C d"]:
 
 def softmax_over_concepts(scores: Float[Tensor, "*R C L"], temperature: float = 1.0) -> Float[Tensor, "*R C L"]:
     """Concepts compete for each image token. temperature multiplies the scores (1000 in the released FLUX.2 code)."""
-    return torch.softmax(scores * temperature, dim=-2)
+    return torch.softmax(scores if temperature == 1 else scores * temperature, dim=-2)
 
 
 def softmax_over_tokens(scores: Float[Tensor, "*R C L"], temperature: float = 1.0) -> Float[Tensor, "*R C L"]:

@@ -2,7 +2,9 @@
 
 import gc
 import weakref
+from functools import cached_property
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -11,9 +13,15 @@ from tiny import tiny_flux
 
 from conceptseg.backbones.encode_only import FoldedModulation, WeightFiles, cut_flux, planned_bytes
 from conceptseg.backbones.flux import FluxBackbone
+from conceptseg.backbones.latent_model import LatentModel
 from conceptseg.errors import ConfigError
+from conceptseg.evaluate import Shard, evaluate
 from conceptseg.extractors.concept_attention import ConceptAttention
+from conceptseg.protocols import SegmentationProtocol
 from conceptseg.saliency.views import Normalize, Softmax, View
+from conceptseg.segment.segmenter import Segmenter
+from conceptseg.store.run import RunStore
+from conceptseg.types import Sample
 
 # transformer/config.json of black-forest-labs/FLUX.1-schnell at 741f7c3c.
 SCHNELL = {
@@ -151,7 +159,7 @@ def test_encoders_and_transformer_are_never_in_memory_together(folder, monkeypat
     alive = {}
 
     def watched(name):
-        original = FluxBackbone.__dict__.get(name) or FluxBackbone.__mro__[1].__dict__[name]
+        original = next(kind.__dict__[name] for kind in FluxBackbone.__mro__ if name in kind.__dict__)
 
         def get(self):
             if name not in self.__dict__:
@@ -173,3 +181,48 @@ def test_encoders_and_transformer_are_never_in_memory_together(folder, monkeypat
         prompts, concepts = backbone.prompts([f"a {word}"]), backbone.concepts([[word, "sky"]])
         maps.append(extractor.read_cells(latents, prompts, concepts, ["a"], views).read(views[0], (8, 8)))
     assert torch.equal(maps[0], maps[2]) and set(alive) == {"transformer", "text_encoder"}
+
+
+NOUNS = ["fish", "boat", "tree", "kite", "glorp"]
+"""The last is a word that the tokenizer does not know."""
+
+
+class Pictures:
+    """Ten images, a new word every other one."""
+
+    name = "pictures"
+
+    def keys(self):
+        return [f"pictures/{k}" for k in range(10)]
+
+    def read(self, key):
+        number, mask = int(key.split("/")[1]), np.zeros((32, 32), np.uint8)
+        mask[:9] = 1
+        return Sample(key, np.full((32, 32, 3), 20 * number, np.uint8), mask, {1: NOUNS[number // 2]})
+
+
+@pytest.mark.parametrize("pooled", ["zeros", "caption"])
+def test_all_texts_of_a_run_are_encoded_before_the_transformer_is_read(tmp_path, monkeypatch, pooled):
+    """Through the loop itself: new words in each of five batches, and encoders and transformer are read once."""
+    log = []
+    for name, original in (("part", FluxBackbone.part), ("transformer", LatentModel.transformer.func)):
+
+        def noted(self, *args, original=original, name=name, **options):
+            log.append(args[0] if args else name)
+            return original(self, *args, **options)
+
+        held = cached_property(noted) if name == "transformer" else noted
+        if name == "transformer":
+            held.__set_name__(FluxBackbone, name)
+        monkeypatch.setattr(FluxBackbone, name, held, raising=False)
+    backbone = FluxBackbone(
+        tiny_flux(tmp_path / "model", clip=True), image_size=32, text_tokens=8, text_encoders="release", pooled=pooled
+    )
+    protocol = SegmentationProtocol("single", 1, "single", ["grass", "sky"], [Segmenter("argmax")])
+    with RunStore(tmp_path) as store:
+        views = {"one": View("output", (0,), (0.5,))}
+        tally = evaluate(store, Pictures(), ConceptAttention(backbone), protocol, views, Shard(0, 1, 2))
+    assert tally.computed == 8 and tally.failed == 2  # of the unknown word, and no other
+    read = [name for name in log if not name.startswith("tokenizer")]
+    assert read == ["text_encoder_2", *(["text_encoder"] if pooled == "caption" else []), "transformer"]
+    assert "text_encoder" not in backbone.__dict__ and "clip" not in backbone.__dict__

@@ -5,13 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from PIL import Image
 from transformers import T5Config, T5EncoderModel
 
+from conceptseg.backbones.cogvideox import CogVideoXBackbone
 from conceptseg.errors import ConfigError
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.lab.models import save, word_tokenizer
-from conceptseg.saliency.views import View
+from conceptseg.saliency.views import Softmax, View
 from conceptseg.types import Batch, Concepts, Task
 
 WORDS = ["fish", "boat", "sky"]
@@ -25,7 +27,7 @@ def method(tmp_path_factory):
     parts = {
         "transformer": CogVideoXTransformer3DModel(
             num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
-            num_layers=2, sample_width=4, sample_height=4, sample_frames=5, max_text_seq_length=8,
+            num_layers=2, sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=8,
             use_rotary_positional_embeddings=True, temporal_compression_ratio=4,
         ),
         "vae": AutoencoderKLCogVideoX(
@@ -64,6 +66,51 @@ def test_noise_is_mixed_by_the_models_own_schedule(method):
     torch.testing.assert_close(method.backbone.mix(noise, latents, 0.5), share.sqrt() * latents + (1 - share).sqrt() * noise)
 
 
-def test_making_a_video_is_refused(method):
-    with pytest.raises(ConfigError, match="not offered on CogVideoX"):
-        method.explain("a fish", WORDS)
+def stock(method):
+    backbone = method.backbone
+    pipeline = CogVideoXPipeline(
+        backbone.tokenizer, backbone.text_encoder, backbone.vae, backbone.transformer, CogVideoXDDIMScheduler()
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("guidance", [1.0, 6.0])
+def test_a_video_that_is_made_is_the_stock_pipelines_and_its_maps_have_its_frames(method, guidance):
+    """Tracing changes nothing: texts, guidance, rotary positions and DDIM steps are the pipeline's, and no concept is seen."""
+    seed = ConceptAttention(method.backbone, seed=3)
+    before = method.backbone.forward_passes
+    views = [View("output", (0, 1), (0.5,), softmax=Softmax.PER_CELL), View("cross", (1,), (0.5,))]
+    videos, maps = seed.generate(["a fish", "a boat"], [WORDS, WORDS[::-1]], views, 3, (32, 48), guidance, negative="sand")
+    noise = torch.stack([torch.randn(3, 4, 4, 6, generator=torch.Generator().manual_seed(3 + b)) for b in range(2)])
+    wanted = stock(method)(
+        ["a fish", "a boat"], ["sand", "sand"], height=32, width=48, num_frames=9, num_inference_steps=3, guidance_scale=guidance,
+        latents=noise, output_type="pt", max_sequence_length=8,
+    ).frames  # fmt: skip
+    assert videos.shape == wanted.shape == (2, 9, 3, 32, 48) and method.backbone.forward_passes == before + 3
+    torch.testing.assert_close(videos, wanted, atol=2e-5, rtol=1e-4)
+    assert [m.scores.shape for m in maps] == [(2, 3, 3, 2, 3)] * 2
+    torch.testing.assert_close(maps[0].scores.sum(1), torch.ones(2, 3, 2, 3))
+
+
+def test_other_concepts_leave_the_same_video_and_other_maps(method):
+    view = [View("output", (1,), (0.5,))]
+    one, two = (method.generate(["a fish"], [words], view, 2, (32, 32), 6.0) for words in (WORDS, ["sand", "sun", "tree"]))
+    assert torch.equal(one[0], two[0]) and not torch.allclose(one[1][0].scores, two[1][0].scores)
+
+
+def test_a_prompt_gives_frames_a_sheet_and_a_moving_picture(method, tmp_path):
+    found = method.explain("a fish", WORDS, size=(32, 32), steps=2, guidance=6.0)
+    assert found.image.shape == (9, 32, 32, 3) and found.maps.shape == (3, 3, 2, 2)
+    assert found.frame(1).scale == (float(found.maps.min()), float(found.maps.max()))
+    np.testing.assert_array_equal(found.frame(1).image, found.image[4])  # the second of three maps stands in the middle
+    one = found.frame(0).sheet()
+    assert found.sheet().size == (one.width, 3 * one.height)
+    moving = found.save_image(tmp_path / "video.png")
+    with Image.open(moving) as picture:
+        assert moving.suffix == ".gif" and picture.n_frames == 9
+
+
+def test_frames_that_the_autoencoder_cannot_take_are_refused():
+    with pytest.raises(ConfigError, match=r"frames is 5; .* 8k \+ 1 is wanted, for example 1\."):
+        CogVideoXBackbone("lab:none", frames=5)
