@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from conceptseg.backbones.base import RESIZES, Checkpoint, Provenance
 from conceptseg.backbones.cross_attention import CrossAttention, CrossAttentionTap, cross_attentions, reference_side
-from conceptseg.backbones.mmdit import chosen, device_of, dtype_of
+from conceptseg.backbones.latents import spread_out
+from conceptseg.backbones.settings import chosen, device_of, dtype_of
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextCache
 from conceptseg.errors import ConfigError, DataError, did_you_mean
@@ -119,13 +120,20 @@ class UNetBackbone:
 
     # ------------------------------------------------------------ parts, loaded on first use
 
+    def part(self, name: str, loader: Any, dtype: torch.dtype | None = None) -> Any:
+        """A part of the checkpoint; a model (which has a dtype) on the device, without dropout and gradients."""
+        with self.checkpoint.loading(name):
+            if dtype is None:
+                return loader.from_pretrained(subfolder=name, **self.checkpoint.source())
+            model = loader.from_pretrained(subfolder=name, torch_dtype=dtype, **self.checkpoint.source())
+        return model.to(self.device).eval().requires_grad_(False)
+
     @cached_property
     def unet(self) -> nn.Module:
         from diffusers import UNet2DConditionModel
 
-        with self.checkpoint.loading("unet"):
-            model = UNet2DConditionModel.from_pretrained(subfolder="unet", torch_dtype=self.dtype, **self.checkpoint.source())
-        return model.to(self.device).eval().requires_grad_(False)
+        found: nn.Module = self.part("unet", UNet2DConditionModel, self.dtype)
+        return found
 
     @cached_property
     def vae(self) -> Any:
@@ -136,49 +144,40 @@ class UNetBackbone:
         codecs, kind = {"AutoencoderKL": AutoencoderKL, "PatchCodec": PatchCodec}, self.vae_config["_class_name"]
         if kind not in codecs:
             raise ConfigError(f'extractor.backbone.path: its vae is a "{kind}". {did_you_mean(kind, codecs)}')
-        with self.checkpoint.loading("vae"):
-            model = codecs[kind].from_pretrained(subfolder="vae", torch_dtype=self.vae_dtype, **self.checkpoint.source())
-        return model.to(self.device).eval().requires_grad_(False)
+        return self.part("vae", codecs[kind], self.vae_dtype)
 
     @cached_property
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        with self.checkpoint.loading("tokenizer"):
-            return AutoTokenizer.from_pretrained(subfolder="tokenizer", **self.checkpoint.source())
+        return self.part("tokenizer", AutoTokenizer)
 
     @cached_property
     def tokenizer_2(self) -> Any:
         from transformers import AutoTokenizer
 
-        with self.checkpoint.loading("tokenizer_2"):
-            return AutoTokenizer.from_pretrained(subfolder="tokenizer_2", **self.checkpoint.source())
+        return self.part("tokenizer_2", AutoTokenizer)
 
     @cached_property
     def text_encoder(self) -> Any:
         from transformers import CLIPTextModel
 
-        with self.checkpoint.loading("text_encoder"):
-            model = CLIPTextModel.from_pretrained(subfolder="text_encoder", torch_dtype=self.dtype, **self.checkpoint.source())
-        return model.to(self.device).eval().requires_grad_(False)
+        return self.part("text_encoder", CLIPTextModel, self.dtype)
 
     @cached_property
     def text_encoder_2(self) -> Any:
         from transformers import CLIPTextModelWithProjection
 
-        with self.checkpoint.loading("text_encoder_2"):
-            model = CLIPTextModelWithProjection.from_pretrained(
-                subfolder="text_encoder_2", torch_dtype=self.dtype, **self.checkpoint.source()
-            )
-        return model.to(self.device).eval().requires_grad_(False)
+        return self.part("text_encoder_2", CLIPTextModelWithProjection, self.dtype)
 
     @cached_property
     def signal_shares(self) -> Float[Tensor, " steps"]:
         """ᾱ of every training step: the share of an image's variance that is left."""
         from diffusers import DDIMScheduler
 
-        with self.checkpoint.loading("scheduler"):  # any diffusion scheduler's config holds the betas
-            return DDIMScheduler.from_pretrained(subfolder="scheduler", **self.checkpoint.source()).alphas_cumprod.float()
+        # Any diffusion scheduler's config holds the betas.
+        shares: Tensor = self.part("scheduler", DDIMScheduler).alphas_cumprod.float()
+        return shares
 
     # ------------------------------------------------------------ text
 
@@ -263,11 +262,7 @@ class UNetBackbone:
                 f"{step} pixels wide, so a multiple of {step} is wanted, for example {near}."
             )
         with torch.inference_mode():
-            posterior = self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)).latent_dist
-            z = posterior.mean
-            if generators is not None:
-                noise = torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators])
-                z = z + posterior.std * noise.to(z)
+            z = spread_out(self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)).latent_dist, generators)
         return (z * self.vae_config["scaling_factor"]).float()
 
     def step_of(self, level: float) -> int:

@@ -40,7 +40,7 @@ class Generator:
         from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
         backbone = self.backbone
-        scheduler = DDIMScheduler.from_pretrained(subfolder="scheduler", **backbone.checkpoint.source())
+        scheduler = backbone.part("scheduler", DDIMScheduler)
         parts: dict[str, Any] = {
             "vae": None, "unet": backbone.unet, "tokenizer": backbone.tokenizer, "text_encoder": backbone.text_encoder,
             "scheduler": scheduler,
