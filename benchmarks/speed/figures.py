@@ -18,8 +18,17 @@ def device_name(device: str = "cpu") -> str:
     return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__.split('+')[0]}"
 
 
+def rounded(found: Any) -> Any:
+    """Floats to four digits."""
+    if isinstance(found, dict):
+        return {key: rounded(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [rounded(value) for value in found]
+    return float(f"{found:.4g}") if isinstance(found, float) else found
+
+
 def record(name: str, found: dict[str, Any], device: str = "cpu") -> None:
     """Replace one script's figures."""
     held = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
-    held[name] = {"device": device_name(device), **found}
+    held[name] = {"device": device_name(device), **rounded(found)}
     FILE.write_text(json.dumps(held, indent=1, sort_keys=True) + "\n", encoding="utf-8")

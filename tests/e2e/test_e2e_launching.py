@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,7 +30,6 @@ def alone(shared):
 
 
 SLOW = """
-import time
 from conceptseg.extractors import controls
 saliency = controls.RandomMap.saliency
 controls.RandomMap.saliency = lambda self, batch: (time.sleep(0.2), saliency(self, batch))[1]
@@ -154,24 +152,25 @@ def test_a_launch_with_a_failed_shard_says_that_the_rows_are_kept():
 
 
 def test_a_job_whose_time_is_up_ends_its_command_in_order_and_starts_it_again(tmp_path):
-    """As Slurm does it: submitit's warning signal, then the job a second time."""
-    log = tmp_path / "log.txt"
+    """As Slurm does it: submitit's warning signal to the job's process, then the job a second time."""
+    from submitit import LocalExecutor
+
+    log, pid = tmp_path / "log.txt", tmp_path / "pid.txt"
     code = (
-        "import signal, sys, time, pathlib\n"
-        f"log = pathlib.Path({str(log)!r})\n"
+        "import os, pathlib, signal, sys, time\n"
+        f"log, pid = pathlib.Path({str(log)!r}), pathlib.Path({str(pid)!r})\n"
         "signal.signal(signal.SIGTERM, lambda *_: (log.open('a').write('ended in order\\n'), sys.exit(143)))\n"
         "first = not log.exists()\n"
         "log.open('a').write('started\\n')\n"
+        "pid.with_suffix('.part').write_text(str(os.getppid()))\n"
+        "pid.with_suffix('.part').rename(pid)\n"
         "time.sleep(60 if first else 0)\n"
     )
-    from submitit import LocalExecutor
-
     executor = LocalExecutor(tmp_path / "jobs")
-    executor.update_parameters(timeout_min=1, signal_delay_s=1)
+    executor.update_parameters(timeout_min=2)
     job = executor.submit(ShardCommand((sys.executable, "-c", code)))
-    until(log.exists)
-    time.sleep(0.3)
-    job._interrupt()
+    until(pid.exists)
+    os.kill(int(pid.read_text()), signal.SIGUSR2)
     assert job.result() == 0
     assert log.read_text().split("\n")[:3] == ["started", "ended in order", "started"]
 
