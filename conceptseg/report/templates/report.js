@@ -75,6 +75,10 @@ for (const box of document.querySelectorAll(".pictures")) {
   const count = box.querySelector(".count");
   let chosen = [];
   let drawn = "";
+  for (const sample of samples) {
+    const held = sample.scores.filter((score) => score !== null);
+    sample.spread = Math.max(...held) - Math.min(...held);
+  }
 
   const choose = () => {
     const at = Number(field("method").value);
@@ -83,17 +87,13 @@ for (const box of document.querySelectorAll(".pictures")) {
     chosen = samples.filter((s) => s.scores[at] !== null && (!word || s.words.includes(word)) &&
       (!text || s.key.toLowerCase().includes(text)));
     const score = (s) => s.scores[at];
-    const spread = (s) => {
-      const held = s.scores.filter((v) => v !== null);
-      return Math.max(...held) - Math.min(...held);
-    };
     const sorted = chosen.map(score).sort((a, b) => a - b);
     const middle = sorted.length ? sorted[Math.floor(sorted.length / 2)] : 0;
     const orders = {
       best: (a, b) => score(b) - score(a),
       worst: (a, b) => score(a) - score(b),
       median: (a, b) => Math.abs(score(a) - middle) - Math.abs(score(b) - middle),
-      disagreement: (a, b) => spread(b) - spread(a),
+      disagreement: (a, b) => b.spread - a.spread,
       key: (a, b) => (a.key < b.key ? -1 : 1),
     };
     chosen.sort(orders[field("order").value]);
