@@ -29,7 +29,7 @@ class BlockActivations:
     """What one block yields for scoring, all before any output projection and before rotary embedding.
 
     R rows, A heads, C concept tokens, L image tokens, N text tokens; concept_* are [R C A d] or [R C A·d], image_* [R L A d] or
-    [R L A·d], text_keys [R N A d].
+    [R L A·d], text_* [R N A d].
     """
 
     concept_queries: Tensor
@@ -41,6 +41,7 @@ class BlockActivations:
     image_values: Tensor
     image_outputs: Tensor
     rotated_image_keys: Tensor
+    text_queries: Tensor
     text_keys: Tensor
     image_outputs_beside_concepts: Callable[[], Tensor]
     """What image tokens would read if they attended to image and concepts instead of text; [R L A·d], computed when asked for."""
@@ -223,11 +224,14 @@ class ConceptCarrier(ABC):
         concepts: Heads,
         image: Heads,
         image_outputs: Float[Tensor, "R L D"],
-        text_keys: Float[Tensor, "R N A d"],
+        text: tuple[Float[Tensor, "R N A d"], Float[Tensor, "R N A d"]],
         project_concepts: Callable[[Tensor], Tensor],
         project_image: Callable[[Tensor], Tensor],
     ) -> Float[Tensor, "R T D"]:
-        """Attention of the concepts in one block, handed to `on_block`; ends the forward pass after the last layer."""
+        """Attention of the concepts in one block, handed to `on_block`; ends the forward pass after the last layer.
+
+        text: the prompt's own queries and keys, before rotation, for whoever scores those.
+        """
         stream = self.stream
         rotated_image_keys, rotated_concept_keys = image.rotate(image.keys), concepts.rotate(concepts.keys)
         own = (rotated_concept_keys, concepts.values, stream.present)
@@ -246,7 +250,7 @@ class ConceptCarrier(ABC):
             BlockActivations(
                 concept_queries=concepts.queries, concept_keys=concepts.keys, concept_values=concepts.values,
                 concept_outputs=outputs, image_queries=image.queries, image_keys=image.keys, image_values=image.values,
-                image_outputs=image_outputs, rotated_image_keys=rotated_image_keys, text_keys=text_keys,
+                image_outputs=image_outputs, rotated_image_keys=rotated_image_keys, text_queries=text[0], text_keys=text[1],
                 image_outputs_beside_concepts=beside_concepts, project_concepts=project_concepts, project_image=project_image,
             ),
         )  # fmt: skip

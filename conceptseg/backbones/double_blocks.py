@@ -19,12 +19,13 @@ class DoubleBlockCarrier(ConceptCarrier):
         """Hook every block up to the last layer."""
         for layer, path, block in self.wanted_blocks(taps, "transformer_blocks"):
             self.refuse_fused(f"{path}.attn", block.attn)
-            for name in ("add_q_proj", "add_v_proj", "norm_added_q", "to_add_out"):
+            for name in ("add_q_proj", "add_v_proj", "to_add_out"):
                 taps.module(f"{path}.attn.{name}")
             taps.before(path, self.before_block)
             taps.after(f"{path}.attn.norm_q", self.keep("image_queries"))
             taps.after(f"{path}.attn.norm_k", self.keep("image_keys"))
             taps.after(f"{path}.attn.to_v", self.keep("image_values"))
+            taps.after(f"{path}.attn.norm_added_q", self.keep("text_queries"))
             taps.after(f"{path}.attn.norm_added_k", self.keep("text_keys"))
             taps.before(f"{path}.attn.to_out.0", self.at_output(layer, block))
 
@@ -55,8 +56,8 @@ class DoubleBlockCarrier(ConceptCarrier):
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(block)
         normed = norm(residual) * (1 + scale) + shift
         concepts = Heads(
-            attention.norm_added_q(by_heads(attention.add_q_proj(normed), attention)),
-            # forward(): the text's keys are read at this very module.
+            # forward(): the text's queries and keys are read at these very modules.
+            attention.norm_added_q.forward(by_heads(attention.add_q_proj(normed), attention)),
             attention.norm_added_k.forward(by_heads(attention.add_k_proj(normed), attention)),
             by_heads(attention.add_v_proj(normed), attention),
             self.rotate_concepts,
@@ -64,6 +65,7 @@ class DoubleBlockCarrier(ConceptCarrier):
         values = by_heads(state["image_values"], attention)
         image = Heads(state["image_queries"], state["image_keys"], values, self.rotate_image)
         project_image = attention.to_out[0].forward
-        outputs = self.attend(layer, concepts, image, image_outputs, state["text_keys"], attention.to_add_out, project_image)
+        text = state["text_queries"], state["text_keys"]
+        outputs = self.attend(layer, concepts, image, image_outputs, text, attention.to_add_out, project_image)
         residual = residual + gate * attention.to_add_out(outputs)
         state["residual"] = residual + gate_mlp * mlp(norm_mlp(residual) * (1 + scale_mlp) + shift_mlp)

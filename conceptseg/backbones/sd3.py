@@ -34,12 +34,12 @@ class SD3Carrier(ConceptCarrier):
         for layer, path, block in self.wanted_blocks(taps, "transformer_blocks"):
             attention = block.attn
             self.refuse_fused(f"{path}.attn", attention)
-            for name in ("add_q_proj", "add_v_proj"):
-                taps.module(f"{path}.attn.{name}")
+            taps.module(f"{path}.attn.add_v_proj")
             # SD3 medium has no norms on queries and keys; then the projections themselves are read.
             for name, norm, projection in (
                 ("image_queries", "norm_q", "to_q"),
                 ("image_keys", "norm_k", "to_k"),
+                ("text_queries", "norm_added_q", "add_q_proj"),
                 ("text_keys", "norm_added_k", "add_k_proj"),
             ):
                 if getattr(attention, norm) is None:
@@ -64,7 +64,7 @@ class SD3Carrier(ConceptCarrier):
         image = Heads(state["image_queries"], state["image_keys"], state["image_values"])
         # The last block has no projection for text; "output_projected" is therefore no space of this family.
         outputs = self.attend(
-            layer, concepts, image, image_outputs, state["text_keys"],
+            layer, concepts, image, image_outputs, (state["text_queries"], state["text_keys"]),
             attention.to_add_out or nn.Identity(), attention.to_out[0].forward,
         )  # fmt: skip
         if block.context_pre_only:

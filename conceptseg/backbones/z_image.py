@@ -80,7 +80,8 @@ class ZImageCarrier(ConceptCarrier):
             lambda x: self._rotate(x, state["image_rotary"]),
         )  # fmt: skip
         project = attention.to_out[0].forward
-        outputs = self.attend(layer, concepts, image, image_outputs, state["keys"][:, end:], project, project)
+        prompt = state["queries"][:, end:], state["keys"][:, end:]
+        outputs = self.attend(layer, concepts, image, image_outputs, prompt, project, project)
         residual = residual + gate.tanh() * block.attention_norm2(project(outputs))
         inner = block.feed_forward(block.ffn_norm1(residual) * (1 + scale_mlp))
         state["residual"] = residual + gate_mlp.tanh() * block.ffn_norm2(inner)

@@ -20,7 +20,8 @@ from conceptseg.types import Batch
 
 SPACES = {
     "key_query": "prompt key against image query, mean over heads, no rotation, no scaling",
-    "key_query_share": "the same, as shares of all tokens of the prompt (the released SD3.5 baseline)",
+    "query_key": "prompt query against image key, as paper Eq. 12 has it, else the same",
+    "key_query_share": "prompt key against image query, as shares of all tokens of the prompt (the released SD3.5 baseline)",
 }
 
 
@@ -79,10 +80,13 @@ class PromptCrossAttention(ConceptAttention):
 
 
 def prompt_scores(found: BlockActivations, words: Tensor, kind: CellKind) -> Tensor:
-    """Scores of words [R C L] from a block's text keys and image queries; words [R C N]: the share of each token in each word."""
-    by_token = torch.einsum("rnad,rlad->rnl", found.text_keys.float(), found.image_queries.float())
+    """Scores of words [R C L] from a block's text and image tokens; words [R C N]: the share of each token in each word."""
+    text, image = found.text_keys, found.image_queries
+    if kind.space == "query_key":
+        text, image = found.text_queries, found.image_keys
+    by_token = torch.einsum("rnad,rlad->rnl", text.float(), image.float())
     if kind.heads is Fold.MEAN:
-        by_token = by_token / found.text_keys.shape[2]
+        by_token = by_token / text.shape[2]
     if kind.space == "key_query_share":
         by_token = softmax_over_concepts(by_token)
     scores = words @ by_token

@@ -35,7 +35,7 @@ def test_words_are_found_in_the_prompt_of_every_family(backbone, tmp_path):
 
 @pytest.mark.parametrize("fold", Fold)
 @pytest.mark.parametrize("softmax", [Softmax.NONE, Softmax.PER_CELL])
-@pytest.mark.parametrize("space", ["key_query", "key_query_share"])
+@pytest.mark.parametrize("space", ["key_query", "query_key", "key_query_share"])
 def test_maps_are_the_written_out_sums(backbone, space, softmax, fold):
     extractor, found = PromptCrossAttention(backbone), []
     view = View(space, (0, 2), (0.5,), softmax=softmax, fold=fold)
@@ -47,7 +47,9 @@ def test_maps_are_the_written_out_sums(backbone, space, softmax, fold):
     backbone.denoise(noisy, 0.5, prompts, stream)
     cells = []
     for layer in (0, 2):
-        keys, queries = found[layer].text_keys[0].double(), found[layer].image_queries[0].double()  # [N A d], [L A d]
+        block = found[layer]
+        pair = (block.text_queries, block.image_keys) if space == "query_key" else (block.text_keys, block.image_queries)
+        keys, queries = (vectors[0].double() for vectors in pair)  # [N A d], [L A d]
         tokens = torch.tensor([[sum(float(k[a] @ q[a]) for a in range(2)) for q in queries] for k in keys])
         tokens = tokens / (2 if fold is Fold.MEAN else 1)
         if space == "key_query_share":

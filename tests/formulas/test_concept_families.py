@@ -251,6 +251,28 @@ def test_keys_and_queries_are_kept_as_they_were_before_rotation(case):
         assert torch.equal(turned, block.image_keys) is not rotates
 
 
+def test_the_prompts_queries_and_keys_are_those_of_attention(case, monkeypatch):
+    """Rotation leaves lengths alone, so lengths tell: of every text token in every head and block."""
+    seen, original = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noted(*args, **kwargs):
+        seen.append([*args, *(kwargs[name] for name in ("query", "key") if name in kwargs)][:2])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    case.backbone.denoise(case.noisy, LEVEL, case.prompts, guidance=1.5)
+    monkeypatch.undo()
+    lengths = [pair[i].norm(dim=-1).transpose(1, 2) for pair in seen for i in (0, 1)]
+    for block in case.run()[1]:
+        for kept in (block.text_queries, block.text_keys):
+            wanted, count = kept.norm(dim=-1), kept.shape[1]
+            rows = [
+                x[:, -count:] if case.backbone.kind in ("sd3", "z_image") else x[:, :count] for x in lengths if x.shape[1] > count
+            ]
+            assert any(row.shape == wanted.shape and torch.allclose(row, wanted, **CLOSE) for row in rows)
+        assert not torch.allclose(block.text_queries, block.text_keys)
+
+
 def test_the_conditional_half_alone_can_be_accompanied(case):
     """As in classifier-free guidance: rows 2 and 3 of four, beside two others."""
     prompts = case.prompts.after(Prompts(torch.randn(ROWS, TEXT, WIDTH), case.prompts.pooled))
