@@ -1,6 +1,8 @@
 """Encoders of timm and open_clip: what they read, what they refuse and how, and text vectors."""
 
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -25,6 +27,14 @@ def test_a_folder_that_is_not_there_and_a_repository_without_revision_are_refuse
         _ = ViTBackbone("./weights/none", "images").model
     with pytest.raises(ConfigError, match=r"extractor.backbone.revision is empty(.|\n)*conceptseg \.\.\. extractor"):
         _ = ViTBackbone("timm/vit_base_patch16_224.orig_in21k_ft_in1k", "class labels").model
+
+
+def test_the_documentation_names_every_sheet_without_a_commit():
+    root = Path(__file__).parents[2]
+    unpinned = [f.stem for f in (root / "conf" / "backbone").glob("*.yaml") if "revision: null" in f.read_text(encoding="utf-8")]
+    said = (root / "docs" / "baselines.md").read_text(encoding="utf-8")
+    listed = said[said.index("None was found for") : said.index("these refuse to load")]
+    assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(unpinned)
 
 
 def test_missing_and_broken_weights_are_named(tmp_path):
