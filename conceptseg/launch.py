@@ -6,6 +6,7 @@ the run folder, so a job that was killed is sent again, and any number of shards
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -38,7 +39,7 @@ class ShardCommand:
     _process: Any = field(default=None, repr=False)
 
     def __call__(self) -> int:
-        self._process = subprocess.Popen(self.command)
+        self._process = subprocess.Popen(self.command, preexec_fn=_deaf_to_warnings)
         return self._ended()
 
     def _ended(self) -> int:
@@ -54,6 +55,12 @@ class ShardCommand:
         self._process.terminate()
         self._ended()
         return DelayedSubmission(ShardCommand(self.command))
+
+
+def _deaf_to_warnings() -> None:
+    """Slurm may warn every process of a job; the command would die of it, while this job's own process knows what to do."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class SubmititLauncher:

@@ -160,6 +160,7 @@ def test_a_job_whose_time_is_up_ends_its_command_in_order_and_starts_it_again(tm
         "import os, pathlib, signal, sys, time\n"
         f"log, pid = pathlib.Path({str(log)!r}), pathlib.Path({str(pid)!r})\n"
         "signal.signal(signal.SIGTERM, lambda *_: (log.open('a').write('ended in order\\n'), sys.exit(143)))\n"
+        "os.kill(os.getpid(), signal.SIGUSR2)\n"  # what Slurm sends to every process of a job
         "first = not log.exists()\n"
         "log.open('a').write('started\\n')\n"
         "pid.with_suffix('.part').write_text(str(os.getppid()))\n"
