@@ -26,5 +26,14 @@ def test_the_ratios_to_the_original_are_those_that_were_measured(plan):
     assert ratio["min"] >= 2.5
 
 
+def test_the_harnesss_shares_are_those_that_were_measured():
+    found = FIGURES["harness"]
+    assert found["share_of_cut_percent"] < 3 and found["lab_share_percent"] < 30
+    assert f"{found['share_of_cut_percent']:.1f} % beside an image of the cut-down FLUX" in PAGE
+    assert f"would be {found['share_of_h100_percent']:.1f} %" in PAGE
+    assert f"the harness takes {found['lab_share_percent']:.1f} %" in PAGE
+    assert all(f"| {ms:.1f} |" in PAGE for ms in found["stages_ms"].values())
+
+
 def test_what_was_not_measured_is_said_to_be_so():
     assert ("throughput full" in FIGURES) or "not run" in PAGE
