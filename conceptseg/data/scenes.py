@@ -26,11 +26,11 @@ TINTS: dict[str, tuple[int, int, int]] = {
     "blue": (60, 95, 205), "purple": (135, 70, 175), "pink": (240, 150, 190), "gray": (140, 140, 145),
 }  # fmt: skip
 VOID = 255
-DRAWING_VERSION = 2  # raised whenever a scene of the same seed looks different
+DRAWING_VERSION = 3  # raised whenever a scene of the same seed looks different
 
 _PATCH = 128  # pixels of an object's own drawing canvas, before it is tilted and shrunk
 _SPANS = {1: (0.34, 0.66), 2: (0.28, 0.5), 3: (0.25, 0.42)}  # an object's side as a share of the scene's, by object count
-_LITTER = ((0.28, 0.52), (0.12, 0.3))  # the same for the first distractor and for the others
+_LITTER = ((0.3, 0.5), (0.3, 0.5), (0.18, 0.34))  # the same for the first two distractors and for each of the others
 _SPLITS = {"train": 0, "val": 1, "unseen": 2}
 _HARD = 1_000  # keeps the hard scenes' random streams apart from the others'
 
@@ -148,7 +148,7 @@ def _draw(
 ) -> Scene:
     """Paint a ground, lay the named (word, tint, label) objects on it, then unnamed distractors wherever room is left.
 
-    The first distractor is as large as an object and all are as colourful, so that an odd colour is no sign of an object.
+    The first two distractors are as large as objects and all are as colourful and as solid: an odd colour says nothing.
     """
     canvas = Image.fromarray(_GROUNDS[ground](rng, size))
     labels = np.zeros((size, size), np.uint8)
@@ -165,8 +165,8 @@ def _draw(
         labels[rim] = VOID
         taken.append(box)
         placed.append(Placed(word, tint, box))
-    for number in range(int(rng.integers(2, 6))):
-        if (box := _free_box(rng, size, taken, _LITTER[min(number, 1)])) is not None:
+    for number in range(int(rng.integers(3, 7))):
+        if (box := _free_box(rng, size, taken, _LITTER[min(number, 2)])) is not None:
             _paste(canvas, _distractor(rng), box, angle=float(rng.uniform(0, 360)))
             taken.append(box)
     return Scene(np.asarray(canvas, np.uint8).copy(), labels, ground, tuple(placed))
@@ -226,7 +226,7 @@ def _finish(field: np.ndarray) -> np.ndarray:
 def _grass(rng: np.random.Generator, size: int) -> np.ndarray:
     field = _field(rng, size, (95, 150, 70), 6)
     for _ in range(size * 3):
-        x, y, tall = int(rng.integers(size)), int(rng.integers(size)), int(rng.integers(2, 6))
+        x, y, tall = int(rng.integers(size)), int(rng.integers(size)), int(rng.integers(3, 7))
         field[max(0, y - tall) : y + 1, x] += rng.uniform(-45, 35)
     return _finish(field)
 
@@ -303,11 +303,11 @@ def _distractor(rng: np.random.Generator) -> Image.Image:
         angles = np.sort(rng.uniform(0, 2 * math.pi, int(rng.integers(3, 6))))
         d.polygon([(64 + 58 * math.cos(a), 64 + 58 * math.sin(a)) for a in angles], fill=(*tint, 255))
     elif form == 1:
-        d.ellipse((6, 34, 122, 94), fill=(*tint, 255))
+        d.ellipse((6, 14, 122, 114), fill=(*tint, 255))
     elif form == 2:
-        d.ellipse((14, 14, 114, 114), outline=(*tint, 255), width=26)
+        d.ellipse((10, 10, 118, 118), outline=(*tint, 255), width=36)
     else:
-        d.rounded_rectangle((6, 40, 122, 88), 10, fill=(*tint, 255))
+        d.rounded_rectangle((8, 22, 120, 106), 10, fill=(*tint, 255))
     if form != 2 and rng.integers(2):
         d.ellipse((46, 46, 82, 82), fill=(*second, 255))
     return patch

@@ -24,24 +24,26 @@ class Caption:
         return " ".join(self.words)
 
 
-def describe(scene: Scene, rng: np.random.Generator) -> Caption:
-    """A true caption, often incomplete: lone words must be familiar, because a concept is encoded alone."""
+def describe(scene: Scene, rng: np.random.Generator, lone: float = 0.22, tint: float = 0.7) -> Caption:
+    """A true caption, often incomplete: lone words must be familiar, because a concept is encoded alone.
+
+    lone: share of captions that are the name of one object, with or without an article; tint: how often a whole caption's
+    nouns carry the word of their colour. A colour is what a picture's noisiest state still needs to be told.
+    """
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
     kind = rng.random()
     if kind < 0.05 or not objects:
         words: list[str] = []
-    elif kind < 0.17:
-        words = [objects[0].word]
-    elif kind < 0.23:
+    elif kind < 0.11:
         words = [scene.ground]
-    elif kind < 0.33:
-        words = ["a", objects[0].word]
+    elif kind < 0.11 + lone:
+        words = ["a", objects[0].word] if rng.integers(2) else [objects[0].word]
     else:
         kept = [o for o in objects if rng.random() < 0.85] or objects[:1]
         words = []
         for number, placed in enumerate(kept):
             words += ["and", "a"] if number else ["a"]
-            if rng.random() < 0.3:
+            if rng.random() < tint:
                 words.append(placed.tint)
             words.append(placed.word)
         if rng.random() < 0.85:

@@ -37,7 +37,7 @@ class CLIPTrainer(Trainer):
         return int(self.recipe["batch"])
 
     def losses(self, scenes: list[Scene], rng: np.random.Generator, noise: torch.Generator) -> dict[str, Tensor]:
-        captions = [describe(scene, rng).text for scene in scenes]
+        captions = [describe(scene, rng, self.recipe["lone_captions"], tint=0.3).text for scene in scenes]
         tokens = self.parts["tokenizer"](
             captions, padding="max_length", truncation=True, max_length=self.recipe["sizes"]["text_tokens"], return_tensors="pt"
         )

@@ -1,4 +1,8 @@
-"""Plain denoising for the U-Net: it reads text through cross-attention by construction and needs no other loss."""
+"""Plain denoising for the U-Net: it reads text through cross-attention by construction and needs no other loss.
+
+It predicts the velocity (Salimans and Ho 2022, arXiv:2202.00512, appendix D) as Stable Diffusion 2 does: the loss then counts
+the noisiest states, the ones where a caption helps, as much as the others.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from conceptseg.lab.train import Trainer
 
 
 class UNetTrainer(Trainer):
-    """Stable Diffusion in miniature: predicts the noise (epsilon) from the caption and the noised scene."""
+    """Stable Diffusion in miniature: predicts the velocity from the caption and the noised scene."""
 
     caveat: ClassVar[str] = (
         "Trained by plain denoising on drawn scenes with short captions: lab numbers rank code paths and settings, never the "
@@ -38,10 +42,10 @@ class UNetTrainer(Trainer):
     def batch_size(self) -> int:
         return int(self.recipe["batch"])
 
-    def predicted_noise(
+    def predicted_velocity(
         self, noisy: Float[Tensor, "B c H W"], levels: Int[Tensor, " B"], captions: list[str]
     ) -> Float[Tensor, "B c H W"]:
-        """What the U-Net takes for noise at training steps `levels` (0..999), told the captions."""
+        """The U-Net's velocity at training steps `levels` (0..999), told the captions."""
         tokens = self.parts["tokenizer"](
             captions, padding="max_length", truncation=True, max_length=self.recipe["sizes"]["text_tokens"], return_tensors="pt"
         )
@@ -56,5 +60,6 @@ class UNetTrainer(Trainer):
         pure = torch.randn(latents.shape, generator=noise).to(self.device)
         levels = torch.randint(0, 1000, (len(scenes),), generator=noise).to(self.device)
         noisy = self.parts["scheduler"].add_noise(latents, pure, levels)
-        loss = mse_loss(self.predicted_noise(noisy, levels, captions), pure)
-        return {"noise": loss, "total": loss}
+        velocity = self.parts["scheduler"].get_velocity(latents, pure, levels)
+        loss = mse_loss(self.predicted_velocity(noisy, levels, captions), velocity)
+        return {"velocity": loss, "total": loss}

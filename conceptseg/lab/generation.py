@@ -74,7 +74,7 @@ def _by_denoising(trainer: UNetTrainer, latents: Tensor, captions: list[str], st
     scheduler.set_timesteps(steps)
     for step in scheduler.timesteps:
         levels = step.expand(len(latents))
-        told = trainer.predicted_noise(latents, levels, captions)
-        untold = trainer.predicted_noise(latents, levels, [""] * len(captions))
+        told = trainer.predicted_velocity(latents, levels, captions)
+        untold = trainer.predicted_velocity(latents, levels, [""] * len(captions))
         latents = scheduler.step(untold + guidance * (told - untold), step, latents).prev_sample
     return latents

@@ -140,7 +140,7 @@ def build_sd(sizes: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     scheduler = DDIMScheduler(
         num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon",
+        set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction",
     )  # fmt: skip
     return {
         "unet": unet, "text_encoder": CLIPTextModel(_clip_text(tokenizer, sizes["text_width"], sizes["text_layers"])),
@@ -187,7 +187,15 @@ def save(parts: dict[str, Any], folder: Path) -> None:
     for name, part in parts.items():
         if isinstance(part, torch.nn.Module):
             part.to(torch.float16)
+        elif isinstance(part, PreTrainedTokenizerFast):
+            _forget_padding(part)
         part.save_pretrained(folder / name)
+
+
+def _forget_padding(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Whether a tokenizer has padded in training is no part of the model."""
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
 
 
 def _fp16(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -202,6 +210,7 @@ def save_clip(parts: dict[str, Any], folder: Path) -> None:
     text = json.dumps({"model_cfg": parts["config"], "preprocess_cfg": about}, indent=1) + "\n"
     (folder / "open_clip_config.json").write_text(text, encoding="utf-8")
     save_file(_fp16(parts["model"]), folder / "open_clip_model.safetensors")
+    _forget_padding(parts["tokenizer"])
     parts["tokenizer"].save_pretrained(folder)
 
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -57,6 +57,7 @@ class Trainer(ABC):
             lr=recipe["learning_rate"], betas=(0.9, 0.99), weight_decay=recipe["weight_decay"],
         )  # fmt: skip
         self.step = 0
+        self._single: np.ndarray | None = None
 
     @abstractmethod
     def build(self) -> dict[str, Any]:
@@ -91,6 +92,17 @@ class Trainer(ABC):
                 whole |= phase
         return whole
 
+    def choose(self, scenes: list[Scene], rng: np.random.Generator) -> Int[np.ndarray, " B"]:
+        """Numbers of a batch's scenes: `single_share` of them from those with one object, which are drawn larger."""
+        if self._single is None:
+            self._single = np.array([i for i, scene in enumerate(scenes) if len(scene.objects) == 1])
+        size = self.batch_size()
+        any_scene = rng.integers(0, len(scenes), size)
+        if not len(self._single):
+            return any_scene
+        lone = self._single[rng.integers(0, len(self._single), size)]
+        return np.where(rng.random(size) < self.recipe["single_share"], lone, any_scene)
+
     def images(self, scenes: list[Scene]) -> Float[Tensor, "B 3 H W"]:
         """Scenes as the model is shown them, in -1..1."""
         pixels = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2)
@@ -110,7 +122,7 @@ class Trainer(ABC):
         rng = np.random.default_rng([seed, 77, self.step])
         noise = torch.Generator().manual_seed(seed * 1_000_003 + self.step)
         torch.manual_seed(seed * 1_000_003 + self.step)
-        chosen = [scenes[i] for i in rng.integers(0, len(scenes), self.batch_size())]
+        chosen = [scenes[i] for i in self.choose(scenes, rng)]
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
         losses = self.losses(chosen, rng, noise)

@@ -25,7 +25,7 @@ TOYS = {
         "sizes.head_width=8", "sizes.rope=[4,2,2]",
     ],
     "sd3": [*FLOW, "sizes.blocks=2", "sizes.dual_attention_blocks=[0]", "sizes.head_width=8", "sizes.clip_width=8"],
-    "sd": [*COMMON, "sizes.channels=[8,8,8]", "sizes.norm_groups=2", "sizes.heads=2", "sizes.text_width=8"],
+    "sd": [*COMMON, "sizes.channels=[8,8]", "sizes.norm_groups=2", "sizes.heads=2", "sizes.text_width=8"],
     "clip": [*COMMON, "sizes.width=16", "sizes.head_width=8", "sizes.layers=1", "sizes.text_width=8", "sizes.text_layers=1"],
     "vit": [*COMMON, "sizes.width=16", "sizes.heads=2", "sizes.layers=1"],
     "dino": [*COMMON, "sizes.width=16", "sizes.heads=2", "sizes.layers=1", "hidden=16", "prototypes=16"],
@@ -82,6 +82,14 @@ def test_a_written_model_is_read_back_to_the_averaged_weights(name, written):
         torch.testing.assert_close(found[key], wanted[key].half().float(), rtol=0, atol=0)
 
 
+def test_tokenizers_are_written_as_they_were_built(written):
+    files = [file for name in TRAINERS for file in written[name][1].rglob("tokenizer.json")]
+    assert len(files) == 6  # one of Flux, three of SD3, one of the U-Net, one of CLIP
+    for file in files:
+        whole = json.loads(file.read_text())
+        assert whole["padding"] is None and whole["truncation"] is None
+
+
 def test_a_written_flux_is_read_like_a_real_checkpoint(written):
     backbone = FluxBackbone(str(written["flux"][1]), image_size=48, resize="bicubic", text_tokens=16)
     assert backbone.provenance == "lab" and backbone.layers == (0, 1)
@@ -123,7 +131,7 @@ def lab(monkeypatch, *said):
     return ended.value.code
 
 
-@pytest.mark.parametrize(("name", "cells"), [("flux", 2 * 4 * 6), ("sd3", 2 * 4 * 6), ("sd", 6 * 2 * 6)])
+@pytest.mark.parametrize(("name", "cells"), [("flux", 2 * 4 * 6), ("sd3", 2 * 4 * 6), ("sd", 7 * 2 * 6)])
 def test_a_sweep_reads_every_layer_and_noise_level_and_lands_in_the_card(name, cells, written, tmp_path, monkeypatch, capsys):
     folder = tmp_path / name
     shutil.copytree(written[name][1], folder)

@@ -1,0 +1,61 @@
+"""What lab models are told in training: which scenes make a batch, and what is said of them."""
+
+import numpy as np
+import pytest
+
+from conceptseg.data.scenes import OBJECTS, TINTS, draw_scene
+from conceptseg.lab.captions import GLUE, NOUNS, describe, question
+from conceptseg.lab.recipes import load_recipe
+from conceptseg.lab.train import make_trainer
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [draw_scene("train", 0, index, size=32) for index in range(60)]
+
+
+def said_of(scenes, **how):
+    rng = np.random.default_rng(0)
+    return [(scene, describe(scene, rng, **how)) for scene in scenes for _ in range(20)]
+
+
+def test_a_description_is_true_of_its_scene(scenes):
+    for scene, caption in said_of(scenes):
+        known = {o.word for o in scene.objects} | {o.tint for o in scene.objects} | {scene.ground} | set(GLUE)
+        assert set(caption.words) <= known and not any(caption.swapped)
+
+
+def test_a_colour_stands_before_the_object_that_has_it(scenes):
+    for scene, caption in said_of(scenes, tint=1.0):
+        pairs = {(o.tint, o.word) for o in scene.objects}
+        assert all((w, caption.words[i + 1]) in pairs for i, w in enumerate(caption.words) if w in TINTS)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_the_share_of_lone_names_is_what_was_asked(scenes, share):
+    captions = [c for _, c in said_of(scenes, lone=share)]
+    lone = [c for c in captions if c.words in {(w,) for w in OBJECTS} | {("a", w) for w in OBJECTS}]
+    # Of whole captions a few shrink to a lone name too: one object, no colour, no ground.
+    assert share - 0.04 < len(lone) / len(captions) < share + 0.1
+    assert not [c for c, told in ((c, t) for _, c in said_of(scenes, tint=0.0) for t in TINTS) if told in c.words]
+
+
+def test_a_question_marks_exactly_the_words_that_are_not_true(scenes):
+    rng = np.random.default_rng(1)
+    for scene in scenes:
+        caption = question(scene, rng, 0.4)
+        objects = {o.word for o in scene.objects}
+        for word, swapped in zip(caption.words, caption.swapped, strict=True):
+            if word in NOUNS:
+                assert swapped == (word not in objects | {scene.ground})
+
+
+def test_half_of_a_batch_comes_from_scenes_with_one_object():
+    scenes = [draw_scene("train", 0, index, size=16, objects=(2, 2) if index % 10 else (1, 1)) for index in range(50)]
+    recipe = load_recipe("vit", ["batch=400", "sizes.width=16", "sizes.heads=2", "sizes.layers=1", "single_share=0.5"])
+    trainer = make_trainer(recipe)
+    lone = np.mean([len(scenes[i].objects) == 1 for i in trainer.choose(scenes, np.random.default_rng(0))])
+    assert lone == pytest.approx(0.5 + 0.5 * 0.1, abs=0.07)
+    crowded = [s for s in scenes if len(s.objects) == 2]
+    trainer = make_trainer(recipe)
+    assert len(trainer.choose(crowded, np.random.default_rng(0))) == 400  # none with one object: any will do
