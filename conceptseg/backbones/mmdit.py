@@ -33,6 +33,11 @@ TEXTS_AT_ONCE = 16
 """How many texts go through an encoder together; a T5-XXL keeps 0.2 GB of activations a text."""
 
 
+def _on_host(tensor: Tensor) -> Tensor:
+    """Where texts wait; a tensor without values (device "meta", for counting) stays what it is."""
+    return tensor if tensor.is_meta else tensor.cpu()
+
+
 class MultiModalBackbone(LatentModel):
     """A transformer that reads text and image side by side. Weights are read on first use; text is encoded once a string.
 
@@ -157,7 +162,7 @@ class MultiModalBackbone(LatentModel):
             some, waiting = dict(waiting[:TEXTS_AT_ONCE]), waiting[TEXTS_AT_ONCE:]
             with torch.inference_mode():
                 for name, record in zip(some, encode(list(some.values())), strict=True):
-                    self.texts[name] = {kind: tensor.cpu() for kind, tensor in record.items()}
+                    self.texts[name] = {kind: _on_host(tensor) for kind, tensor in record.items()}
         if self.releases_text_encoders:
             self.release(*self.text_parts)
 

@@ -41,14 +41,13 @@ def test_what_changes_a_scene_changes_the_fingerprint(setting):
 
 def test_the_fingerprint_notices_another_drawing(monkeypatch):
     before = Scenes(count=8).fingerprint()
-    draw = drawn.draw_scene
 
     def paler(*arguments):
-        scene = draw(*arguments)
+        scene = drawn.draw_scene(*arguments)
         scene.image[0, 0, 0] ^= 1
         return scene
 
-    monkeypatch.setattr(drawn, "draw_scene", paler)
+    monkeypatch.setattr(drawn, "kept_scene", paler)
     assert Scenes(count=8).fingerprint() != before
 
 
