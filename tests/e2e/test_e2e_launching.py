@@ -30,6 +30,7 @@ def alone(shared):
 
 
 SLOW = """
+import time
 from conceptseg.extractors import controls
 saliency = controls.RandomMap.saliency
 controls.RandomMap.saliency = lambda self, batch: (time.sleep(0.2), saliency(self, batch))[1]
