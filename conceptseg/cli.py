@@ -115,12 +115,13 @@ def _evaluate(config: DictConfig) -> int:
     from conceptseg.report.results import save
     from conceptseg.report.terminal import print_table
     from conceptseg.report.trackers import check_trackers, track
-    from conceptseg.run import carry_out, draw_sheet, readings, write_results
+    from conceptseg.run import carry_out, check_decisions, draw_sheet, readings, write_results
     from conceptseg.tables import single_table
 
     whole = plain(config)
     check_trackers(whole["report"]["trackers"])
     evaluation = assemble(whole)
+    check_decisions(evaluation)
     carry_out(evaluation)
     found = readings(evaluation, whole["report"]["columns"])
     write_results(evaluation, found)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from conceptseg.assemble import Evaluation
+from conceptseg.errors import ConfigError
 from conceptseg.evaluate import Tally, evaluate
 from conceptseg.metrics.intervals import Interval
 from conceptseg.metrics.summary import summarise
@@ -43,6 +44,17 @@ class Reading:
     waiting: int
     """Samples that no process has finished yet."""
     values: Mapping[str, Interval]
+
+
+def check_decisions(evaluation: Evaluation) -> None:
+    """Raise ConfigError where a protocol decides between words only, and the extractor's maps of words can't be compared."""
+    protocol, extractor = evaluation.protocol, evaluation.extractor
+    if not extractor.comparable and all(s.decision == "argmax" for s in protocol.segmenters):
+        raise ConfigError(
+            f"protocol {protocol.label} gives a pixel to the word with the greatest score, and {type(extractor).__name__}'s maps of "
+            "different words can't be compared: nothing would be scored. Take a protocol that cuts one word's map, for example "
+            "protocol=scenes_single 'dataset.objects=[1,1]' (its key: protocol.segmenters)"
+        )
 
 
 def carry_out(evaluation: Evaluation, title: str = "") -> Tally:

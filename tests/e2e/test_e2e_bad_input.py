@@ -275,3 +275,8 @@ def test_views_that_are_empty_are_refused(commands):
 def test_a_refused_setting_leaves_no_run_behind(commands):
     commands.run("backbone@extractor.backbone=lab_flux", "views.output.layers=9", code=1)
     assert not commands.runs()
+
+
+def test_a_method_without_comparable_maps_is_refused_where_only_words_compete(commands):
+    said = refusal(commands.run("extractor=dino", "dataset.count=2", code=1))
+    assert "SelfAttention's maps of different words can't be compared" in said and "protocol=scenes_single" in said
