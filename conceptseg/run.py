@@ -51,8 +51,8 @@ def check_decisions(evaluation: Evaluation) -> None:
     protocol, extractor = evaluation.protocol, evaluation.extractor
     if not extractor.comparable and all(s.decision == "argmax" for s in protocol.segmenters):
         raise ConfigError(
-            f"protocol {protocol.label} gives a pixel to the word with the greatest score, and {type(extractor).__name__}'s maps of "
-            "different words can't be compared: nothing would be scored. Take a protocol that cuts one word's map, for example "
+            f"protocol {protocol.label} gives a pixel to the word with the greatest score, and {type(extractor).__name__}'s maps "
+            "of different words can't be compared: nothing would be scored. Take a protocol that cuts one word's map, for example "
             "protocol=scenes_single 'dataset.objects=[1,1]' (its key: protocol.segmenters)"
         )
 
