@@ -52,7 +52,7 @@ def check_decisions(evaluation: Evaluation) -> None:
     if not extractor.comparable and all(s.decision == "argmax" for s in protocol.segmenters):
         raise ConfigError(
             f"protocol {protocol.label} gives a pixel to the word with the greatest score, and {type(extractor).__name__}'s maps "
-            "of different words can't be compared: nothing would be scored. Take a protocol that cuts one word's map, for example "
+            "of different words can't be compared: nothing would be scored. Take a protocol that cuts one word's map, such as "
             "protocol=scenes_single 'dataset.objects=[1,1]' (its key: protocol.segmenters)"
         )
 
