@@ -14,6 +14,9 @@ TOLERANCE = 0.01
 NAMED = ("constant", "random", "inverted oracle")
 
 
+pytestmark = pytest.mark.timeout(900)  # the whole table, while another process tests beside it
+
+
 @pytest.fixture(scope="module")
 def computed(shared):
     """The whole lab table, computed anew in an empty folder."""
