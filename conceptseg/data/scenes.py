@@ -66,12 +66,19 @@ def is_held_out(word: str, ground: str) -> bool:
 
 
 def draw_scene(
-    split: str, seed: int, index: int, size: int = 64, objects: tuple[int, int] = (1, 3), words: Sequence[str] = OBJECTS
+    split: str,
+    seed: int,
+    index: int,
+    size: int = 64,
+    objects: tuple[int, int] = (1, 3),
+    words: Sequence[str] = OBJECTS,
+    distractors: tuple[int, int] = (3, 6),
 ) -> Scene:
     """Draw scene `index` of a split at size × size pixels.
 
     `train` leaves out the held-out (object, ground) pairs, `val` draws all pairs, `unseen` draws only held-out ones.
     `objects` is the least and the greatest number of objects (at most 3); an object that finds no room is left out.
+    `distractors` is the same for the unnamed things that are laid where room is left.
     """
     rng = np.random.default_rng([_SPLITS[split], seed, index])
     ground = str(rng.choice(GROUNDS))
@@ -85,7 +92,7 @@ def draw_scene(
     chosen = [str(w) for w in rng.choice(allowed, size=count, replace=False)]
 
     named = [(word, str(rng.choice(list(TINTS))), OBJECTS.index(word) + 1) for word in chosen]
-    return _draw(rng, ground, named, [_SPANS[count]] * count, size)
+    return _draw(rng, ground, named, [_SPANS[count]] * count, size, distractors)
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,7 @@ def _draw(
     named: Sequence[tuple[str, str, int]],
     spans: Sequence[tuple[float, float]],
     size: int,
+    distractors: tuple[int, int] = (3, 6),
 ) -> Scene:
     """Paint a ground, lay the named (word, tint, label) objects on it, then unnamed distractors wherever room is left.
 
@@ -165,7 +173,7 @@ def _draw(
         labels[rim] = VOID
         taken.append(box)
         placed.append(Placed(word, tint, box))
-    for number in range(int(rng.integers(3, 7))):
+    for number in range(int(rng.integers(distractors[0], distractors[1] + 1))):
         if (box := _free_box(rng, size, taken, _LITTER[min(number, 2)])) is not None:
             _paste(canvas, _distractor(rng), box, angle=float(rng.uniform(0, 360)))
             taken.append(box)

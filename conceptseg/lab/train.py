@@ -177,11 +177,11 @@ def make_trainer(recipe: dict[str, Any], device: str = "cpu") -> Trainer:
 
 
 def draw_training_scenes(recipe: dict[str, Any], work: Path) -> list[Scene]:
-    """The training split with a share of hard scenes, at the size the model is shown; drawn once, since that takes minutes.
+    """The training split with a share of hard and of plain scenes, at the size the model is shown; drawn once, since that takes minutes.
 
     The drawings are kept beside the work folder, where the next model that asks for the same finds them.
     """
-    wanted = {k: recipe[k] for k in ("seed", "scenes", "hard_scenes", "scene_size", "image_size")} | {"drawing": DRAWING_VERSION}
+    wanted = {k: recipe[k] for k in ("seed", "scenes", "hard_scenes", "plain_scenes", "scene_size", "image_size")} | {"drawing": DRAWING_VERSION}
     name = "scenes-" + "-".join(str(wanted[k]) for k in sorted(wanted))
     about, pixels = work.parent / f"{name}.json", work.parent / f"{name}.npy"
     if not (about.exists() and pixels.exists()):
@@ -189,6 +189,10 @@ def draw_training_scenes(recipe: dict[str, Any], work: Path) -> list[Scene]:
         scenes = [draw_scene("train", seed, i, size) for i in range(recipe["scenes"])]
         scenes += [
             draw_hard_scene("train", seed, i, size, ("tint", "part")[i % 2]).scene for i in range(recipe["hard_scenes"])
+        ]  # fmt: skip
+        after = recipe["scenes"]  # plain scenes are no barer copies of the others
+        scenes += [
+            draw_scene("train", seed, after + i, size, objects=(1, 1), distractors=(0, 0)) for i in range(recipe["plain_scenes"])
         ]  # fmt: skip
         shown = (recipe["image_size"], recipe["image_size"])
         small = [stack_images([s.image / np.float32(255)], shown, "bicubic")[0].permute(1, 2, 0).numpy() for s in scenes]
