@@ -19,7 +19,7 @@ from conceptseg.backbones.image_encoder import (
     checkpoint_weights,
     load_strictly,
 )
-from conceptseg.backbones.mmdit import chosen
+from conceptseg.backbones.settings import chosen
 from conceptseg.backbones.tower import Tower, TowerBlock, Weights, resized_positions
 from conceptseg.errors import ConfigError, DataError, TapError, did_you_mean
 

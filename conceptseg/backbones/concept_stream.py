@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from einops import repeat
@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from conceptseg.backbones.taps import StopForward, TapSet
 from conceptseg.errors import TapError
 
+Rows = TypeVar("Rows", bound="TensorRows")
 Vectors = tuple[Tensor, Tensor]
 """Concept vectors [R C d] or [R A C d], and image vectors [R L d] or [R A L d]."""
 
@@ -101,7 +102,17 @@ SPACES: dict[str, tuple[str, Callable[[BlockActivations], Vectors]]] = {
 
 
 @dataclass(frozen=True)
-class ConceptTokens:
+class TensorRows:
+    """A dataclass of tensors [B ...], any of which may be None."""
+
+    def repeated(self: Rows, draws: int) -> Rows:
+        """Every row `draws` times, copies of a row side by side."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: None if t is None else repeat(t, "B ... -> (B n) ...", n=draws) for k, t in held.items()})
+
+
+@dataclass(frozen=True)
+class ConceptTokens(TensorRows):
     """The tokens that stand for the words of each row.
 
     tokens: [B T d] as the text encoder gives them. words: [B C T], the share that each token has in each word's vectors when they
@@ -112,12 +123,6 @@ class ConceptTokens:
     tokens: Float[Tensor, "B T d"]
     words: Float[Tensor, "B C T"] | None = None
     present: Bool[Tensor, "B T"] | None = None
-
-    def repeated(self, draws: int) -> ConceptTokens:
-        """Every row `draws` times, copies of a row side by side."""
-        each = [None if t is None else repeat(t, "B ... -> (B n) ...", n=draws) for t in (self.tokens, self.words, self.present)]
-        assert each[0] is not None
-        return ConceptTokens(each[0], each[1], each[2])
 
     def by_word(self, vectors: Float[Tensor, "R *A T d"]) -> Float[Tensor, "R *A C d"]:
         """Vectors of words from vectors of tokens."""

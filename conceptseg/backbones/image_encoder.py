@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from conceptseg.backbones.base import RESIZES, Checkpoint, Provenance, stack_images
-from conceptseg.backbones.mmdit import chosen, device_of, dtype_of
+from conceptseg.backbones.settings import chosen, device_of, dtype_of
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.tower import Tower
 from conceptseg.errors import ConfigError

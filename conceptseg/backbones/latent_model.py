@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -12,25 +11,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from conceptseg.backbones.base import RESIZES, Checkpoint, Provenance
+from conceptseg.backbones.latent_checkpoint import LatentCheckpoint
 from conceptseg.backbones.latents import spread_out
 from conceptseg.backbones.quantized_weights import WEIGHTS, to_eight_bits
-from conceptseg.backbones.settings import chosen, device_of, dtype_of
-from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.backbones.settings import chosen
+from conceptseg.errors import ConfigError
 
 
-class LatentModel(ABC):
+class LatentModel(LatentCheckpoint, ABC):
     """What does not depend on text.
 
-    dtype, vae_dtype: of the weights; image_size: pixels a side that the model is shown, or [height, width], multiples of
-    `pixels_per_token`; resize: how images get there. weights: "full", in dtype, or "int8": the blocks' matrices rounded to eight
+    image_size: multiples of `pixels_per_token`. weights: "full", in dtype, or "int8": the blocks' matrices rounded to eight
     bits (torchao), a variant with rows of its own.
     """
 
     transformer_class: ClassVar[str]
     """The stock diffusers class."""
-    autoencoders: ClassVar[tuple[str, ...]] = ("AutoencoderKL",)
-    """Stock classes that its images may be encoded by."""
     classifier_free: ClassVar[bool] = False
     """Whether the family is guided by a second pass without a caption, rather than told a strength."""
 
@@ -45,32 +41,14 @@ class LatentModel(ABC):
         vae_dtype: str = "float32",
         weights: str = "full",
     ) -> None:
-        self.checkpoint = Checkpoint(path, revision)
-        self.dtype, self.vae_dtype = dtype_of(dtype, "dtype"), dtype_of(vae_dtype, "vae_dtype")
-        self.device = device_of(device)
-        chosen("resize", resize, RESIZES)
+        super().__init__(path, revision, dtype, device, image_size, resize, vae_dtype)
         chosen("weights", weights, WEIGHTS)
-        self.size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
-        self.resize, self.weights = resize, weights
-
-    @property
-    def provenance(self) -> Provenance:
-        return self.checkpoint.provenance
+        self.weights = weights
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The transformer's config.json; read without loading weights."""
-        folder = self.checkpoint.folder()
-        if folder is not None:
-            file = folder / "transformer" / "config.json"
-            if not file.exists():
-                raise ConfigError(f'extractor.backbone.path "{self.checkpoint.path}": wanted {file}, which is not there.')
-            return dict(json.loads(file.read_text(encoding="utf-8")))
-        import diffusers
-
-        with self.checkpoint.loading("transformer/config.json"):
-            host = getattr(diffusers, self.transformer_class)
-            return dict(host.load_config(subfolder="transformer", **self.checkpoint.source()))
+        return self.config_of("transformer")
 
     # ------------------------------------------------------------ parts, loaded on first use
 
@@ -78,42 +56,15 @@ class LatentModel(ABC):
     def transformer(self) -> nn.Module:
         import diffusers
 
-        host = getattr(diffusers, self.transformer_class)
-        with self.checkpoint.loading("transformer"):
-            model = host.from_pretrained(subfolder="transformer", torch_dtype=self.dtype, **self.checkpoint.source())
+        model = self.part("transformer", getattr(diffusers, self.transformer_class), torch_dtype=self.dtype)
         return self.placed(model if self.weights == "full" else to_eight_bits(model))
-
-    @cached_property
-    def vae(self) -> Any:
-        import diffusers
-
-        from conceptseg.backbones.codec import PatchCodec
-
-        source = self.checkpoint.source()
-        with self.checkpoint.loading("vae/config.json"):
-            kind = diffusers.AutoencoderKL.load_config(subfolder="vae", **source)["_class_name"]
-        codecs = {"PatchCodec": PatchCodec, **{name: getattr(diffusers, name) for name in self.autoencoders}}
-        if kind not in codecs:
-            raise ConfigError(f'extractor.backbone.path: its vae is a "{kind}". {did_you_mean(kind, codecs)}')
-        with self.checkpoint.loading("vae"):
-            return self.placed(codecs[kind].from_pretrained(subfolder="vae", torch_dtype=self.vae_dtype, **source))
 
     @cached_property
     def scheduler(self) -> Any:
         """The checkpoint's own schedule of noise levels, for making images."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        with self.checkpoint.loading("scheduler"):
-            return FlowMatchEulerDiscreteScheduler.from_pretrained(subfolder="scheduler", **self.checkpoint.source())
-
-    def placed(self, model: Any) -> Any:
-        """A model on the device, without dropout and gradients."""
-        return model.to(self.device).eval().requires_grad_(False)
-
-    def part(self, name: str, loader: Any, **options: Any) -> Any:
-        """A tokenizer or text encoder of the checkpoint."""
-        with self.checkpoint.loading(name):
-            return loader.from_pretrained(subfolder=name, **self.checkpoint.source(), **options)
+        return self.part("scheduler", FlowMatchEulerDiscreteScheduler)
 
     # ------------------------------------------------------------ images
 
@@ -139,12 +90,6 @@ class LatentModel(ABC):
                     f"extractor.backbone.image_size is {side}; this model's tokens are {step} pixels wide, so a multiple "
                     f"of {step} is wanted, for example {max(step, round(side / step) * step)}."
                 )
-
-    @property
-    def pixels_per_latent(self) -> int:
-        """Side of a latent pixel: the autoencoder's factor."""
-        config = self.vae.config
-        return int(config["patch"] if "patch" in config else 2 ** (len(config["block_out_channels"]) - 1))
 
     @property
     def pixels_per_token(self) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -20,14 +18,10 @@ from torch import Tensor
 from conceptseg.backbones.concept_stream import SPACES, ConceptCarrier, ConceptStream, ConceptTokens
 from conceptseg.backbones.latent_model import LatentModel
 from conceptseg.backbones.prompts import POOLINGS, Prompts, own_tokens, pooled_tokens
-from conceptseg.backbones.settings import chosen as chosen
-from conceptseg.backbones.settings import device_of as device_of
-from conceptseg.backbones.settings import dtype_of as dtype_of
+from conceptseg.backbones.settings import chosen
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextCache, TextRecord
 from conceptseg.errors import ConfigError, DataError, did_you_mean
-
-log = logging.getLogger(__name__)
 
 TEXTS_AT_ONCE = 16
 """How many texts go through an encoder together; a T5-XXL keeps 0.2 GB of activations a text."""
@@ -75,7 +69,6 @@ class MultiModalBackbone(LatentModel):
         self.text_tokens, self.concept_pooling = text_tokens, concept_pooling
         self.releases_text_encoders = text_encoders == "release"
         self.texts = TextCache(text_cache, self.text_identity)
-        self._warned: set[str] = set()
         self.forward_passes = 0
 
     # ------------------------------------------------------------ what it is
@@ -89,8 +82,7 @@ class MultiModalBackbone(LatentModel):
     def identity(self) -> dict[str, Any]:
         """What of this backbone changes the numbers, for the run id; the device does not belong to it."""
         return {
-            "class": self.kind, **self.checkpoint.identity(), "dtype": str(self.dtype), "vae_dtype": str(self.vae_dtype),
-            "image_size": self.size[0] if self.size[0] == self.size[1] else list(self.size), "resize": self.resize,
+            "class": self.kind, **self.settings_identity(),
             "text_tokens": self.text_tokens, "concept_pooling": self.concept_pooling,
             **({} if self.weights == "full" else {"weights": self.weights}),
         }  # fmt: skip
@@ -134,7 +126,7 @@ class MultiModalBackbone(LatentModel):
 
     def encode_text(self, strings: Sequence[str]) -> None:
         """Put every string that is new into the cache. Raises DataError for a word the tokenizer does not know."""
-        self._check_words([s for s in dict.fromkeys(strings) if s not in self.texts])
+        self.check_words([s for s in dict.fromkeys(strings) if s not in self.texts])
         self.fill({s: s for s in strings}, self.encode)
 
     def texts_of(self, caption: str, words: Sequence[str]) -> set[str]:
@@ -146,7 +138,7 @@ class MultiModalBackbone(LatentModel):
         readable = []
         for string in sorted(s for s in strings if s not in self.texts):
             with suppress(DataError):
-                self._check_words([string])
+                self.check_words([string])
                 readable.append(string)
         self.fill({s: s for s in readable}, self.encode)
 
@@ -172,23 +164,6 @@ class MultiModalBackbone(LatentModel):
             self.__dict__.pop(name, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _check_words(self, strings: Sequence[str]) -> None:
-        if not strings:
-            return
-        unknown = self.tokenizer.unk_token_id
-        trained = set((self.checkpoint.card() or {}).get("trained_words", ()))
-        for string in strings:
-            if unknown is not None and unknown in self.tokenizer(string).input_ids:
-                known = [w for w in self.tokenizer.get_vocab() if w.isalpha()]
-                word = next((w for w in string.split() if unknown in self.tokenizer(w).input_ids), string)
-                raise DataError(
-                    f'the text "{string}": "{word}" is unknown to this backbone\'s tokenizer. {did_you_mean(word, known)}'
-                )
-        said = {word for string in strings for word in re.findall(r"[a-z0-9]+", string.lower())}
-        if trained and (unseen := sorted(said - trained - self._warned)):
-            self._warned |= set(unseen)
-            log.warning("this lab model never saw the words %s: such maps say nothing about the method", ", ".join(unseen))
 
     def prompts(self, captions: Sequence[str]) -> Prompts:
         """Encoded captions, padded to `text_tokens`."""

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from conceptseg.backbones.concept_stream import ConceptTokens
+from conceptseg.backbones.concept_stream import ConceptTokens, TensorRows
 
 POOLINGS = ("first", "last", "mean", "max", "joint")
 """Which tokens of a word stand for it: one of them, the mean or greatest value of their embeddings, or all of them, travelling
@@ -21,7 +20,7 @@ side by side, with the mean of their vectors when they are scored."""
 
 
 @dataclass(frozen=True)
-class Prompts:
+class Prompts(TensorRows):
     """Encoded captions.
 
     hidden: [B N d]; pooled: [B p], None in families without one and for Flux's zeros; present: [B N], False for padding that the
@@ -31,12 +30,6 @@ class Prompts:
     hidden: Float[Tensor, "B N d"]
     pooled: Float[Tensor, "B p"] | None = None
     present: Bool[Tensor, "B N"] | None = None
-
-    def repeated(self, draws: int) -> Prompts:
-        """Every row `draws` times, copies of a row side by side."""
-        each = [None if t is None else repeat(t, "B ... -> (B n) ...", n=draws) for t in (self.hidden, self.pooled, self.present)]
-        assert each[0] is not None
-        return Prompts(each[0], each[1], each[2])
 
     def after(self, other: Prompts) -> Prompts:
         """The other's rows, then these: the two halves of classifier-free guidance. The shorter texts are padded."""

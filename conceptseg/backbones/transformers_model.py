@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from conceptseg.backbones.base import RESIZES, Checkpoint, Provenance, stack_images
 from conceptseg.backbones.image_encoder import checkpoint_file
-from conceptseg.backbones.mmdit import chosen, device_of, dtype_of
+from conceptseg.backbones.settings import chosen, device_of, dtype_of
 from conceptseg.errors import ConfigError, DataError, did_you_mean
 from conceptseg.types import Task, TrainedOn
 

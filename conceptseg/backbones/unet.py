@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -13,22 +10,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from conceptseg.backbones.base import RESIZES, Checkpoint, Provenance
 from conceptseg.backbones.cross_attention import CrossAttention, CrossAttentionTap, cross_attentions, reference_side
+from conceptseg.backbones.latent_checkpoint import LatentCheckpoint
 from conceptseg.backbones.latents import spread_out
-from conceptseg.backbones.settings import chosen, device_of, dtype_of
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextCache
-from conceptseg.errors import ConfigError, DataError, did_you_mean
-
-log = logging.getLogger(__name__)
+from conceptseg.errors import ConfigError
 
 
-class UNetBackbone:
+class UNetBackbone(LatentCheckpoint):
     """Stable Diffusion 1.x, 2.x, XL, or the lab's. Weights are read on first use; text is encoded once per distinct string.
 
-    image_size: pixels a side that the model is shown, or [height, width]; resize: how images get there. text_cache: a folder
-    that keeps embedded texts, by encoder and string. licence, memory: what a sheet tells its reader, never read.
+    text_cache: a folder that keeps embedded texts, by encoder and string. licence, memory: what a sheet tells its reader, never
+    read. The other settings: see `LatentCheckpoint`.
     """
 
     family = "unet"
@@ -46,51 +40,20 @@ class UNetBackbone:
         licence: str | None = None,
         memory: str | None = None,
     ) -> None:
-        self.checkpoint = Checkpoint(path, revision)
-        self.dtype, self.vae_dtype = dtype_of(dtype, "dtype"), dtype_of(vae_dtype, "vae_dtype")
-        self.device = device_of(device)
-        chosen("resize", resize, RESIZES)
-        self.size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
-        self.resize = resize
+        super().__init__(path, revision, dtype, device, image_size, resize, vae_dtype)
         self.texts = TextCache(text_cache, lambda: {"class": "unet", **self.checkpoint.identity(), "dtype": str(self.dtype)})
-        self._warned: set[str] = set()
         self.forward_passes = 0
 
     # ------------------------------------------------------------ what it is
 
-    @property
-    def provenance(self) -> Provenance:
-        return self.checkpoint.provenance
-
     def identity(self) -> dict[str, Any]:
         """What of this backbone changes the numbers, for the run id; the device does not belong to it."""
-        return {
-            "class": "unet", **self.checkpoint.identity(), "dtype": str(self.dtype), "vae_dtype": str(self.vae_dtype),
-            "image_size": self.size[0] if self.size[0] == self.size[1] else list(self.size), "resize": self.resize,
-        }  # fmt: skip
-
-    def _config_of(self, part: str) -> dict[str, Any]:
-        """config.json of one part; read without loading weights."""
-        folder = self.checkpoint.folder()
-        if folder is not None:
-            file = folder / part / "config.json"
-            if not file.exists():
-                raise ConfigError(f'extractor.backbone.path "{self.checkpoint.path}": wanted {file}, which is not there.')
-            return dict(json.loads(file.read_text(encoding="utf-8")))
-        from diffusers import UNet2DConditionModel
-
-        with self.checkpoint.loading(f"{part}/config.json"):
-            return dict(UNet2DConditionModel.load_config(subfolder=part, **self.checkpoint.source()))
+        return {"class": "unet", **self.settings_identity()}
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The U-Net's config.json."""
-        return self._config_of("unet")
-
-    @cached_property
-    def vae_config(self) -> dict[str, Any]:
-        """The autoencoder's config.json."""
-        return self._config_of("vae")
+        return self.config_of("unet")
 
     @property
     def is_xl(self) -> bool:
@@ -101,12 +64,6 @@ class UNetBackbone:
     def layers(self) -> tuple[CrossAttention, ...]:
         """Cross-attentions in the reference's order: up blocks, down blocks, and the mid block last."""
         return cross_attentions(self.config)
-
-    @property
-    def pixels_per_latent(self) -> int:
-        """Side of a latent pixel."""
-        config = self.vae_config
-        return int(config["patch"] if "patch" in config else 2 ** (len(config["block_out_channels"]) - 1))
 
     @property
     def map_side(self) -> int:
@@ -120,31 +77,12 @@ class UNetBackbone:
 
     # ------------------------------------------------------------ parts, loaded on first use
 
-    def part(self, name: str, loader: Any, dtype: torch.dtype | None = None) -> Any:
-        """A part of the checkpoint; a model (which has a dtype) on the device, without dropout and gradients."""
-        with self.checkpoint.loading(name):
-            if dtype is None:
-                return loader.from_pretrained(subfolder=name, **self.checkpoint.source())
-            model = loader.from_pretrained(subfolder=name, torch_dtype=dtype, **self.checkpoint.source())
-        return model.to(self.device).eval().requires_grad_(False)
-
     @cached_property
     def unet(self) -> nn.Module:
         from diffusers import UNet2DConditionModel
 
-        found: nn.Module = self.part("unet", UNet2DConditionModel, self.dtype)
+        found: nn.Module = self.placed(self.part("unet", UNet2DConditionModel, torch_dtype=self.dtype))
         return found
-
-    @cached_property
-    def vae(self) -> Any:
-        from diffusers import AutoencoderKL
-
-        from conceptseg.backbones.codec import PatchCodec
-
-        codecs, kind = {"AutoencoderKL": AutoencoderKL, "PatchCodec": PatchCodec}, self.vae_config["_class_name"]
-        if kind not in codecs:
-            raise ConfigError(f'extractor.backbone.path: its vae is a "{kind}". {did_you_mean(kind, codecs)}')
-        return self.part("vae", codecs[kind], self.vae_dtype)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -162,13 +100,13 @@ class UNetBackbone:
     def text_encoder(self) -> Any:
         from transformers import CLIPTextModel
 
-        return self.part("text_encoder", CLIPTextModel, self.dtype)
+        return self.placed(self.part("text_encoder", CLIPTextModel, torch_dtype=self.dtype))
 
     @cached_property
     def text_encoder_2(self) -> Any:
         from transformers import CLIPTextModelWithProjection
 
-        return self.part("text_encoder_2", CLIPTextModelWithProjection, self.dtype)
+        return self.placed(self.part("text_encoder_2", CLIPTextModelWithProjection, torch_dtype=self.dtype))
 
     @cached_property
     def signal_shares(self) -> Float[Tensor, " steps"]:
@@ -186,7 +124,7 @@ class UNetBackbone:
         new = [s for s in dict.fromkeys(strings) if s not in self.texts]
         if not new:
             return
-        self._check_words(new)
+        self.check_words(new)
         with torch.inference_mode():
             if self.is_xl:  # the layer before the last of both encoders, side by side; the second one's pooled vector
                 first = self.text_encoder(self._ids(self.tokenizer, new), output_hidden_states=True)
@@ -204,22 +142,6 @@ class UNetBackbone:
             list(strings), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
         )
         return padded.input_ids.to(self.device)
-
-    def _check_words(self, strings: Sequence[str]) -> None:
-        tokenizer, unknown = self.tokenizer, self.tokenizer.unk_token_id
-        trained = set((self.checkpoint.card() or {}).get("trained_words", ()))
-        for string in strings:
-            said_ids = tokenizer(string, add_special_tokens=False, verbose=False).input_ids
-            if unknown is not None and unknown != tokenizer.eos_token_id and unknown in said_ids:
-                known = [w for w in tokenizer.get_vocab() if w.isalpha()]
-                word = next((w for w in string.split() if unknown in tokenizer(w).input_ids), string)
-                raise DataError(
-                    f'the text "{string}": "{word}" is unknown to this backbone\'s tokenizer. {did_you_mean(word, known)}'
-                )
-        said = {word for string in strings for word in re.findall(r"[a-z0-9]+", string.lower())}
-        if trained and (unseen := sorted(said - trained - self._warned)):
-            self._warned |= set(unseen)
-            log.warning("this lab model never saw the words %s: such maps say nothing about the method", ", ".join(unseen))
 
     def text(self, strings: Sequence[str]) -> Float[Tensor, "B T d"]:
         """Encoded strings, padded to `text_length`."""

@@ -177,11 +177,12 @@ def make_trainer(recipe: dict[str, Any], device: str = "cpu") -> Trainer:
 
 
 def draw_training_scenes(recipe: dict[str, Any], work: Path) -> list[Scene]:
-    """The training split with a share of hard and of plain scenes, at the size the model is shown; drawn once, since that takes minutes.
+    """The training split with hard and plain scenes, at the size the model is shown; drawn once, since that takes minutes.
 
     The drawings are kept beside the work folder, where the next model that asks for the same finds them.
     """
-    wanted = {k: recipe[k] for k in ("seed", "scenes", "hard_scenes", "plain_scenes", "scene_size", "image_size")} | {"drawing": DRAWING_VERSION}
+    keys = ("seed", "scenes", "hard_scenes", "plain_scenes", "scene_size", "image_size")
+    wanted = {k: recipe[k] for k in keys} | {"drawing": DRAWING_VERSION}
     name = "scenes-" + "-".join(str(wanted[k]) for k in sorted(wanted))
     about, pixels = work.parent / f"{name}.json", work.parent / f"{name}.npy"
     if not (about.exists() and pixels.exists()):

@@ -1,0 +1,123 @@
+"""What every latent diffusion checkpoint has, whatever denoises it: settings, config files, an autoencoder, known words."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+from conceptseg.backbones.base import RESIZES, Checkpoint, Provenance
+from conceptseg.backbones.settings import chosen, device_of, dtype_of
+from conceptseg.errors import ConfigError, DataError, did_you_mean
+
+log = logging.getLogger(__name__)
+
+
+class LatentCheckpoint:
+    """Parts of a checkpoint, read on first use.
+
+    dtype, vae_dtype: of the weights; image_size: pixels a side that the model is shown, or [height, width]; resize: how images
+    get there.
+    """
+
+    autoencoders: ClassVar[tuple[str, ...]] = ("AutoencoderKL",)
+    """Stock classes that its images may be encoded by."""
+    tokenizer: Any
+    """The tokenizer that must know a text's words."""
+
+    def __init__(
+        self,
+        path: str,
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        image_size: int | Sequence[int] = 512,
+        resize: str = "bicubic",
+        vae_dtype: str = "float32",
+    ) -> None:
+        self.checkpoint = Checkpoint(path, revision)
+        self.dtype, self.vae_dtype = dtype_of(dtype, "dtype"), dtype_of(vae_dtype, "vae_dtype")
+        self.device = device_of(device)
+        chosen("resize", resize, RESIZES)
+        self.size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
+        self.resize = resize
+        self._warned: set[str] = set()
+
+    @property
+    def provenance(self) -> Provenance:
+        return self.checkpoint.provenance
+
+    def settings_identity(self) -> dict[str, Any]:
+        """The checkpoint and how it is run, for the run id; the device does not belong to it."""
+        return {
+            **self.checkpoint.identity(), "dtype": str(self.dtype), "vae_dtype": str(self.vae_dtype),
+            "image_size": self.size[0] if self.size[0] == self.size[1] else list(self.size), "resize": self.resize,
+        }  # fmt: skip
+
+    def config_of(self, part: str) -> dict[str, Any]:
+        """config.json of one part, read without loading weights. Raises ConfigError where there is none."""
+        folder = self.checkpoint.folder()
+        if folder is not None:
+            file = folder / part / "config.json"
+            if not file.exists():
+                raise ConfigError(f'extractor.backbone.path "{self.checkpoint.path}": wanted {file}, which is not there.')
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        from diffusers import AutoencoderKL  # any model class reads any model's config.json
+
+        with self.checkpoint.loading(f"{part}/config.json"):
+            return dict(AutoencoderKL.load_config(subfolder=part, **self.checkpoint.source()))
+
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        """The autoencoder's config.json."""
+        return self.config_of("vae")
+
+    @cached_property
+    def vae(self) -> Any:
+        """The autoencoder. Raises ConfigError for a class that this family has no use for."""
+        import diffusers
+
+        from conceptseg.backbones.codec import PatchCodec
+
+        codecs = {"PatchCodec": PatchCodec, **{name: getattr(diffusers, name) for name in self.autoencoders}}
+        kind = self.vae_config["_class_name"]
+        if kind not in codecs:
+            raise ConfigError(f'extractor.backbone.path: its vae is a "{kind}". {did_you_mean(kind, codecs)}')
+        return self.placed(self.part("vae", codecs[kind], torch_dtype=self.vae_dtype))
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Side of a latent pixel: the autoencoder's factor."""
+        config = self.vae_config
+        return int(config["patch"] if "patch" in config else 2 ** (len(config["block_out_channels"]) - 1))
+
+    def placed(self, model: Any) -> Any:
+        """A model on the device, without dropout and gradients."""
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def part(self, name: str, loader: Any, **options: Any) -> Any:
+        """A tokenizer, scheduler or model of the checkpoint, as its class reads it."""
+        with self.checkpoint.loading(name):
+            return loader.from_pretrained(subfolder=name, **self.checkpoint.source(), **options)
+
+    def check_words(self, strings: Sequence[str]) -> None:
+        """Raises DataError for a word the tokenizer does not know; warns once of a word a lab model was not trained on."""
+        if not strings:
+            return
+        tokenizer, unknown = self.tokenizer, self.tokenizer.unk_token_id
+        refuses = unknown is not None and unknown != tokenizer.eos_token_id  # CLIP's "unknown" is its end mark
+        for string in strings:
+            if refuses and unknown in tokenizer(string, add_special_tokens=False, verbose=False).input_ids:
+                known = [w for w in tokenizer.get_vocab() if w.isalpha()]
+                word = next((w for w in string.split() if unknown in tokenizer(w).input_ids), string)
+                raise DataError(
+                    f'the text "{string}": "{word}" is unknown to this backbone\'s tokenizer. {did_you_mean(word, known)}'
+                )
+        trained = set((self.checkpoint.card() or {}).get("trained_words", ()))
+        said = {word for string in strings for word in re.findall(r"[a-z0-9]+", string.lower())}
+        if trained and (unseen := sorted(said - trained - self._warned)):
+            self._warned |= set(unseen)
+            log.warning("this lab model never saw the words %s: such maps say nothing about the method", ", ".join(unseen))
