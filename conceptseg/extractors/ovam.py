@@ -2,7 +2,7 @@
 
 The U-Net is told the caption; the words asked for are in an attribution text, which need not be it. Attention of the image's
 queries to that text's keys, with a softmax over its few tokens (or none), is enlarged bilinearly and summed. Tokens may be
-optimised beforehand (`conceptseg-study optimise-token`), maps may be refined by self-attention. The paper's CRF is left out.
+optimised beforehand (`conceptseg-study optimise-token`), maps may be refined by self-attention and cut out by a dense CRF.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import interpolate
 
+from conceptseg.backbones.base import stack_images
 from conceptseg.backbones.cross_attention import Attended, CrossAttention, CrossAttentionTap, grid_factor, upsample
 from conceptseg.backbones.optimised_tokens import digest_of, read_tokens
 from conceptseg.backbones.unet import UNetBackbone
 from conceptseg.backbones.word_tokens import exact_positions
 from conceptseg.errors import ConfigError, DataError
+from conceptseg.extractors.dense_crf import DenseCRF
 from conceptseg.extractors.unet_maps import Asked, Kind, LayerSum, LayerSums, UNetMaps, check_choices, check_template
 from conceptseg.saliency.views import View
-from conceptseg.types import Task
+from conceptseg.types import Batch, Task
 
 SPACES = {
     "token_softmax": "softmax over the tokens of the attribution text: the method",
@@ -40,6 +43,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 SELF = Kind(softmax=True, head=-1)
 """Self-attention's place among the sums of a layer."""
+
+CRF = DenseCRF(
+    appearance_weight=10.0, appearance_xy=80.0, appearance_rgb=13.0, smoothness_weight=3.0, smoothness_xy=3.0, iterations=5
+)  # fmt: skip
+"""Source: spec §6."""
+SURE = 0.99
+"""What the CRF takes a mask to be worth: SimpleCRF, which the released code calls, keeps probabilities within 0.01 .. 0.99."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +98,9 @@ class OVAM(UNetMaps):
     The start token stands for everything that is not asked for: without it and alone in its text, a word is everywhere.
     activation: done to the scores of every head before they are averaged (see ACTIVATIONS; for the linear variant).
     self_attention_floor: maps are multiplied by the image's self-attention, scaled to this floor .. 1 (see `refined`); null: not.
+    crf_level: a word's mask, where its map is above this share of its maximum before self-attention (paper: 0.4, 0.75 with
+        optimised tokens), goes through the dense CRF at the size that the model is shown, and the map is its probability; null:
+        not. Every word is cut out alone, so words can't be compared.
     tokens: a file of optimised tokens; a word in it has these two for its attribution text, others have their own.
     Source: arXiv:2403.14291 and vpulab/ovam at 12afd87, by spec §6.
     """
@@ -107,6 +120,7 @@ class OVAM(UNetMaps):
         end_token: bool = True,
         activation: str = "none",
         self_attention_floor: float | None = None,
+        crf_level: float | None = None,
         tokens: str | None = None,
         exclude_factor: int | None = None,
         include_mid: bool = False,
@@ -129,10 +143,13 @@ class OVAM(UNetMaps):
             raise ConfigError("extractor.tokens brings a background of its own for every word: use extractor.attribute=separate.")
         if self_attention_floor is not None and not 0 <= self_attention_floor <= 1:
             raise ConfigError(f"extractor.self_attention_floor is {self_attention_floor}; wanted 0 to 1 (the paper's: 0.85).")
+        if crf_level is not None and not 0 < crf_level < 1:
+            raise ConfigError(f"extractor.crf_level is {crf_level}; wanted a share of a map's maximum (the paper's: 0.4).")
         super().__init__(backbone, "conditional", exclude_factor, include_mid, upsampling, map_side, noise, posterior, seed)
         self.prompt, self.attribution, self.concept, self.join = prompt, attribution, concept, join
         self.attribute, self.context, self.start_token, self.end_token = attribute, context, start_token, end_token
         self.activation, self.self_attention_floor = activation, self_attention_floor
+        self.crf_level, self.comparable = crf_level, crf_level is None
         self.tokens_file = None if tokens is None else Path(tokens)
         self.tokens = {} if self.tokens_file is None else read_tokens(self.tokens_file, backbone.checkpoint.identity())
 
@@ -216,12 +233,23 @@ class OVAM(UNetMaps):
 
     def fold(self, sums: LayerSums, view: View, images: int, prompts: int) -> Float[Tensor, "B C X Y"]:
         maps = super().fold(sums, view, images, prompts)
+        if self.crf_level is not None:
+            maps = maps / maps.amax((-2, -1), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
         if self.self_attention_floor is None:
             return maps
         keys = [(layer, SELF, level) for level in view.timesteps for layer in view.layers]
         received = torch.stack([sums[key].maps for key in keys if key in sums]).mean(0)
         received = rearrange(received, "(B n) 1 X Y -> B n X Y", B=images)[:, : view.draws].mean(1)
         return refined(maps, received, self.self_attention_floor)
+
+    def finish(self, maps: Float[Tensor, "B C X Y"], batch: Batch) -> Float[Tensor, "B C H W"]:
+        if self.crf_level is None:
+            return maps
+        size = self.backbone.size
+        images = stack_images([task.image for task in batch.tasks], size, self.backbone.resize).to(maps)
+        masks = interpolate(maps, size=size, mode="bilinear") > self.crf_level
+        words = torch.where(masks, SURE, 1 - SURE).to(maps)
+        return torch.stack([CRF(torch.stack([1 - one, one], 1), image)[:, 1] for one, image in zip(words, images, strict=True)])
 
 
 def refined(maps: Float[Tensor, "B C X Y"], self_attention: Float[Tensor, "B X Y"], floor: float) -> Float[Tensor, "B C X Y"]:

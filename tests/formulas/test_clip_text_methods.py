@@ -1,17 +1,22 @@
 """Dense readings of CLIP against literal versions, on tiny random stock towers, in float64."""
 
+from dataclasses import astuple, replace
+
 import numpy as np
 import pytest
 import torch
+from crf_oracle import mean_field
 from tiny_encoders import batch, one_by_one, tiny_clip, tiny_vit
 from torch.nn.functional import cosine_similarity, linear
 
+from conceptseg.extractors import dense_crf
+from conceptseg.extractors.clip_as_rnn import CRF as CLIP_AS_RNN_CRF
 from conceptseg.extractors.clip_as_rnn import CLIPasRNN, outlined, sinkhorn
-from conceptseg.extractors.dense_crf import dense_crf
 from conceptseg.extractors.gem import GEM
 from conceptseg.extractors.legrad import LeGrad
 from conceptseg.extractors.maskclip import MaskCLIP
 from conceptseg.extractors.naclip import NACLIP, neighbourhood
+from conceptseg.extractors.ovam import CRF as OVAM_CRF
 from conceptseg.extractors.proxyclip import ProxyCLIP, affinity
 from conceptseg.extractors.textspan import TextSpan, patch_contributions
 
@@ -183,30 +188,22 @@ def test_a_word_that_fails_the_judge_is_struck_off_and_the_best_stays(clip):
     assert alone[0].min() == 0 and alone[0].max() == 1
 
 
-def test_the_crf_is_mean_field_over_every_pair_of_pixels():
-    """Literal: loops over labels and pairs, kernels and their sums written out (arXiv:1210.5644, Algorithm 1)."""
+LETTERS = {  # of arXiv:1210.5644 as the notes state them: w1, alpha, beta, w2, gamma, iterations
+    "CLIPasRNN": (CLIP_AS_RNN_CRF, (4, 67, 3, 3, 1, 10)), "OVAM": (OVAM_CRF, (10, 80, 13, 3, 3, 5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LETTERS)
+@pytest.mark.parametrize("pairs", [1 << 24, 1 << 7], ids=["kept", "in parts"])
+def test_a_methods_crf_is_mean_field_over_every_pair_of_pixels(name, pairs, monkeypatch):
+    monkeypatch.setattr(dense_crf, "PAIRS_AT_ONCE", pairs)
+    crf, letters = LETTERS[name]
+    assert astuple(crf) == letters
     rng = np.random.default_rng(0)
-    image, given = rng.random((3, 4, 5)) * 0.05, rng.dirichlet([1, 1, 1], size=(4, 5)).transpose(2, 0, 1)
-    pixels = [(y, x) for y in range(4) for x in range(5)]
-
-    def kernels(i, j):
-        apart = (i[0] - j[0]) ** 2 + (i[1] - j[1]) ** 2
-        tint = sum((255 * (image[c][i] - image[c][j])) ** 2 for c in range(3))
-        return np.exp(-apart / 2), np.exp(-apart / (2 * 67**2) - tint / (2 * 3**2))
-
-    sums = {i: [sum(kernels(i, j)[m] for j in pixels) for m in (0, 1)] for i in pixels}
-    found = given.copy()
-    for _ in range(2):
-        energy = np.zeros_like(found)
-        for i in pixels:
-            for label in range(3):
-                agreeing = 0
-                for j in pixels:
-                    for m, weight in ((0, 3), (1, 4)):
-                        agreeing += weight * kernels(i, j)[m] / np.sqrt(sums[i][m] * sums[j][m]) * found[(label, *j)]
-                energy[(label, *i)] = np.log(given[(label, *i)]) + agreeing
-        found = np.exp(energy) / np.exp(energy).sum(0)
-    torch.testing.assert_close(dense_crf(torch.tensor(given), torch.tensor(image), 2), torch.tensor(found))
+    image, given = rng.random((3, 4, 5)) * 0.05, rng.dirichlet([1, 1, 1], size=(2, 4, 5)).transpose(0, 3, 1, 2)
+    found = replace(crf, iterations=2)(torch.tensor(given), torch.tensor(image))  # more, and every pixel is sure
+    for one, wanted in zip(found, given, strict=True):
+        torch.testing.assert_close(one, torch.tensor(mean_field(wanted, image, *letters[:-1], 2)))
 
 
 def test_the_crf_draws_an_edge_where_colours_change():
@@ -214,7 +211,7 @@ def test_the_crf_draws_an_edge_where_colours_change():
     image = torch.zeros(3, 6, 8, dtype=torch.float64)
     image[:, :, 4:] = 1
     leaning = torch.where(torch.arange(8) < 5, 0.7, 0.2).double().expand(6, 8)
-    found = dense_crf(torch.stack([leaning, 1 - leaning]), image, 10)[0]
+    found = CLIP_AS_RNN_CRF(torch.stack([leaning, 1 - leaning])[None], image)[0, 0]
     assert (leaning[:, 4] > 0.5).all() and ((found > 0.5) == (image[0] == 0)).all()
 
 

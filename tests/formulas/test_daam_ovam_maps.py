@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from crf_oracle import mean_field
 from torch.nn.functional import interpolate
 
 from conceptseg.backbones.base import sample_noise, stack_images
@@ -202,6 +203,25 @@ def test_ovam_multiplies_by_the_attention_that_positions_receive_from_the_image(
     scaled = (received - received.min()) / (received.max() - received.min())
     torch.testing.assert_close(got, without * (floor + (1 - floor) * scaled), **CLOSE)
     assert not torch.allclose(got, without, atol=1e-3)
+
+
+def test_ovam_cuts_a_word_out_above_a_share_of_its_maximum_by_a_dense_crf(backbone, task):
+    """The maximum is the unrefined map's; the CRF's letters are the paper's (spec §6), on the image that the model is shown."""
+    small = UNetBackbone(backbone.checkpoint.path, image_size=12)
+    floor, level = {"self_attention_floor": 0.85}, 0.9
+    methods = [OVAM(small), OVAM(small, **floor), OVAM(small, **floor, crf_level=level)]
+    (without,), (refined,), (got,) = (read(one, task, view(one, "token_softmax")) for one in methods)
+    image = stack_images([task.image], (12, 12), small.resize)[0].numpy()
+    wide = interpolate(refined[None], size=(12, 12), mode="bilinear")[0]
+    for number in range(3):
+        mask = (wide[number] / without[number].max() > level).numpy()
+        assert 0 < mask.sum() < mask.size
+        given = np.stack([np.where(mask, 0.01, 0.99), np.where(mask, 0.99, 0.01)])
+        wanted = mean_field(given, image, w1=10, alpha=80, beta=13, w2=3, gamma=3, iterations=5)[1]
+        torch.testing.assert_close(got[number], torch.tensor(wanted).float(), **CLOSE)
+    assert methods[1].comparable and not methods[2].comparable
+    with pytest.raises(ConfigError, match="share of a map's maximum"):
+        OVAM(small, crf_level=1.5)
 
 
 def test_ovam_reads_optimised_tokens_and_activations(backbone, task, tmp_path):
