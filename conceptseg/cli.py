@@ -11,7 +11,6 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +162,8 @@ def _table(config: DictConfig, overrides: Sequence[str]) -> int:
     from hydra.core.hydra_config import HydraConfig
 
     from conceptseg.assemble import shard_of
+    from conceptseg.compositions import Compositions
+    from conceptseg.config import composing_source
     from conceptseg.keys import digest
     from conceptseg.paper_table import compute_paper_table
     from conceptseg.report.results import save
@@ -187,10 +188,12 @@ def _table(config: DictConfig, overrides: Sequence[str]) -> int:
     else:
         folder = Path(whole["runtime"]["runs"]) / "tables" / f"{place}-{digest(sorted(meaningful), 6)}"
 
-    @cache  # many rows differ only in what they read off
-    def composed(*more: str) -> dict[str, Any]:
-        found: dict[str, Any] = plain(compose(config_name="evaluate", overrides=[*more]))
+    def compose_anew(overrides: Sequence[str]) -> dict[str, Any]:
+        found: dict[str, Any] = plain(compose(config_name="evaluate", overrides=[*overrides]))
         return found
+
+    kept = Path(whole["runtime"]["runs"]) / "tables" / f"{place}.configs.json"
+    composed = Compositions(kept, composing_source(), compose_anew)
 
     def with_runtime(more: Sequence[str]) -> dict[str, Any]:
         return composed(*more, *(o for o in extra if o.startswith(("runtime.", "report."))))
@@ -199,6 +202,7 @@ def _table(config: DictConfig, overrides: Sequence[str]) -> int:
     command = shlex.join(["conceptseg", f"table={name}", *of_table, *settings])
     compute = compute_paper_table if "published" in whole["table"] else compute_table
     results = compute(place, whole["table"], with_runtime, settings, folder, command)
+    composed.keep()
     if shard_of(whole["runtime"]).index != 0:
         return 0
     save(folder / "results.json", results)
@@ -309,7 +313,10 @@ def lab() -> int:
         command.add_argument("--write", action="store_true", help="write the findings and pictures into its card")
     checking.add_argument("--judge", type=Path, default=None, help="folder of the CLIP that judges generated scenes")
     sweeping.add_argument("overrides", nargs="*", help="settings of the evaluation, for example dataset.count=16")
-    said = parser.parse_args()
+    said, rest = parser.parse_known_args()
+    if strange := [a for a in rest if a.startswith("-") or "=" not in a or said.command == "check"]:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    said.overrides = [*getattr(said, "overrides", []), *rest]  # settings may stand behind options
     _calm()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return {"train": _lab_train, "check": _lab_check, "sweep": _lab_sweep}[said.command](said)

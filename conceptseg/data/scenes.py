@@ -26,7 +26,7 @@ TINTS: dict[str, tuple[int, int, int]] = {
     "blue": (60, 95, 205), "purple": (135, 70, 175), "pink": (240, 150, 190), "gray": (140, 140, 145),
 }  # fmt: skip
 VOID = 255
-DRAWING_VERSION = 3  # raised whenever a scene of the same seed looks different
+DRAWING_VERSION = 4  # raised whenever a scene of the same seed looks different, or its mask is another
 
 _PATCH = 128  # pixels of an object's own drawing canvas, before it is tilted and shrunk
 _SPANS = {1: (0.34, 0.66), 2: (0.28, 0.5), 3: (0.25, 0.42)}  # an object's side as a share of the scene's, by object count
@@ -175,7 +175,9 @@ def _draw(
         placed.append(Placed(word, tint, box))
     for number in range(int(rng.integers(distractors[0], distractors[1] + 1))):
         if (box := _free_box(rng, size, taken, _LITTER[min(number, 2)])) is not None:
-            _paste(canvas, _distractor(rng), box, angle=float(rng.uniform(0, 360)))
+            alpha = _paste(canvas, _distractor(rng), box, angle=float(rng.uniform(0, 360)))
+            labels[(alpha > 0.1) & (labels > 0)] = VOID  # boxes may overlap a little: a part that is covered ...
+            labels[alpha >= 0.75] = 0  # ... is no part of the object
             taken.append(box)
     return Scene(np.asarray(canvas, np.uint8).copy(), labels, ground, tuple(placed))
 

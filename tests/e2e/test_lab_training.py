@@ -136,12 +136,18 @@ def test_a_sweep_reads_every_layer_and_noise_level_and_lands_in_the_card(name, c
     folder = tmp_path / name
     shutil.copytree(written[name][1], folder)
     few = [f"runtime.runs={tmp_path}", "dataset.count=2", "report.resamples=10", "runtime.progress=false"]
-    assert lab(monkeypatch, "sweep", name, *few, "--model", folder, "--write") == 0
+    assert lab(monkeypatch, "sweep", name, few[0], "--model", folder, "--write", *few[1:]) == 0
     found = card_of(folder)["sweep"]
     assert len(found["cells"]) == cells and found["n"] == 2
     assert all(0 <= cell["ap_image"][0] <= 1 for cell in found["cells"])
     assert "best at layer" in capsys.readouterr().out
     assert (folder / "sweep.png").stat().st_size > 0 and "sweep.png" in (folder / "README.md").read_text()
+
+
+def test_a_setting_that_is_none_is_refused_wherever_it_stands(monkeypatch, capsys):
+    assert lab(monkeypatch, "sweep", "flux", "--write", "dataset.count") == 2
+    assert lab(monkeypatch, "check", "clip", "--write", "dataset.count=2") == 2
+    assert capsys.readouterr().err.count("unrecognized arguments: dataset.count") == 2
 
 
 def test_a_check_lands_in_the_card(written, tmp_path, monkeypatch, capsys):

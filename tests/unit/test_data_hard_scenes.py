@@ -56,7 +56,20 @@ def test_odd_colour_is_no_sign_of_an_object(many):
         valid = scene.mask != 255
         oddest = valid & (distance >= np.quantile(distance[valid], 0.9))
         shares.append((scene.mask[oddest] > 0).mean())
-    assert np.mean(shares) < 0.6
+    assert np.mean(shares) < 0.5
+
+
+def test_a_plain_scene_is_the_same_without_its_distractors_and_what_they_cover_is_no_object(many):
+    covered = 0
+    for index, scene in enumerate(many[:60]):
+        plain = draw_scene("val", 3, index, size=32, distractors=(0, 0))
+        assert plain.objects == scene.objects
+        laid = (plain.image != scene.image).any(-1)
+        assert laid.any() and (scene.mask == plain.mask)[~laid].all()
+        inside = (scene.mask > 0) & (scene.mask < 255)
+        assert np.abs(plain.image.astype(int) - scene.image)[inside].max(initial=0) <= 26, "opaque by a tenth at most"
+        covered += int((laid & (plain.mask > 0) & ~inside).sum())
+    assert covered > 0
 
 
 def test_training_never_shows_the_held_out_pairs_and_unseen_only_them():
