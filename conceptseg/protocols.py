@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from conceptseg.errors import ConfigError, DataError, did_you_mean
-from conceptseg.metrics.average_precision import average_precision, two_channel_average_precision
+from conceptseg.metrics.average_precision import average_precision, minmax_scaled, two_channel_average_precision
 from conceptseg.metrics.counts import count
 from conceptseg.metrics.published import f1_over_rows
 from conceptseg.segment.resize import nearest_centre, resize_image
@@ -167,12 +167,13 @@ class SegmentationProtocol:
         Ranking does not depend on a decision, so scores and their average precisions are formed once per way of enlarging.
         """
         size = (task.truth.shape[0], task.truth.shape[1])
-        enlarged: dict[str, tuple[np.ndarray, dict[str, float | None]]] = {}
+        enlarged: dict[tuple[str, int | None], tuple[np.ndarray, dict[str, float | None]]] = {}
         for segmenter in self.segmenters if segmenters is None else segmenters:
-            if segmenter.enlarge not in enlarged:
+            way = segmenter.enlarge, segmenter.score_grid
+            if way not in enlarged:
                 scores = segmenter.scores(maps, size)
-                enlarged[segmenter.enlarge] = scores, self._average_precisions(task, scores)
-            scores, precisions = enlarged[segmenter.enlarge]
+                enlarged[way] = scores, self._average_precisions(task, maps, scores, segmenter)
+            scores, precisions = enlarged[way]
             prediction = segmenter(maps, scores, task.concepts, task.classes)
             counts = count(prediction.labels, task.truth, task.classes)
             record: dict[str, Any] = {name: _plain(getattr(counts, name)) for name in counts.__slots__}
@@ -181,7 +182,9 @@ class SegmentationProtocol:
                 precisions = {**precisions, "f1_rowwise": rowwise}
             yield segmenter, {**record, "ap": precisions}, prediction
 
-    def _average_precisions(self, task: Task, scores: Float[np.ndarray, "C H W"]) -> dict[str, float | None]:
+    def _average_precisions(
+        self, task: Task, maps: Float[np.ndarray, "C h w"], scores: Float[np.ndarray, "C H W"], segmenter: Segmenter
+    ) -> dict[str, float | None]:
         valid = task.truth != VOID
         found: dict[str, float | None] = {}
         values = []
@@ -195,7 +198,12 @@ class SegmentationProtocol:
         if task.concepts.target is not None:
             target = scores[task.concepts.target]
             found["two_channel"] = float(two_channel_average_precision(target, task.truth, minmax=False))
-            found["two_channel_minmax"] = float(two_channel_average_precision(target, task.truth, minmax=True))
+            if segmenter.score_grid:  # which loses the map's extremes: it is scaled before, as released
+                own = minmax_scaled(maps[task.concepts.target])[None]
+                scaled = segmenter.scores(own, (task.truth.shape[0], task.truth.shape[1]))[0]
+                found["two_channel_minmax"] = float(two_channel_average_precision(scaled, task.truth, minmax=False))
+            else:
+                found["two_channel_minmax"] = float(two_channel_average_precision(target, task.truth, minmax=True))
         return found
 
 

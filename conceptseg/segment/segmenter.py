@@ -25,6 +25,8 @@ class Segmenter:
     enlarge: "nearest" (torch's rule) or "bilinear".
     relabel: "right", or "colliding" for the in-place relabelling of the released multi-class VOC script, which moves
         pixels twice where class indices meet.
+    score_grid: scores are first brought to a square this wide, the answer is not: what is ranked is coarser than what is cut, as
+        in the released script with --downscale_for_eval. Needs cut "grid".
     """
 
     decision: str
@@ -32,6 +34,7 @@ class Segmenter:
     enlarge: str = "bilinear"
     level: float = 0.5
     relabel: str = "right"
+    score_grid: int | None = None
 
     def __post_init__(self) -> None:
         for value, key, choices in (
@@ -42,6 +45,11 @@ class Segmenter:
         ):
             if value not in choices:
                 raise ConfigError(f'protocol.segmenters.{key}: unknown "{value}". {did_you_mean(value, choices)}')
+        if self.score_grid is not None and (self.cut != "grid" or self.score_grid < 1):
+            raise ConfigError(
+                f'protocol.segmenters.score_grid is {self.score_grid} with cut "{self.cut}"; wanted a width of 1 or more, with '
+                f'cut "grid", since "mask" would cut the coarse scores.'
+            )
         if not 0 <= self.level < 1:
             raise ConfigError(f"protocol.segmenters.level is {self.level:g}; wanted a share from 0 to below 1, such as 0.5.")
 
@@ -49,11 +57,13 @@ class Segmenter:
     def key(self) -> str:
         """For example "mean@grid/nearest"; stable, since rows are filed under it."""
         decision = self.decision + (f"{self.level:g}" if self.decision in ("level", "share", "quantile") else "")
-        return f"{decision}@{self.cut}/{self.enlarge}" + ("/colliding" if self.relabel == "colliding" else "")
+        coarse = f"/scores{self.score_grid}" if self.score_grid else ""
+        return f"{decision}@{self.cut}/{self.enlarge}" + ("/colliding" if self.relabel == "colliding" else "") + coarse
 
     def scores(self, maps: Float[np.ndarray, "C h w"], size: tuple[int, int]) -> Float[np.ndarray, "C H W"]:
         """Scores at the size of the truth, for ranking."""
-        return nearest_floor(maps, size) if self.enlarge == "nearest" else bilinear(maps, size)
+        resize = nearest_floor if self.enlarge == "nearest" else bilinear
+        return resize(resize(maps, (self.score_grid, self.score_grid)) if self.score_grid else maps, size)
 
     def __call__(
         self,

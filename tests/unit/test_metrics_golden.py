@@ -5,13 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import interpolate
 
+from conceptseg.config import instantiate, plain, register
 from conceptseg.metrics.average_precision import minmax_scaled, two_channel_average_precision
 from conceptseg.metrics.counts import count
 from conceptseg.metrics.reported import metric
+from conceptseg.types import Concepts, Task
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "concept_attention"
 CELLS = ("all_background", "all_foreground", "constant", "ignore", "nan_scores", "random", "ties")
@@ -76,9 +79,12 @@ def target_wins(packed):
     return ranks.argmax(dim=0) == 5
 
 
-@pytest.mark.parametrize("case", ["imagenet", "imagenet_down14"])
-def test_imagenet_segmentation(imagenet, case):
+@pytest.mark.parametrize(("case", "name"), [("imagenet", "imagenet_released"), ("imagenet_down14", "imagenet_14x14_released")])
+def test_imagenet_segmentation(imagenet, case, name):
     records = []
+    register()
+    with initialize_config_module("conceptseg.conf", version_base="1.3"):
+        protocol = instantiate(plain(compose("evaluate", overrides=[f"protocol={name}"]))["protocol"], "protocol")
     for i in range(10):
         scores = imagenet[f"imagenet.in.map.{i}"]
         mask = enlarged(scores > scores.mean()).astype(np.uint8)
@@ -96,6 +102,9 @@ def test_imagenet_segmentation(imagenet, case):
         shown = enlarged(scaled if case == "imagenet" else enlarged(scaled, 14))
         ap = two_channel_average_precision(shown, truth, minmax=False)
         assert ap == pytest.approx(imagenet[f"{case}.ap"][i].item(), abs=AP)
+        task = Task("golden/0", np.zeros((1, 1, 3), np.float32), truth, Concepts(("dog",), (1,), 0), "a dog", (0, 1))
+        ((_, row, _),) = protocol.score(task, scores.numpy()[None])
+        assert row["ap"]["two_channel_minmax"] == ap and row["correct"] == counts.correct
         if case == "imagenet":
             # All source pixels survive 64 -> 224, so the scaling may as well come last.
             assert two_channel_average_precision(enlarged(scores), truth, minmax=True) == ap

@@ -119,6 +119,7 @@ def test_maps_are_left_as_they_were():
         (Segmenter("quantile", level=0.75), "quantile0.75@mask/bilinear"),
         (Segmenter("share", level=0.4), "share0.4@mask/bilinear"),
         (Segmenter("argmax", "grid", "nearest", relabel="colliding"), "argmax@grid/nearest/colliding"),
+        (Segmenter("mean", "grid", "nearest", score_grid=14), "mean@grid/nearest/scores14"),
     ],
 )  # fmt: skip
 def test_the_key_says_decision_grid_and_enlarging(segmenter, key):
@@ -135,3 +136,8 @@ def test_the_key_says_decision_grid_and_enlarging(segmenter, key):
 def test_a_misspelt_setting_names_key_and_nearest_choice(setting, key, near):
     with pytest.raises(ConfigError, match=rf'protocol\.segmenters\.{key}: unknown .*Did you mean "{near}"'):
         Segmenter(**{"decision": "mean", **setting})
+
+
+def test_coarse_scores_that_would_be_cut_are_refused():
+    with pytest.raises(ConfigError, match=r'score_grid is 14 with cut "mask"'):
+        Segmenter("mean", score_grid=14)
