@@ -16,7 +16,10 @@ from conceptseg.backbones.mmdit import MultiModalBackbone
 from conceptseg.backbones.prompts import Prompts
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
-from conceptseg.errors import ConfigError
+from conceptseg.errors import ConfigError, did_you_mean
+
+SOLVERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+"""Stock classes that a checkpoint may name as its own; the second looks one step back and draws noise at every step."""
 
 
 class CogVideoXCarrier(ConceptCarrier):
@@ -80,8 +83,8 @@ class CogVideoXCarrier(ConceptCarrier):
 class CogVideoXBackbone(MultiModalBackbone):
     """CogVideoX 2b and 5b. Reads videos of 4k + 1 frames in 0..1, makes videos of 8k + 1; levels are its timesteps over 1000.
 
-    frames: of a video that is made; by default as many as the checkpoint was trained on. Videos are made with DDIM steps, as the
-    2b checkpoint asks; the 5b checkpoint names a solver that draws noise at every step.
+    frames: of a video that is made; by default as many as the checkpoint was trained on. Videos are made by the solver that the
+    checkpoint names, without dynamic guidance.
     """
 
     kind = "cogvideox"
@@ -98,6 +101,7 @@ class CogVideoXBackbone(MultiModalBackbone):
                 f"is wanted, for example {8 * (frames // 8) + 1}."
             )
         self.frames = frames
+        self._cleaned: Tensor | None = None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -121,16 +125,32 @@ class CogVideoXBackbone(MultiModalBackbone):
 
     @cached_property
     def scheduler(self) -> Any:
-        from diffusers import CogVideoXDDIMScheduler
+        """The checkpoint's own solver. Raises ConfigError for a class that is not one of `SOLVERS`."""
+        import diffusers
 
-        return self.part("scheduler", CogVideoXDDIMScheduler)
+        with self.checkpoint.loading("scheduler"):
+            config = diffusers.CogVideoXDDIMScheduler.load_config(subfolder="scheduler", **self.checkpoint.source())
+        kind = config["_class_name"]
+        if kind not in SOLVERS:
+            raise ConfigError(f'extractor.backbone.path: its scheduler is a "{kind}". {did_you_mean(kind, SOLVERS)}')
+        return self.part("scheduler", getattr(diffusers, kind))
 
     def levels(self, steps: int, tokens: int) -> list[float]:
         self.scheduler.set_timesteps(steps)
         return [(int(t) + 1) / 1000 for t in self.scheduler.timesteps] + [0.0]
 
-    def stepped(self, latents: Tensor, answer: Tensor, levels: Sequence[float], step: int) -> Tensor:
-        stepped: Tensor = self.scheduler.step(answer, self.scheduler.timesteps[step], latents, return_dict=False)[0]
+    def stepped(
+        self, latents: Tensor, answer: Tensor, levels: Sequence[float], step: int, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        times, scheduler = self.scheduler.timesteps, self.scheduler
+        stepped: Tensor
+        if type(scheduler).__name__ == "CogVideoXDDIMScheduler":
+            stepped = scheduler.step(answer, times[step], latents, return_dict=False)[0]
+            return stepped
+        before = (self._cleaned, times[step - 1]) if step else (None, None)
+        stepped, self._cleaned = scheduler.step(
+            answer, before[0], times[step], before[1], latents, generator=list(generators), return_dict=False
+        )
         return stepped
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:

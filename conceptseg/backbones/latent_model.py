@@ -139,8 +139,13 @@ class LatentModel(LatentCheckpoint, ABC):
         """The answer that classifier-free guidance of this strength makes of the model's two."""
         return without + guidance * (with_caption - without)
 
-    def stepped(self, latents: Tensor, answer: Tensor, levels: Sequence[float], step: int) -> Tensor:
-        """Latents one step nearer to the image: Euler's step along the velocity of flow matching."""
+    def stepped(
+        self, latents: Tensor, answer: Tensor, levels: Sequence[float], step: int, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Latents one step nearer to the image: Euler's step along the velocity of flow matching.
+
+        generators: each image's own, for solvers that draw noise on the way.
+        """
         return latents + (levels[step + 1] - levels[step]) * answer
 
     def mix(self, noise: Tensor, latents: Tensor, level: float) -> Tensor:

@@ -168,8 +168,8 @@ class ConceptAttention(Extractor):
         halves = guidance > 1 and backbone.classifier_free
         both = prompts.after(backbone.generation_prompts([negative] * len(captions))) if halves else prompts
         shape = backbone.latent_shape(*(size or backbone.size))
-        starts = [torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + b)) for b in range(len(captions))]
-        x = torch.stack(starts).to(backbone.device)
+        generators = [torch.Generator().manual_seed(self.seed + b) for b in range(len(captions))]
+        x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(backbone.device)
         grid = backbone.grid(x)
         levels = backbone.levels(steps, prod(grid))
         read = range(steps) if read_steps is None else sorted({range(steps)[k] for k in read_steps})
@@ -182,7 +182,7 @@ class ConceptAttention(Extractor):
             if halves:
                 without, with_caption = answer.float().chunk(2)
                 answer = backbone.guided(without, with_caption, guidance)
-            x = backbone.stepped(x, backbone.as_latents(answer.float(), grid), levels, step)
+            x = backbone.stepped(x, backbone.as_latents(answer.float(), grid), levels, step, generators)
         maps = [SaliencyMaps(view.key, cells.read(view, grid), self.comparable) for view in asked]
         return backbone.images(x), maps
 

@@ -1,11 +1,19 @@
 """CogVideoX from a tiny checkpoint: frames in, maps of frames x height x width out."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
+)
 from PIL import Image
 from transformers import T5Config, T5EncoderModel
 
@@ -69,8 +77,9 @@ def test_noise_is_mixed_by_the_models_own_schedule(method):
 def stock(method):
     backbone = method.backbone
     pipeline = CogVideoXPipeline(
-        backbone.tokenizer, backbone.text_encoder, backbone.vae, backbone.transformer, CogVideoXDDIMScheduler()
-    )
+        backbone.tokenizer, backbone.text_encoder, backbone.vae, backbone.transformer,
+        type(backbone.scheduler).from_config(backbone.scheduler.config),
+    )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -91,6 +100,34 @@ def test_a_video_that_is_made_is_the_stock_pipelines_and_its_maps_have_its_frame
     torch.testing.assert_close(videos, wanted, atol=2e-5, rtol=1e-4)
     assert [m.scores.shape for m in maps] == [(2, 3, 3, 2, 3)] * 2
     torch.testing.assert_close(maps[0].scores.sum(1), torch.ones(2, 3, 2, 3))
+
+
+def with_solver(method, scheduler, folder):
+    """The same checkpoint, but for the solver that it names."""
+    shutil.copytree(method.backbone.checkpoint.path, folder)
+    scheduler.save_pretrained(folder / "scheduler")
+    return ConceptAttention.from_pretrained(str(folder), image_size=32, text_tokens=8, seed=3)
+
+
+def test_a_checkpoint_that_names_the_second_order_solver_makes_the_stock_pipelines_video(method, tmp_path):
+    """It looks one step back and draws noise at every step, from each video's own generator; settings as in CogVideoX-5b."""
+    solver = CogVideoXDPMScheduler(
+        prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True, snr_shift_scale=1.0,
+        clip_sample=False,
+    )  # fmt: skip
+    other = with_solver(method, solver, tmp_path / "dpm")
+    view = [View("output", (1,), (0.5,))]
+    made = [other.generate(["a fish", "a boat"], [WORDS, WORDS], view, 4, (32, 48), 6.0)[0] for _ in range(2)]
+    wanted = stock(other)(
+        ["a fish", "a boat"], height=32, width=48, num_frames=9, num_inference_steps=4, guidance_scale=6.0, output_type="pt",
+        generator=[torch.Generator().manual_seed(3 + b) for b in range(2)], max_sequence_length=8,
+    ).frames  # fmt: skip
+    assert isinstance(other.backbone.scheduler, CogVideoXDPMScheduler) and torch.equal(*made)
+    torch.testing.assert_close(made[0], wanted, atol=2e-5, rtol=1e-4)
+    alone = other.generate(["a fish"], [WORDS], view, 4, (32, 48), 6.0)[0]
+    torch.testing.assert_close(made[0][:1], alone, atol=2e-5, rtol=1e-4)
+    with pytest.raises(ConfigError, match="CogVideoXDDIMScheduler"):
+        _ = with_solver(method, FlowMatchEulerDiscreteScheduler(), tmp_path / "euler").backbone.scheduler
 
 
 def test_other_concepts_leave_the_same_video_and_other_maps(method):
