@@ -145,7 +145,10 @@ def test_a_views_sheet_fits_flux_or_a_unet_or_a_method_of_one_map(sheet):
     assert len(fitting) == 1
 
 
-@pytest.mark.parametrize("sheet", [sheet for sheet in GROUPS["experiment"] if sheet.startswith("ca_")])
+@pytest.mark.parametrize("sheet", [
+    sheet for sheet in GROUPS["experiment"]
+    if "override /extractor: concept_attention" in (CONF / "experiment" / f"{sheet}.yaml").read_text(encoding="utf-8")
+])  # fmt: skip
 def test_the_views_of_a_released_experiment_fit_its_backbone(sheet):
     from conceptseg.backbones.concept_stream import SPACES
 

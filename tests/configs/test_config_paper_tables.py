@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import yaml
-from composing import CONF, plainly
+from composing import CONF, GROUPS, plainly
 
 from conceptseg.config import instantiate
 from conceptseg.paper_table import KINDS, overrides_of
 from conceptseg.report.published import load_claim, shipped
-from conceptseg.saliency.views import expand_views
+from conceptseg.saliency.views import Axes, expand_views
 
 FOLDER = CONF / "table"
 SHEETS: dict[str, dict[str, Any]] = {
@@ -70,6 +70,43 @@ def test_a_row_composes_and_its_view_and_segmenter_exist(sheet, block, row, kind
     view = row.get("view")
     view = view.get(kind) if isinstance(view, dict) else view
     assert view is None or view in whole["views"]
+
+
+NUMBERS = ("extractor", "dataset", "protocol")
+"""What names a run; views are read off it."""
+PRINTED = [
+    pytest.param(sheet, block, row, id=f"{name}: {row['name']}")
+    for name, sheet in PAPER.items()
+    if name.startswith("conceptattention/")
+    for block in sheet["blocks"]
+    for row in block["rows"]
+    if "overrides" in row and row.get("group") != "controls"
+]
+
+
+def views_of(whole, name=None):
+    """Keys of the views of a configuration, or of one of them, as a method of 38 blocks would read them."""
+    keys = set()
+    for given in [whole["views"][name]] if name else whole["views"].values():
+        axes = Axes((given["space"],), tuple(range(38)) if "layers" in given else (), "timesteps" in given)
+        keys |= {view.key for view in expand_views({"view": given}, axes).values()}
+    return keys
+
+
+@pytest.mark.parametrize(("sheet", "block", "row"), PRINTED)
+def test_a_row_of_the_paper_is_an_experiment_sheet_of_its_own(sheet, block, row):
+    """The same extractor, data and protocol, so the same run; and a header that names what is reproduced."""
+    wanted = plainly(*overrides_of(row, block, sheet, "released", on_lab=False))
+    view = row.get("view")
+    read = views_of(wanted, view.get("released") if isinstance(view, dict) else view)
+    found = []
+    for name in [name for name in GROUPS["experiment"] if name.startswith(("ca_", "daam_"))]:
+        whole = plainly(f"experiment={name}")
+        if all(whole[key] == wanted[key] for key in NUMBERS) and read <= views_of(whole):
+            found.append(name)
+    assert found
+    headers = [(CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").partition("defaults:")[0] for name in found]
+    assert any("paper" in header.lower() or "Table" in header for header in headers)
 
 
 def test_the_lab_models_that_ship_offer_what_the_rows_read():
