@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,7 @@ def shard_of(runtime: Mapping[str, Any]) -> Shard:
     return Shard(index, count, runtime["batch_size"])
 
 
+@cache  # of this process: nothing of it changes what was loaded
 def versions() -> dict[str, str]:
     """Versions of what makes numbers."""
     found = {"conceptseg": __version__, "python": platform.python_version()}
@@ -121,6 +123,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def machine() -> dict[str, str]:
     """Kind of machine; no host name."""
     import torch
@@ -131,6 +134,7 @@ def machine() -> dict[str, str]:
     }  # fmt: skip
 
 
+@cache
 def git_state() -> dict[str, str]:
     """Commit of the checkout this package lies in and whether it was clean; empty for an installed wheel."""
     root = Path(__file__).resolve().parent.parent

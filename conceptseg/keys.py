@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -41,4 +42,10 @@ def source_digests() -> dict[str, str]:
     files: list[Path] = []
     for name in NUMBER_MAKERS:
         files += sorted((root / name).rglob("*.py")) if (root / name).is_dir() else [root / name]
-    return {f.relative_to(root).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest()[:12] for f in files}
+    return {f.relative_to(root).as_posix(): _file_digest(f, f.stat().st_mtime_ns, f.stat().st_size) for f in files}
+
+
+@lru_cache(1024)
+def _file_digest(path: Path, changed: int, size: int) -> str:
+    """Read again only where the file says that it was written since: a table asks for each of its runs."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]

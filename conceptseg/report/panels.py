@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL import __version__ as PILLOW
+from PIL.PngImagePlugin import PngInfo
 
 from conceptseg.errors import ReportError
 from conceptseg.report.results import write_atomically
@@ -65,9 +68,13 @@ def picture_sheet(path: Path, columns: Sequence[str], rows: Sequence[PanelRow], 
     """Write a PNG sheet: for each row its label, image and truth, then a map and a prediction under each title of `columns`.
 
     Pictures fit a square of `cell` pixels with their proportions kept. Maps are enlarged to the nearest cell, so that their
-    true grid is seen. A sheet above MAX_BYTES is written with 256 colours, or with as many as fit.
+    true grid is seen. A sheet above MAX_BYTES is written with 256 colours, or with as many as fit. A sheet that shows just
+    this is left as it is.
     """
     _check(columns, rows)
+    content = _content(columns, rows, cell)
+    if path.exists() and _content_of(path) == content:
+        return
     body, small = _font(max(13, cell // 8)), _font(max(12, cell // 10))
     label_width = round(1.15 * cell)
     pair = 2 * cell + CELL_GAP
@@ -108,7 +115,28 @@ def picture_sheet(path: Path, columns: Sequence[str], rows: Sequence[PanelRow], 
             _centred(draw, method.caption, left, pair, y + row_height + 2, small, _INK)
         y += row_height + under
     _draw_legend(sheet, legend, width, legend_top, small)
-    write_atomically(path, _png(sheet))
+    write_atomically(path, _png(sheet, content))
+
+
+def _content(columns: Sequence[str], rows: Sequence[PanelRow], cell: int) -> str:
+    """Digest of all that a sheet is drawn from, this code too."""
+    digest = sha256(Path(__file__).read_bytes() + repr((list(columns), cell, PILLOW)).encode())
+    for row in rows:
+        arrays = [row.image, row.truth, *(array for method in row.methods for array in (method.map, method.prediction))]
+        said = row.label, [(method.caption, method.foreground) for method in row.methods], [array.shape for array in arrays]
+        digest.update(repr(said).encode())
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def _content_of(path: Path) -> str | None:
+    """What a sheet says that it was drawn from; None for a file that says nothing."""
+    try:
+        with Image.open(path) as sheet:
+            return sheet.info.get("content")
+    except OSError:
+        return None
 
 
 @cache
@@ -215,12 +243,13 @@ def _paste(sheet: Image.Image, picture: Pixels, left: int, top: int, room: int, 
     sheet.paste(Image.fromarray(picture), (left + (room - width) // 2, top + (room_height - height) // 2))
 
 
-def _png(sheet: Image.Image) -> bytes:
-    content = b""
+def _png(sheet: Image.Image, shows: str) -> bytes:
+    content, about = b"", PngInfo()
+    about.add_text("content", shows)
     for colours in (None, 256, 128, 64, 32, 16):
         reduced = sheet if colours is None else sheet.quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
         buffer = BytesIO()
-        reduced.save(buffer, "PNG", optimize=True)
+        reduced.save(buffer, "PNG", optimize=True, pnginfo=about)
         content = buffer.getvalue()
         if len(content) <= MAX_BYTES:
             return content

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import TESTS
+from commands import FAST, TESTS
 
 REPO = TESTS.parent
 LAB = ("table=lab", "dataset.count=4")
+HEAVY = {"diffusers", "transformers", "timm", "open_clip", "torchvision", "torchmetrics", "datasets", "matplotlib"}
 
 
 def in_table(path: Path) -> list[str]:
@@ -47,6 +48,29 @@ def test_a_table_again_computes_nothing(shared, table):
     said = shared.run(*LAB)
     assert " 0 samples computed" in said.said and "4 samples computed" not in said.said
     assert rows == {p: p.read_bytes() for p in shared.folder.rglob("rows-*.jsonl")}
+
+
+def test_a_finished_table_composes_nothing_and_builds_and_loads_no_model(shared, table):
+    """In a fresh process, where whatever costs more than looking up what is held is refused."""
+    written = {p: p.stat().st_mtime_ns for p in shared.folder.rglob("*") if p.name in ("sheet.png", "manifest.json")}
+    code = f"""
+import sys
+import hydra, torch
+def refuse(*args, **settings): raise AssertionError("a finished table asked for this")
+hydra.compose = torch.nn.Module.__init__ = refuse
+from conceptseg.cli import evaluate
+sys.argv = ["conceptseg", *{[*FAST, *LAB]}]
+try:
+    evaluate()
+except SystemExit as end:
+    assert not end.code, end.code
+print("LOADED", *sorted({{name.split(".")[0] for name in sys.modules}}))
+"""
+    said = shared.run_cold("-c", code)
+    assert "oracle" in said.out
+    loaded = set(said.out.rpartition("LOADED ")[2].split())
+    assert "torch" in loaded and not loaded & HEAVY
+    assert written == {p: p.stat().st_mtime_ns for p in written}
 
 
 def test_a_table_that_is_published_passes_the_check_and_a_changed_one_does_not(shared, table):

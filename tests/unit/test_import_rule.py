@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "keys": set(),
     "types": {"errors"},
-    "config": {"errors"},
+    "config": {"errors", "keys"},
     "store": GROUND,
     **{peer: GROUND | PEERS for peer in PEERS},
     "extractors": GROUND | PEERS,
@@ -37,13 +37,15 @@ ALLOWED: dict[str, set[str]] = {
     "run": GROUND | PEERS | {"assemble", "evaluate", "extractors", "protocols", "store", "report"},
     "tables": GROUND | PEERS | {"assemble", "extractors", "run", "report", "store"},
     "paper_table": GROUND | PEERS | {"assemble", "run", "report", "tables"},
+    "compositions": {"report"},
     "html_report": GROUND | PEERS | {"config", "protocols", "report", "store"},
     "compare": GROUND | {"metrics", "store"},
     "lab": GROUND | PEERS | {"assemble", "evaluate", "extractors", "protocols", "run", "store"},
     "explain": GROUND | {"extractors"},
     "trace": GROUND | {"backbones"},
     "studies": GROUND | {"backbones", "trace"},
-    "cli": GROUND | {"assemble", "config", "html_report", "lab", "launch", "paper_table", "report", "run", "tables"},
+    "cli": GROUND
+    | {"assemble", "compositions", "config", "html_report", "lab", "launch", "paper_table", "report", "run", "tables"},
     "__main__": {"cli"},
 }
 MODELS = {"torch", "torchvision", "torchmetrics", "diffusers", "transformers", "open_clip"}

@@ -128,3 +128,17 @@ def test_words_longer_than_a_line_are_broken():
     lines = panels._wrapped("voc2012/2007_000033_and_a_very_long_key indeed", 80, font)
     assert "".join(lines).replace(" ", "") == "voc2012/2007_000033_and_a_very_long_keyindeed"
     assert all(font.getlength(line) <= 80 for line in lines)
+
+
+def test_a_sheet_is_drawn_again_only_when_it_shows_something_else(tmp_path):
+    path, rows = tmp_path / "sheet.png", [one_row()]
+    drawn(path, rows)
+    before = path.stat().st_mtime_ns
+    drawn(path, rows)
+    assert path.stat().st_mtime_ns == before
+    cell = rows[0].methods[0]
+    other = replace(rows[0], methods=(replace(cell, map=255 - cell.map), *rows[0].methods[1:]))
+    for change in ([other], [replace(rows[0], label="other")], [*rows, *rows]):
+        content = path.read_bytes()
+        drawn(path, change)
+        assert path.read_bytes() != content
