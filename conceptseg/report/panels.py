@@ -126,7 +126,7 @@ def _content(columns: Sequence[str], rows: Sequence[PanelRow], cell: int) -> str
         said = row.label, [(method.caption, method.foreground) for method in row.methods], [array.shape for array in arrays]
         digest.update(repr(said).encode())
         for array in arrays:
-            digest.update(np.ascontiguousarray(array))
+            digest.update(array.tobytes())
     return digest.hexdigest()
 
 
