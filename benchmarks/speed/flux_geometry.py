@@ -79,7 +79,7 @@ def random_backbone(geometry: Geometry, device: str = "cpu", dtype: str = "float
             use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159,
         )  # fmt: skip
     backbone.tokenizer = word_tokenizer(geometry.text_tokens)
-    backbone.config = dict(transformer.config)
+    backbone.config, backbone.vae_config = dict(transformer.config), dict(autoencoder.config)
     if whole:
         backbone.transformer = _filled(transformer, device, backbone.dtype)
     backbone.text_encoder, backbone.vae = _filled(text, device, backbone.dtype), _filled(autoencoder, device, torch.float32)

@@ -115,15 +115,18 @@ class Checkpoint:
         return {"path": self.path if self.path.startswith("lab:") else folder.name, "files": digest.hexdigest()[:16]}
 
 
-def stack_images(images: Sequence[np.ndarray], size: tuple[int, int], resize: str) -> Float[Tensor, "B 3 h w"]:
-    """Images, float [H W 3] in 0..1 each, at one size.
+def stack_images(
+    images: Sequence[np.ndarray], size: tuple[int, int], resize: str, device: torch.device | str = "cpu"
+) -> Float[Tensor, "B 3 h w"]:
+    """Images, float [H W 3] in 0..1 each, at one size, on a device that also resizes them: on a host it would hold up the model.
 
     resize "nearest" takes the pixel at floor(i · H / h), as torch does; "bicubic" is antialiased, and
     what it overshoots is cut back to 0..1.
     """
     resized = []
     for image in images:
-        tensor = rearrange(torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)), "H W c -> 1 c H W")
+        held = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)).to(device)
+        tensor = rearrange(held, "H W c -> 1 c H W")
         if tuple(tensor.shape[-2:]) != size:
             if resize == "nearest":
                 tensor = interpolate(tensor, size=size, mode="nearest")

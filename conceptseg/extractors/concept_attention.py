@@ -79,7 +79,7 @@ class ConceptAttention(Extractor):
 
     def stream(self, batch: Batch, views: Sequence[View]) -> Iterator[SaliencyMaps]:
         backbone = self.backbone
-        images = stack_images([task.image for task in batch.tasks], backbone.size, backbone.resize)
+        images = stack_images([task.image for task in batch.tasks], backbone.size, backbone.resize, backbone.device)
         generators = None
         if self.posterior == "sample":
             generators = [torch.Generator().manual_seed(sample_seed(self.seed, key, "posterior")) for key in batch.keys]

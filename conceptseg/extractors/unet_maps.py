@@ -188,7 +188,7 @@ class UNetMaps(Extractor):
     def read_layers(self, batch: Batch, asked: Sequence[Sequence[Asked]], views: Sequence[View]) -> LayerSums:
         """One forward pass for every noise level, with draws and prompts side by side; rows are (image, draw, prompt)."""
         backbone, sums = self.backbone, LayerSums()
-        images = stack_images([task.image for task in batch.tasks], backbone.size, backbone.resize)
+        images = stack_images([task.image for task in batch.tasks], backbone.size, backbone.resize, backbone.device)
         totals = any(view.space == "words_normalized" for view in views)
         for level in sorted({t for view in views for t in view.timesteps}):
             now = [view for view in views if level in view.timesteps]
