@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -95,8 +95,8 @@ class Bench:
         return self.extractor.encoded(self.batch)
 
     def latents(self) -> Tensor:
-        images = stack_images([task.image for task in self.batch.tasks], self.backbone.size, self.backbone.resize)
-        return self.backbone.latents(images)
+        images = [task.image for task in self.batch.tasks]
+        return self.backbone.latents(stack_images(images, self.backbone.size, self.backbone.resize, self.backbone.device))
 
     def stages(self, now: Callable[[], float], repeats: int) -> dict[str, float]:
         """Milliseconds a batch."""
@@ -138,7 +138,8 @@ def variants(backbone: FluxBackbone) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "compiled block by block", lambda: (model.reset_attention_backend(), model.compile_repeated_blocks())  # type: ignore[operator]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """What was found, by the names that are printed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=list(GEOMETRIES), default="full")
     parser.add_argument("--device", default="cpu")
@@ -146,12 +147,12 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="keep the figures")
-    said = parser.parse_args()
+    said = parser.parse_args(arguments)
     logging.disable(logging.WARNING)
     geometry, dtype = GEOMETRIES[said.geometry], said.dtype or ("float32" if said.device == "cpu" else "bfloat16")
     now, backbone = clock(said.device), encode_only(geometry, said.device, dtype)
     found: dict[str, Any] = {"peak_tflops": peak_tflops(said.device, backbone.dtype, now), "batches": {}, "variants": {}}
-    print(f"a large {dtype} matrix product: {found['peak_tflops']:.0f} TFLOP/s")
+    print(f"a large {dtype} matrix product: {found['peak_tflops']:.3g} TFLOP/s")
     for rows in said.batches:
         bench = Bench(backbone, geometry, rows)
         bench.text()
@@ -183,6 +184,7 @@ def main() -> None:
         print(f"{name}: {found['variants'][name]}", flush=True)
     if said.write:
         record(f"throughput {said.geometry}", found, said.device)
+    return found
 
 
 if __name__ == "__main__":
