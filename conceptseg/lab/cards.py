@@ -38,7 +38,8 @@ def write_model(trainer: Trainer, curve: Path, folder: Path) -> Path:
     card = {
         "name": recipe["name"], "provenance": "lab",
         "data": f"drawn scenes, split train, drawing version {DRAWING_VERSION}",
-        "scenes": recipe["scenes"], "hard_scenes": recipe["hard_scenes"], "steps": lines[-1]["step"], "seed": recipe["seed"],
+        "scenes": recipe["scenes"], "hard_scenes": recipe["hard_scenes"],
+        "plain_scenes": recipe["plain_scenes"], "steps": lines[-1]["step"], "seed": recipe["seed"],
         "parameters": parameters, "minutes": round(seconds / 60, 1), "machine": f"{platform.machine()}, {device}",
         "threads": torch.get_num_threads(), "versions": versions(), "warning": trainer.caveat,
         "trained_words": [*GLUE, *NOUNS, *TINTS], "recipe": recipe,
@@ -53,13 +54,14 @@ def _readme(card: dict[str, Any]) -> str:
     kept = card["losses"][:: max(1, len(card["losses"]) // 12)]
     names = list(kept[0])
     rows = "\n".join("| " + " | ".join(str(row[name]) for name in names) + " |" for row in kept)
+    plain = f", {card['plain_scenes']:,} with one object and nothing else" if card.get("plain_scenes") else ""
     text = f"""# lab {card["name"]}
 
 {card["warning"]}
 
 | | |
 |---|---|
-| data | {card["data"]}, {card["scenes"]:,} scenes and {card["hard_scenes"]:,} with look-alikes |
+| data | {card["data"]}, {card["scenes"]:,} scenes and {card["hard_scenes"]:,} with look-alikes{plain} |
 | steps, seed | {card["steps"]:,}, {card["seed"]} |
 | parameters | {card["parameters"]:,} (fp16 safetensors) |
 | training time | {card["minutes"]:g} min on {card["machine"]}, {card["threads"]} thread(s), other work beside it |

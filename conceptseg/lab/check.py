@@ -153,9 +153,10 @@ def _generation(trainer: Trainer, clip: Trainer, pictures: Path | None) -> list[
     return [Finding(f.what, f.value, f.chance, ceiling.get(f.what), f.n) for f in made]
 
 
-def sample_sheet(made: list[tuple[str, UInt8[np.ndarray, "H W 3"]]], path: Path, columns: int = 8, scale: int = 2) -> None:
+def sample_sheet(made: list[tuple[str, UInt8[np.ndarray, "H W 3"]]], path: Path, columns: int = 8) -> None:
     """Generated images with their captions, as one PNG."""
-    side = made[0][1].shape[0] * scale
+    shown = made[0][1].shape[0]
+    side = shown * -(-96 // shown)  # wide enough for a caption
     rows = -(-len(made) // columns)
     sheet = Image.new("RGB", (columns * (side + 6) + 6, rows * (side + 30) + 6), "white")
     draw = ImageDraw.Draw(sheet)

@@ -57,6 +57,9 @@ class FlowMatchingTrainer(Trainer):
         settings = self.settings()
         return int(settings["batch"] + settings["swap_batch"])
 
+    def looks_size(self) -> int:
+        return int(self.settings()["batch"])
+
     def losses(self, scenes: list[Scene], rng: np.random.Generator, noise: torch.Generator) -> dict[str, Tensor]:
         recipe = self.settings()
         flow = recipe["batch"]

@@ -58,11 +58,12 @@ def generate(
 
 
 def _by_flow(trainer: FlowMatchingTrainer, latents: Tensor, captions: list[str], steps: int, guidance: float) -> Tensor:
-    """Euler steps along the velocity from t = 1 (noise) to 0."""
+    """Euler steps along the velocity from t = 1 (noise) to 0, at the levels that the model's pipeline would take."""
     said = [Caption(tuple(c.split()), ()) for c in captions]
     nothing = [Caption((), ()) for _ in captions]
-    levels = torch.linspace(1, 0, steps + 1).tolist()
-    for now, then in pairwise(levels):
+    scheduler = trainer.parts["scheduler"]
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+    for now, then in pairwise(scheduler.sigmas.tolist()):
         t = torch.full((len(latents),), now)
         told, untold = trainer.velocity(latents, t, said), trainer.velocity(latents, t, nothing)
         latents = latents + (then - now) * (untold + guidance * (told - untold))

@@ -87,6 +87,11 @@ def _start_as_identity(transformer: torch.nn.Module, modulations: list[torch.nn.
     torch.nn.init.zeros_(transformer.get_parameter("proj_out.weight"))
 
 
+def _schedule() -> FlowMatchEulerDiscreteScheduler:
+    """Stable Diffusion 3's schedule, most of whose steps are noisy: there a picture's colours and places are settled."""
+    return FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
 def build_flux(sizes: dict[str, Any]) -> dict[str, Any]:
     """The parts of a Flux pipeline by the sub-folder that `from_pretrained` reads them from; weights are random."""
     tokenizer = word_tokenizer(sizes["text_tokens"])
@@ -102,7 +107,7 @@ def build_flux(sizes: dict[str, Any]) -> dict[str, Any]:
     _start_as_identity(transformer, [getattr(b, n) for b in blocks for n in ("norm", "norm1", "norm1_context") if hasattr(b, n)])
     return {
         "transformer": transformer, "text_encoder_2": text, "tokenizer_2": tokenizer, "vae": codec,
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0),
+        "scheduler": _schedule(),
     }  # fmt: skip
 
 
@@ -124,7 +129,7 @@ def build_sd3(sizes: dict[str, Any]) -> dict[str, Any]:
         "transformer": transformer, "text_encoder": encoders[0], "text_encoder_2": encoders[1],
         "text_encoder_3": _t5(sizes, len(t5)), "tokenizer": clip, "tokenizer_2": clip, "tokenizer_3": t5,
         "vae": PatchCodec(patch=sizes["codec_patch"], scaling_factor=sizes["latent_scale"]),
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0),
+        "scheduler": _schedule(),
     }  # fmt: skip
 
 

@@ -75,6 +75,10 @@ class Trainer(ABC):
     def batch_size(self) -> int:
         """Scenes a step."""
 
+    def looks_size(self) -> int:
+        """How many scenes of a batch, its first ones, teach what words look like."""
+        return self.batch_size()
+
     def write(self, folder: Path) -> None:
         """Save the parts in the layout that real checkpoints have."""
         from conceptseg.lab.models import save
@@ -93,15 +97,20 @@ class Trainer(ABC):
         return whole
 
     def choose(self, scenes: list[Scene], rng: np.random.Generator) -> Int[np.ndarray, " B"]:
-        """Numbers of a batch's scenes: `single_share` of them from those with one object, which are drawn larger."""
+        """Numbers of a batch's scenes: `single_share` of them from those with one object, which are drawn larger, and of those
+        that teach looks `plain_share` from the scenes that show nothing else.
+        """
         if self._single is None:
             self._single = np.array([i for i, scene in enumerate(scenes) if len(scene.objects) == 1])
         size = self.batch_size()
-        any_scene = rng.integers(0, len(scenes), size)
-        if not len(self._single):
-            return any_scene
-        lone = self._single[rng.integers(0, len(self._single), size)]
-        return np.where(rng.random(size) < self.recipe["single_share"], lone, any_scene)
+        chosen = rng.integers(0, len(scenes), size)
+        if len(self._single):
+            lone = self._single[rng.integers(0, len(self._single), size)]
+            chosen = np.where(rng.random(size) < self.recipe["single_share"], lone, chosen)
+        if share := self.settings().get("plain_share", 0.0):
+            plain = rng.integers(self.recipe["scenes"] + self.recipe["hard_scenes"], len(scenes), size)
+            chosen = np.where((rng.random(size) < share) & (np.arange(size) < self.looks_size()), plain, chosen)
+        return chosen
 
     def images(self, scenes: list[Scene]) -> Float[Tensor, "B 3 H W"]:
         """Scenes as the model is shown them, in -1..1."""
