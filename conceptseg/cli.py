@@ -12,13 +12,16 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig
 
 from conceptseg.config import explain_refusal, plain, register
 from conceptseg.errors import ConceptSegError, guarded
+
+if TYPE_CHECKING:
+    from conceptseg.report.results import Results
 
 log = logging.getLogger(__name__)
 
@@ -161,16 +164,11 @@ def _table(config: DictConfig, overrides: Sequence[str]) -> int:
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
 
-    from conceptseg.assemble import shard_of
     from conceptseg.compositions import Compositions
     from conceptseg.config import composing_source
+    from conceptseg.finished import FinishedTable
     from conceptseg.keys import digest
-    from conceptseg.paper_table import compute_paper_table
-    from conceptseg.report.results import save
-    from conceptseg.report.results_md import update
-    from conceptseg.report.terminal import print_table
-    from conceptseg.report.trackers import check_trackers, track
-    from conceptseg.tables import compute_table
+    from conceptseg.report.trackers import check_trackers
 
     name = str(HydraConfig.get().runtime.choices["table"])
     whole = plain(config)
@@ -188,12 +186,29 @@ def _table(config: DictConfig, overrides: Sequence[str]) -> int:
     else:
         folder = Path(whole["runtime"]["runs"]) / "tables" / f"{place}-{digest(sorted(meaningful), 6)}"
 
+    tables, source = Path(whole["runtime"]["runs"]) / "tables", composing_source()
+    written = [folder / "sheet.png", *([Path(report["results_md"])] if publish else [])]
+    finished = FinishedTable(
+        tables / f"{place}-{digest(sorted(overrides), 6)}.finished.json", folder / "results.json", written,
+        Path(whole["runtime"]["runs"]), None if source is None or report["trackers"] else [source, whole, overrides],
+    )  # fmt: skip
+    if (results := finished.read()) is not None:
+        log.info("nothing that %s was made from has changed: it is printed as it stands", folder / "results.json")
+        _show_table(results, folder, report["results_md"] if publish else None)
+        return 0
+
+    from conceptseg.assemble import shard_of
+    from conceptseg.paper_table import compute_paper_table
+    from conceptseg.report.results import save
+    from conceptseg.report.results_md import update
+    from conceptseg.report.trackers import track
+    from conceptseg.tables import compute_table
+
     def compose_anew(overrides: Sequence[str]) -> dict[str, Any]:
         found: dict[str, Any] = plain(compose(config_name="evaluate", overrides=[*overrides]))
         return found
 
-    kept = Path(whole["runtime"]["runs"]) / "tables" / f"{place}.configs.json"
-    composed = Compositions(kept, composing_source(), compose_anew)
+    composed = Compositions(tables / f"{place}.configs.json", source, compose_anew)
 
     def with_runtime(more: Sequence[str]) -> dict[str, Any]:
         return composed(*more, *(o for o in extra if o.startswith(("runtime.", "report."))))
@@ -209,11 +224,18 @@ def _table(config: DictConfig, overrides: Sequence[str]) -> int:
     track(results, report["trackers"], Path(whole["runtime"]["runs"]) / "trackers" / place)
     if publish:
         update(Path(report["results_md"]), results)
+    finished.keep(results, composed.asked())
+    _show_table(results, folder, report["results_md"] if publish else None)
+    return 0
+
+
+def _show_table(results: Results, folder: Path, published: str | None) -> None:
+    from conceptseg.report.terminal import print_table
+
     print_table(results)
-    print(f"results: {folder / 'results.json'}" + (f", {report['results_md']}" if publish else ""))
+    print(f"results: {folder / 'results.json'}" + (f", {published}" if published else ""))
     if (folder / "sheet.png").exists():
         print(f"pictures: {folder / 'sheet.png'}")
-    return 0
 
 
 @guarded
@@ -356,12 +378,16 @@ def _lab_check(said: Any) -> int:
 def _lab_sweep(said: Any) -> int:
     from hydra import compose, initialize_config_module
 
-    from conceptseg.lab.cards import add_to_card, model_folder
+    from conceptseg.lab.cards import add_to_card, model_folder, read_card
     from conceptseg.lab.sweep import heat_map, overrides_for, sweep
 
     folder = model_folder(said.name, said.model)
     register()
-    overrides = [*overrides_for(said.name), *([f"extractor.backbone.path={folder}"] if said.model else []), *said.overrides]
+    overrides = [*overrides_for(said.name)]
+    if said.model:
+        side = read_card(folder)["recipe"]["image_size"]
+        overrides += [f"extractor.backbone.path={folder}", f"extractor.backbone.image_size={side}"]
+    overrides += said.overrides
     with initialize_config_module("conceptseg.conf", version_base="1.3"):
         found = sweep(plain(compose("evaluate", overrides=overrides)))
     for line in found.lines():

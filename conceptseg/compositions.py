@@ -36,6 +36,10 @@ class Compositions:
             self._asked[key] = kept if kept is not None else self.compose(overrides)
         return self._asked[key]
 
+    def asked(self) -> list[dict[str, Any]]:
+        """Every configuration that this command asked for."""
+        return list(self._asked.values())
+
     def keep(self) -> None:
         """Write what was asked for, if any of it is new and can be written without loss."""
         stable = {key: config for key, config in self._asked.items() if "${" not in key}

@@ -46,18 +46,30 @@ def test_a_table_says_where_its_results_are(shared, table):
 def test_a_table_again_computes_nothing(shared, table):
     rows = {p: p.read_bytes() for p in shared.folder.rglob("rows-*.jsonl")}
     said = shared.run(*LAB)
-    assert " 0 samples computed" in said.said and "4 samples computed" not in said.said
+    assert "was made from has changed: it is printed as it stands" in said.said and "samples computed" not in said.said
+    assert said.out == table.out
+    (mark,) = (shared.folder / "runs" / "tables").glob("*.finished.json")
+    mark.unlink()
+    said = shared.run(*LAB)
+    assert " 0 samples computed" in said.said and "4 samples computed" not in said.said and mark.exists()
     assert rows == {p: p.read_bytes() for p in shared.folder.rglob("rows-*.jsonl")}
 
 
-def test_a_finished_table_composes_nothing_and_builds_and_loads_no_model(shared, table):
+@pytest.mark.parametrize("marked", [True, False], ids=["unchanged", "perhaps changed"])
+def test_a_finished_table_composes_nothing_and_builds_and_loads_no_model(shared, table, marked):
     """In a fresh process, where whatever costs more than looking up what is held is refused."""
+    if not marked:
+        for mark in (shared.folder / "runs" / "tables").glob("*.finished.json"):
+            mark.unlink()
     written = {p: p.stat().st_mtime_ns for p in shared.folder.rglob("*") if p.name in ("sheet.png", "manifest.json")}
     code = f"""
 import sys
-import hydra, torch
+import hydra
 def refuse(*args, **settings): raise AssertionError("a finished table asked for this")
-hydra.compose = torch.nn.Module.__init__ = refuse
+hydra.compose = refuse
+if not {marked}:
+    import torch
+    torch.nn.Module.__init__ = refuse
 from conceptseg.cli import evaluate
 sys.argv = ["conceptseg", *{[*FAST, *LAB]}]
 try:
@@ -69,7 +81,7 @@ print("LOADED", *sorted({{name.split(".")[0] for name in sys.modules}}))
     said = shared.run_cold("-c", code)
     assert "oracle" in said.out
     loaded = set(said.out.rpartition("LOADED ")[2].split())
-    assert "torch" in loaded and not loaded & HEAVY
+    assert ("torch" in loaded) != marked and not loaded & HEAVY
     assert written == {p: p.stat().st_mtime_ns for p in written}
 
 

@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "tables": GROUND | PEERS | {"assemble", "extractors", "run", "report", "store"},
     "paper_table": GROUND | PEERS | {"assemble", "run", "report", "tables"},
     "compositions": {"report"},
+    "finished": {"keys", "report"},
     "html_report": GROUND | PEERS | {"config", "protocols", "report", "store"},
     "compare": GROUND | {"metrics", "store"},
     "lab": GROUND | PEERS | {"assemble", "evaluate", "extractors", "protocols", "run", "store"},
@@ -45,7 +46,19 @@ ALLOWED: dict[str, set[str]] = {
     "trace": GROUND | {"backbones"},
     "studies": GROUND | {"backbones", "trace"},
     "cli": GROUND
-    | {"assemble", "compositions", "config", "html_report", "lab", "launch", "paper_table", "report", "run", "tables"},
+    | {
+        "assemble",
+        "compositions",
+        "config",
+        "finished",
+        "html_report",
+        "lab",
+        "launch",
+        "paper_table",
+        "report",
+        "run",
+        "tables",
+    },
     "__main__": {"cli"},
 }
 MODELS = {"torch", "torchvision", "torchmetrics", "diffusers", "transformers", "open_clip"}

@@ -1,0 +1,103 @@
+"""A finished table is printed as it stands written only while everything that it was made from is as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+
+from conceptseg import finished
+from conceptseg.finished import FinishedTable
+from conceptseg.report.results import load, save
+
+PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "lab" / "results.json"
+DRAWN = {
+    "dataset": {"_target_": "conceptseg.data.drawn.DrawnScenes"},
+    "extractor": {"backbone": {"path": "lab:flux"}, "tokens": None},
+}
+
+
+@pytest.fixture
+def marked(tmp_path, monkeypatch):
+    """A mark, the lab's table that it marks (in a folder of its own, with its run folders), and what stands for the package."""
+    table = load(PUBLISHED)
+    save(tmp_path / "t" / "results.json", table)
+    for row in (row for block in table.blocks for row in block.rows):
+        (tmp_path / "runs" / row.run_id).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs" / row.run_id / "rows-0.jsonl").write_text("{}")
+    code = tmp_path / "weights.safetensors"
+    code.write_bytes(b"1")
+    monkeypatch.setattr(finished, "_package_files", lambda: iter([code]))
+    written = [tmp_path / "t" / "sheet.png"]
+    written[0].write_bytes(b"2")
+    mark = FinishedTable(tmp_path / "m.json", tmp_path / "t" / "results.json", written, tmp_path / "runs", ["a"])
+    mark.keep(table, [DRAWN])
+    return mark, table, code
+
+
+def test_an_unchanged_table_is_read_as_it_was_written(marked):
+    mark, table, _ = marked
+    assert mark.read() == table
+
+
+def later(path):
+    state = path.stat()
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1_000_000))
+
+
+CHANGES = {
+    "weights or code": lambda mark, code: code.write_bytes(b"12"),
+    "code of the same size": lambda mark, code: later(code),
+    "rows": lambda mark, code: next(mark.runs.rglob("rows-0.jsonl")).write_text("{}\n{}"),
+    "a run folder": lambda mark, code: next(mark.runs.rglob("rows-0.jsonl")).unlink(),
+    "another shard's rows": lambda mark, code: (next(mark.runs.iterdir()) / "rows-1.jsonl").write_text("{}"),
+    "the table": lambda mark, code: mark.results.write_text(mark.results.read_text().replace("0.45", "0.46")),
+    "its picture": lambda mark, code: mark.written[0].unlink(),
+    "what is asked": lambda mark, code: setattr(mark, "asked", ["b"]),
+    "what can't be known": lambda mark, code: setattr(mark, "asked", None),
+    "the mark": lambda mark, code: mark.path.write_text("{"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_any_change_has_it_put_together_again(what, marked):
+    mark, _, code = marked
+    CHANGES[what](mark, code)
+    assert mark.read() is None
+
+
+def test_another_library_has_it_put_together_again(marked, monkeypatch):
+    monkeypatch.setattr(finished.metadata, "version", lambda name: "0")
+    assert marked[0].read() is None
+
+
+def test_run_folders_that_are_gone_have_it_put_together_again(marked):
+    mark, table, _ = marked
+    (folder := mark.runs / table.blocks[0].rows[0].run_id).rename(folder.with_name("elsewhere"))
+    assert mark.read() is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**DRAWN, "dataset": {"_target_": "conceptseg.data.pascal_voc.PascalVOC"}},
+        {**DRAWN, "extractor": {"backbone": {"path": "black-forest-labs/FLUX.1-schnell"}}},
+        {**DRAWN, "extractor": {"backbone": {"path": "lab:sd"}, "tokens": "tokens.safetensors"}},
+    ],
+    ids=["photographs", "real weights", "a file of tokens"],
+)
+def test_a_table_that_reads_other_files_is_not_marked(config, marked):
+    mark, table, _ = marked
+    mark.keep(table, [DRAWN, config])
+    assert not mark.path.exists() and mark.read() is None
+
+
+def test_a_table_with_failed_samples_or_real_weights_is_not_marked(marked):
+    mark, table, _ = marked
+    for change in ({"failed": 1}, {"provenance": "weights"}):
+        block = table.blocks[0]
+        rows = (dataclasses.replace(block.rows[0], **change), *block.rows[1:])
+        mark.keep(dataclasses.replace(table, blocks=(dataclasses.replace(block, rows=rows), *table.blocks[1:])), [DRAWN])
+        assert not mark.path.exists()
