@@ -189,7 +189,7 @@ def _table(config: DictConfig, overrides: Sequence[str]) -> int:
     tables, source = Path(whole["runtime"]["runs"]) / "tables", composing_source()
     written = [folder / "sheet.png", *([Path(report["results_md"])] if publish else [])]
     finished = FinishedTable(
-        tables / f"{place}-{digest(sorted(overrides), 6)}.finished.json", folder / "results.json", written,
+        tables / "finished" / f"{place}-{digest(sorted(overrides), 6)}.json", folder / "results.json", written,
         Path(whole["runtime"]["runs"]), None if source is None or report["trackers"] else [source, whole, overrides],
     )  # fmt: skip
     if (results := finished.read()) is not None:

@@ -48,7 +48,7 @@ def test_a_table_again_computes_nothing(shared, table):
     said = shared.run(*LAB)
     assert "was made from has changed: it is printed as it stands" in said.said and "samples computed" not in said.said
     assert said.out == table.out
-    (mark,) = (shared.folder / "runs" / "tables").glob("*.finished.json")
+    (mark,) = (shared.folder / "runs" / "tables" / "finished").glob("*.json")
     mark.unlink()
     said = shared.run(*LAB)
     assert " 0 samples computed" in said.said and "4 samples computed" not in said.said and mark.exists()
@@ -59,7 +59,7 @@ def test_a_table_again_computes_nothing(shared, table):
 def test_a_finished_table_composes_nothing_and_builds_and_loads_no_model(shared, table, marked):
     """In a fresh process, where whatever costs more than looking up what is held is refused."""
     if not marked:
-        for mark in (shared.folder / "runs" / "tables").glob("*.finished.json"):
+        for mark in (shared.folder / "runs" / "tables" / "finished").glob("*.json"):
             mark.unlink()
     written = {p: p.stat().st_mtime_ns for p in shared.folder.rglob("*") if p.name in ("sheet.png", "manifest.json")}
     code = f"""
