@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -12,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from conceptseg import __version__, keys
+from conceptseg import keys
 from conceptseg.config import check_targets, instantiate
 from conceptseg.data.base import SegmentationDataset
 from conceptseg.errors import ConfigError, did_you_mean
@@ -78,7 +77,7 @@ def assemble(config: Mapping[str, Any]) -> Evaluation:
     store = RunStore(Path(runtime["runs"]) / name, shard.index, shard.count)
     manifest: Manifest = {
         "schema": SCHEMA, "run_id": name, "identity": identity, "config": whole, "provenance": extractor.provenance,
-        "source": source, "versions": versions(), "machine": machine(), "git": git_state(),
+        "source": source, "versions": keys.versions(), "machine": machine(), "git": git_state(),
     }  # fmt: skip
     store.open(manifest, runtime["on_code_change"])
     kept = [v.key for v in views.values()]
@@ -111,19 +110,7 @@ def shard_of(runtime: Mapping[str, Any]) -> Shard:
     return Shard(index, count, runtime["batch_size"])
 
 
-@cache  # of this process: nothing of it changes what was loaded
-def versions() -> dict[str, str]:
-    """Versions of what makes numbers."""
-    found = {"conceptseg": __version__, "python": platform.python_version()}
-    for name in ("torch", "diffusers", "transformers", "torchmetrics", "numpy", "pillow", "datasets", "h5py"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-@cache
+@cache  # of this process
 def machine() -> dict[str, str]:
     """Kind of machine; no host name."""
     import torch

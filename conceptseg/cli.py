@@ -187,10 +187,11 @@ def _table(config: DictConfig, overrides: Sequence[str]) -> int:
         folder = Path(whole["runtime"]["runs"]) / "tables" / f"{place}-{digest(sorted(meaningful), 6)}"
 
     tables, source = Path(whole["runtime"]["runs"]) / "tables", composing_source()
+    share = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]  # only the first of several processes prints
     written = [folder / "sheet.png", *([Path(report["results_md"])] if publish else [])]
     finished = FinishedTable(
         tables / "finished" / f"{place}-{digest(sorted(overrides), 6)}.json", folder / "results.json", written,
-        Path(whole["runtime"]["runs"]), None if source is None or report["trackers"] else [source, whole, overrides],
+        Path(whole["runtime"]["runs"]), None if source is None or report["trackers"] else [source, whole, overrides, share],
     )  # fmt: skip
     if (results := finished.read()) is not None:
         log.info("nothing that %s was made from has changed: it is printed as it stands", folder / "results.json")

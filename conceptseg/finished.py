@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from conceptseg.keys import digest
+from conceptseg.keys import digest, versions
 from conceptseg.report.results import Results, load, write_atomically
-
-LIBRARIES = (
-    "torch", "diffusers", "transformers", "torchmetrics", "numpy", "pillow", "datasets", "h5py", "timm", "open_clip_torch",
-)  # fmt: skip
 
 
 class FinishedTable:
@@ -43,7 +38,7 @@ class FinishedTable:
         if self.asked is None or not whole or not all(_is_closed(config) for config in configs):
             self.path.unlink(missing_ok=True)
             return
-        runs = sorted(set(_values(json.loads(self.results.read_text(encoding="utf-8")), "run_id")))
+        runs = sorted(set(_values(table.to_json(), "run_id")))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, json.dumps(self._mark(runs)).encode())
 
@@ -52,20 +47,12 @@ class FinishedTable:
         for run in runs:
             files += sorted((self.runs / run).iterdir())
         states = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file()]
-        libraries = {name: metadata.version(name) for name in LIBRARIES if _is_installed(name)}
-        return {"runs": runs, "of": digest([self.asked, states, libraries, platform.python_version()])}
+        return {"runs": runs, "of": digest([self.asked, states, versions()])}
 
 
 def _package_files() -> Iterator[Path]:
     for package, ending in (("conceptseg", "*"), ("conceptseg.conf", "*.yaml"), ("conceptseg.benchmarks", "*.yaml")):
         yield from (f for f in sorted(Path(str(resources.files(package))).rglob(ending)) if "__pycache__" not in f.parts)
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return bool(metadata.version(name))
-    except metadata.PackageNotFoundError:
-        return False
 
 
 def _is_closed(config: Mapping[str, Any]) -> bool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Mapping
-from functools import lru_cache
-from importlib import resources
+from functools import cache, lru_cache
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
+
+from conceptseg import __version__
 
 # Folders and files whose code decides what a row says. Reports, launchers and the command line are left out on purpose.
 NUMBER_MAKERS: tuple[str, ...] = (
@@ -49,3 +52,20 @@ def source_digests() -> dict[str, str]:
 def _file_digest(path: Path, changed: int, size: int) -> str:
     """Read again only where the file says that it was written since: a table asks for each of its runs."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+LIBRARIES = (
+    "torch", "diffusers", "transformers", "torchmetrics", "numpy", "pillow", "datasets", "h5py", "timm", "open_clip_torch",
+)  # fmt: skip
+
+
+@cache  # of this process: nothing changes what was loaded
+def versions() -> dict[str, str]:
+    """Versions of what makes numbers; read without loading it."""
+    found = {"conceptseg": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -31,6 +31,7 @@ DRAWING_VERSION = 4  # raised whenever a scene of the same seed looks different,
 _PATCH = 128  # pixels of an object's own drawing canvas, before it is tilted and shrunk
 _SPANS = {1: (0.34, 0.66), 2: (0.28, 0.5), 3: (0.25, 0.42)}  # an object's side as a share of the scene's, by object count
 _LITTER = ((0.3, 0.5), (0.3, 0.5), (0.18, 0.34))  # the same for the first two distractors and for each of the others
+DISTRACTORS = (3, 6)  # the least and the greatest number of unnamed things in a scene
 _SPLITS = {"train": 0, "val": 1, "unseen": 2}
 _HARD = 1_000  # keeps the hard scenes' random streams apart from the others'
 
@@ -72,7 +73,7 @@ def draw_scene(
     size: int = 64,
     objects: tuple[int, int] = (1, 3),
     words: Sequence[str] = OBJECTS,
-    distractors: tuple[int, int] = (3, 6),
+    distractors: tuple[int, int] = DISTRACTORS,
 ) -> Scene:
     """Draw scene `index` of a split at size × size pixels.
 
@@ -152,7 +153,7 @@ def _draw(
     named: Sequence[tuple[str, str, int]],
     spans: Sequence[tuple[float, float]],
     size: int,
-    distractors: tuple[int, int] = (3, 6),
+    distractors: tuple[int, int] = DISTRACTORS,
 ) -> Scene:
     """Paint a ground, lay the named (word, tint, label) objects on it, then unnamed distractors wherever room is left.
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from conceptseg.assemble import versions
 from conceptseg.data.scenes import DRAWING_VERSION, TINTS
 from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.keys import versions
 from conceptseg.lab.captions import GLUE, NOUNS
 from conceptseg.lab.train import Trainer
 

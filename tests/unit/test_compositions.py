@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra import initialize_config_dir, initialize_config_module
 
 from conceptseg import config
 from conceptseg.compositions import Compositions
@@ -82,27 +82,3 @@ def test_a_changed_yaml_file_changes_the_source_and_a_place_of_the_users_own_has
         assert config.composing_source() is None
     with initialize_config_dir(str(CONF), version_base="1.3"):
         assert config.composing_source() is None
-
-
-def test_what_hydra_builds_is_what_we_build():
-    """Of every nested option; Hydra is the judge."""
-    from hydra.utils import instantiate
-
-    config.register()
-    with initialize_config_module("conceptseg.conf", version_base="1.3"):
-        whole = config.plain(compose("evaluate", overrides=["protocol=imagenet_released"]))
-    for part in ("protocol", "dataset", "extractor"):
-        ours, theirs = config.instantiate(whole[part], part), instantiate(whole[part], _convert_="all")
-        assert type(ours) is type(theirs) and plain_values(ours) == plain_values(theirs)
-
-
-def plain_values(thing):
-    """Attributes as plain data, of parts too; lists stay lists and tuples tuples."""
-    if isinstance(thing, list | tuple):
-        return type(thing)(map(plain_values, thing))
-    if isinstance(thing, dict):
-        return {key: plain_values(value) for key, value in thing.items()}
-    inside = getattr(thing, "__dict__", None)
-    if inside is None or not type(thing).__module__.startswith("conceptseg."):
-        return thing if isinstance(thing, str | int | float | None) else repr(type(thing))
-    return {"": type(thing).__name__, **plain_values(inside)}

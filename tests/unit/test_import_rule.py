@@ -23,7 +23,7 @@ PEERS = {"saliency", "segment", "metrics", "data", "backbones"}
 ALLOWED: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
-    "keys": set(),
+    "keys": {""},
     "types": {"errors"},
     "config": {"errors", "keys"},
     "store": GROUND,
