@@ -67,23 +67,32 @@ class SubmititLauncher:
     """Jobs through submitit.
 
     executor: "slurm"; "local", processes of this machine; "debug", one after the other inside this process. folder: holds the
-    jobs' logs, where all machines see it. parameters: what `submitit.AutoExecutor.update_parameters` takes.
+    jobs' logs, where all machines see it. parameters: what `submitit.AutoExecutor.update_parameters` takes. renewals: how often
+    a job whose time is up is queued again. Raises ConfigError if Slurm takes no such job.
     """
 
-    def __init__(self, executor: str, shards: int, folder: str, parameters: Mapping[str, Any]) -> None:
+    def __init__(self, executor: str, shards: int, folder: str, parameters: Mapping[str, Any], renewals: int = 100) -> None:
         if executor not in EXECUTORS:
             raise ConfigError(f'launcher.executor: unknown "{executor}". {did_you_mean(executor, EXECUTORS)}')
         self.executor, self.shards, self.folder, self.parameters = executor, shards, Path(folder), dict(parameters)
+        self.renewals = renewals
 
     def run(self, commands: Sequence[Sequence[str]]) -> list[str]:
         try:
             from submitit import AutoExecutor
+            from submitit.core.utils import FailedJobError
         except ImportError as error:
             raise ConfigError('launcher=slurm needs submitit, which is not installed: pip install "conceptseg[slurm]"') from error
-        executor = AutoExecutor(folder=self.folder / "%j", cluster=self.executor)
-        executor.update_parameters(**self.parameters)
-        with executor.batch():  # one array of jobs, not one queue entry each
-            jobs = [executor.submit(ShardCommand(tuple(command))) for command in commands]
+        try:
+            executor = AutoExecutor(folder=self.folder / "%j", cluster=self.executor, slurm_max_num_timeout=self.renewals)
+            executor.update_parameters(**self.parameters)
+            with executor.batch():  # one array of jobs, not one queue entry each
+                jobs = [executor.submit(ShardCommand(tuple(command))) for command in commands]
+        except (FailedJobError, RuntimeError, NameError) as error:  # Slurm's refusal; no sbatch; an unknown parameter
+            raise ConfigError(
+                f"launcher.parameters {self.parameters}: {self.executor} took none of {len(commands)} shards: {error} "
+                "Leave a parameter out with ~launcher.parameters.NAME, or rehearse with launcher=local."
+            ) from error
         failed = []
         for number, job in enumerate(jobs):
             problem = job.exception() or (f"ended with {job.result()}" if job.result() else None)
@@ -96,7 +105,8 @@ class RayLauncher:
     """Jobs as tasks of a Ray cluster, whose machines see this folder.
 
     address: of a running cluster ("auto" finds this machine's); None starts one here. resources: what `ray.remote` takes, for
-    example {num_cpus: 4, num_gpus: 1}.
+    example {num_cpus: 4, num_gpus: 1}. Raises ConfigError if they ask for more than a machine of the cluster has: Ray would wait
+    for such a machine without end.
     """
 
     def __init__(self, shards: int, address: str | None, resources: Mapping[str, Any]) -> None:
@@ -109,11 +119,23 @@ class RayLauncher:
             raise ConfigError('launcher=ray needs ray, which is not installed: pip install "conceptseg[ray]"') from error
         ray.init(address=self.address, include_dashboard=False if self.address is None else None)
         try:
+            self._check([node["Resources"] for node in ray.nodes() if node["Alive"]])
             task = ray.remote(**self.resources)(_carried_out)
             codes = ray.get([task.remote(list(command), str(Path.cwd())) for command in commands])
         finally:
             ray.shutdown()
         return [f"shard {number}: ended with {code}" for number, code in enumerate(codes) if code]
+
+    def _check(self, machines: Sequence[Mapping[str, float]]) -> None:
+        """Of a cluster that grows when asked, a machine of the wanted kind has to run when the shards are sent."""
+        wanted = {name: float(self.resources.get(key) or 0) for key, name in (("num_cpus", "CPU"), ("num_gpus", "GPU"))}
+        if any(all(machine.get(name, 0) >= amount for name, amount in wanted.items()) for machine in machines):
+            return
+        there = "; ".join(f"{machine.get('CPU', 0):g} processors, {machine.get('GPU', 0):g} GPUs" for machine in machines)
+        raise ConfigError(
+            f"launcher.resources: a shard asks for {wanted['CPU']:g} processors and {wanted['GPU']:g} GPUs, and no machine of "
+            f"the cluster has them (there: {there}). Set launcher.resources.num_cpus and launcher.resources.num_gpus."
+        )
 
 
 def _carried_out(command: list[str], folder: str) -> int:

@@ -183,12 +183,53 @@ def test_a_launcher_with_a_wrong_setting_is_refused(tmp_path, setting, named):
         launch(SubmititLauncher(**{"executor": "debug", "shards": 1, "folder": str(tmp_path), "parameters": {}, **setting}), [])
 
 
+@pytest.mark.parametrize(
+    ("parameters", "named"), [({"gpus_per_node": 1}, "Invalid generic resource"), ({"bananas": 2}, "bananas")]
+)
+def test_what_slurm_refuses_is_a_setting_to_change(tmp_path, monkeypatch, parameters, named):
+    """With a stand-in for sbatch that refuses every job, as a cluster without such a machine does."""
+    for name in ("srun", "sbatch"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'sbatch: error: Invalid generic resource (gres)' >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(ConfigError, match=rf"(?s)launcher\.parameters.*{named}.*~launcher\.parameters"):
+        SubmititLauncher("slurm", 1, str(tmp_path / "jobs"), parameters).run([["true"]])
+
+
+def test_without_slurm_the_rehearsal_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"srun.*launcher=local"):
+        SubmititLauncher("slurm", 1, str(tmp_path / "jobs"), {}).run([["true"]])
+
+
+def test_a_job_is_queued_again_more_often_than_submitit_would(tmp_path, monkeypatch):
+    import submitit
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    told = {}
+    monkeypatch.setattr(submitit, "AutoExecutor", lambda **settings: told.update(settings) or exit())
+    with pytest.raises(SystemExit):
+        SubmititLauncher("slurm", 1, str(tmp_path), {}).run([["true"]])
+    assert told["slurm_max_num_timeout"] == 100
+
+
 def test_ray_that_is_not_installed_is_named_with_the_way_to_install_it(monkeypatch):
     from conceptseg.launch import RayLauncher
 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"conceptseg\[ray\]"):
         RayLauncher(2, None, {}).run([["true"]])
+
+
+@pytest.mark.parametrize("asked", [{"num_cpus": 4}, {"num_cpus": 1, "num_gpus": 1}, {"num_gpus": 3}])
+def test_ray_is_not_waited_for_where_no_machine_has_what_a_shard_asks_for(asked):
+    from conceptseg.launch import RayLauncher
+
+    machines = [{"CPU": 2.0, "memory": 1e9}, {"CPU": 0.5, "GPU": 2.0}]
+    with pytest.raises(ConfigError, match=r"launcher\.resources\.num_gpus"):
+        RayLauncher(2, None, asked)._check(machines)
+    RayLauncher(2, None, {"num_cpus": 2})._check(machines)
+    RayLauncher(2, None, {"num_gpus": 2})._check(machines)
 
 
 def test_ray_carries_out_every_shard(tmp_path):
@@ -198,6 +239,8 @@ def test_ray_carries_out_every_shard(tmp_path):
     commands = [[sys.executable, "-c", f"open({str(tmp_path / str(i))!r}, 'w'); exit({i})"] for i in range(2)]
     assert RayLauncher(2, None, {"num_cpus": 0}).run(commands) == ["shard 1: ended with 1"]
     assert {p.name for p in tmp_path.iterdir()} == {"0", "1"}
+    with pytest.raises(ConfigError, match=r"asks for 0 processors and 99 GPUs"):
+        RayLauncher(2, None, {"num_cpus": 0, "num_gpus": 99}).run(commands)
 
 
 def test_stages_of_all_shards_are_added_up(commands):

@@ -15,7 +15,8 @@ from conceptseg.report.results import load, save
 PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "lab" / "results.json"
 DRAWN = {
     "dataset": {"_target_": "conceptseg.data.drawn.DrawnScenes"},
-    "extractor": {"backbone": {"path": "lab:flux"}, "tokens": None},
+    "protocol": {"_target_": "conceptseg.protocols.Protocol", "words": ["a", ["b"]]},
+    "extractor": {"backbone": {"_target_": "conceptseg.backbones.flux.FluxBackbone", "path": "lab:flux"}, "tokens": None},
 }
 
 
@@ -79,24 +80,49 @@ def test_run_folders_that_are_gone_have_it_put_together_again(marked):
     assert mark.read() is None
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {**DRAWN, "dataset": {"_target_": "conceptseg.data.pascal_voc.PascalVOC"}},
-        {**DRAWN, "extractor": {"backbone": {"path": "black-forest-labs/FLUX.1-schnell"}}},
-        {**DRAWN, "extractor": {"backbone": {"path": "lab:sd"}, "tokens": "tokens.safetensors"}},
-    ],
-    ids=["photographs", "real weights", "a file of tokens"],
-)
-def test_a_table_that_reads_other_files_is_not_marked(config, marked):
+@pytest.fixture
+def photographs(tmp_path):
+    """Data of a folder behind a link, words of a file, weights of another folder; what is named besides is no file."""
+    (tmp_path / "disk" / "masks").mkdir(parents=True)
+    (tmp_path / "disk" / "masks" / "1.png").write_bytes(b"1")
+    (tmp_path / "voc").symlink_to(tmp_path / "disk")
+    (tmp_path / "words.csv").write_text("cat")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").write_bytes(b"1")
+    backbone = {"_target_": "conceptseg.backbones.vit.ViTBackbone", "path": str(tmp_path / "weights"), "licence": "MIT" * 2000}
+    dataset = {"_target_": "conceptseg.data.pascal_voc.PascalVOC", "root": str(tmp_path / "voc"), "split": "val"}
+    return {
+        "dataset": dataset,
+        "protocol": {"lists": [{"file": str(tmp_path / "words.csv")}]},
+        "extractor": {"backbone": backbone},
+    }
+
+
+@pytest.mark.parametrize("changed", ["disk/masks/1.png", "words.csv", "weights/model.safetensors", "disk/masks/2.png"])
+def test_data_and_weights_that_settings_name_are_looked_at(changed, marked, photographs, tmp_path):
     mark, table, _ = marked
-    mark.keep(table, [DRAWN, config])
+    mark.keep(table, [DRAWN, photographs])
+    assert mark.read() == table
+    (tmp_path / changed).write_bytes(b"12")
+    assert mark.read() is None
+
+
+def test_more_files_than_are_worth_a_look_leave_a_table_unmarked(marked, photographs, monkeypatch):
+    mark, table, _ = marked
+    monkeypatch.setattr(finished, "MOST_FILES", 0)
+    mark.keep(table, [photographs])
     assert not mark.path.exists() and mark.read() is None
 
 
-def test_a_table_with_failed_samples_or_real_weights_is_not_marked(marked):
+def test_a_table_of_a_class_that_is_not_ours_is_not_marked(marked):
     mark, table, _ = marked
-    for change in ({"failed": 1}, {"provenance": "weights"}):
+    mark.keep(table, [DRAWN, {**DRAWN, "dataset": {"_target_": "mine.Photographs"}}])
+    assert not mark.path.exists() and mark.read() is None
+
+
+def test_a_table_with_failed_samples_or_rows_that_were_not_run_is_not_marked(marked):
+    mark, table, _ = marked
+    for change in ({"failed": 1}, {"status": "not run", "run_id": "", "n": 0, "values": {}}):
         block = table.blocks[0]
         rows = (dataclasses.replace(block.rows[0], **change), *block.rows[1:])
         mark.keep(dataclasses.replace(table, blocks=(dataclasses.replace(block, rows=rows), *table.blocks[1:])), [DRAWN])
