@@ -30,6 +30,8 @@ class Oracle(OneView):
     """Shows the truth itself. Proper metrics are 1 where a protocol scores at the size the map is given in.
 
     Except: a cut at the mean of a constant map (an image that is all foreground) finds nothing, strictly above being the rule.
+
+    grid: None, or the truth's share of each of grid x grid cells: the most that a model with so many image tokens can say.
     """
 
     version = 1
@@ -37,8 +39,14 @@ class Oracle(OneView):
     trained_on = "nothing"
     needs_truth = True
 
+    def __init__(self, grid: int | None = None) -> None:
+        self.grid = grid
+
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
-        return torch.stack([_truth_of(task) for task in batch.tasks])
+        maps = [_truth_of(task) for task in batch.tasks]
+        if self.grid is not None:
+            maps = [torch.nn.functional.adaptive_avg_pool2d(one, self.grid) for one in maps]
+        return torch.stack(maps)
 
 
 class InvertedOracle(OneView):

@@ -176,6 +176,17 @@ def test_the_oracle_gives_every_pixel_to_one_channel_of_its_class(name):
         assert np.array_equal(labels[asked], wanted[asked])
 
 
+def test_the_oracle_on_a_grid_says_what_share_of_a_cell_a_class_has():
+    given = batch()
+    task, whole, coarse = given.tasks[0], Oracle().saliency(given)[0], Oracle(4).saliency(given)[0]
+    high, wide = np.array(task.truth.shape) // 4
+    assert coarse.shape == (len(task.concepts), 4, 4)
+    for row, column in np.ndindex(4, 4):
+        cell = whole[:, row * high : (row + 1) * high, column * wide : (column + 1) * wide]
+        torch.testing.assert_close(coarse[:, row, column], cell.mean((1, 2)))
+    assert 0 < coarse.amax(0).min() and ((coarse > 0) & (coarse < 1)).any()
+
+
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_the_inverted_oracle_favours_every_word_but_the_true_one(name):
     given = batch(name)
