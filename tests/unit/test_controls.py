@@ -184,7 +184,7 @@ def test_the_oracle_on_a_grid_says_what_share_of_a_cell_a_class_has():
     for row, column in np.ndindex(4, 4):
         cell = whole[:, row * high : (row + 1) * high, column * wide : (column + 1) * wide]
         torch.testing.assert_close(coarse[:, row, column], cell.mean((1, 2)))
-    assert 0 < coarse.amax(0).min() and ((coarse > 0) & (coarse < 1)).any()
+    assert coarse.amax(0).min() > 0 and ((coarse > 0) & (coarse < 1)).any()
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
