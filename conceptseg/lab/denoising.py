@@ -39,6 +39,12 @@ class UNetTrainer(Trainer):
     def modules(self) -> dict[str, nn.Module]:
         return {"unet": self.parts["unet"], "text": self.parts["text_encoder"]}
 
+    def finish(self) -> None:
+        """Without its middle block, if the last phase did without it."""
+        if not self.settings()["middle"]:
+            self.parts["unet"].mid_block = None
+            self.parts["unet"].register_to_config(mid_block_type=None)
+
     def batch_size(self) -> int:
         return int(self.recipe["batch"])
 
@@ -50,8 +56,14 @@ class UNetTrainer(Trainer):
             captions, padding="max_length", truncation=True, max_length=self.recipe["sizes"]["text_tokens"], return_tensors="pt"
         )
         text = self.parts["text_encoder"](input_ids=tokens.input_ids.to(self.device))[0]
-        noisy = noisy.contiguous(memory_format=torch.channels_last)
-        found: Tensor = self.parts["unet"](noisy, levels, encoder_hidden_states=text, return_dict=False)[0]
+        noisy, unet = noisy.contiguous(memory_format=torch.channels_last), self.parts["unet"]
+        middle = unet.mid_block
+        if not self.settings()["middle"]:
+            unet.mid_block = None
+        try:
+            found: Tensor = unet(noisy, levels, encoder_hidden_states=text, return_dict=False)[0]
+        finally:
+            unet.mid_block = middle
         return found
 
     def losses(self, scenes: list[Scene], rng: np.random.Generator, noise: torch.Generator) -> dict[str, Tensor]:

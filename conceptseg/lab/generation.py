@@ -25,6 +25,8 @@ STEPS, GUIDANCE = 30, 3.0
 def load_trained(card: dict[str, Any], folder: Path) -> Trainer:
     """The trainer of a written model's card, holding that model's weights in float32. Raises ConfigError for missing files."""
     trainer = make_trainer({**card["recipe"], "compile": False})
+    trainer.step = card["steps"]
+    trainer.finish()
     for name, part in trainer.parts.items():
         if not isinstance(part, nn.Module):
             continue
@@ -71,7 +73,8 @@ def _by_flow(trainer: FlowMatchingTrainer, latents: Tensor, captions: list[str],
 
 
 def _by_denoising(trainer: UNetTrainer, latents: Tensor, captions: list[str], steps: int, guidance: float) -> Tensor:
-    scheduler = trainer.parts["scheduler"]
+    stock = trainer.parts["scheduler"]
+    scheduler = type(stock).from_config(stock.config, timestep_spacing="trailing")  # pure noise is read as level 999 (2305.08891)
     scheduler.set_timesteps(steps)
     for step in scheduler.timesteps:
         levels = step.expand(len(latents))

@@ -83,7 +83,11 @@ class Trainer(ABC):
         """Save the parts in the layout that real checkpoints have."""
         from conceptseg.lab.models import save
 
+        self.finish()
         save(self.parts, folder)
+
+    def finish(self) -> None:  # noqa: B027  (most kinds keep all of it)
+        """Take out of the parts what the written model does without."""
 
     def after_step(self) -> None:  # noqa: B027  (most kinds do nothing)
         """What a kind of training does once the weights moved, such as moving a teacher."""
@@ -118,8 +122,8 @@ class Trainer(ABC):
         return pixels.to(self.device).float() / 127.5 - 1
 
     def rate(self) -> float:
-        """Learning rate of the coming step: linear warm-up, then a cosine that reaches zero at `horizon`."""
-        recipe = self.recipe
+        """Learning rate of the coming step: linear warm-up, then a cosine that reaches zero at `horizon`; a phase may begin anew."""
+        recipe = self.settings()
         if self.step < recipe["warmup"]:
             return float(recipe["learning_rate"]) * (self.step + 1) / recipe["warmup"]
         done = (self.step - recipe["warmup"]) / max(1, recipe["horizon"] - recipe["warmup"])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from conceptseg import cli
 from conceptseg.backbones.flux import FluxBackbone
+from conceptseg.backbones.unet import UNetBackbone
 from conceptseg.errors import ConfigError
 from conceptseg.lab.check import check, sample_sheet
 from conceptseg.lab.generation import generate, load_trained
@@ -27,7 +28,7 @@ TOYS = {
     "sd3": [*FLOW, "sizes.blocks=2", "sizes.dual_attention_blocks=[0]", "sizes.head_width=8", "sizes.clip_width=8"],
     "sd": [
         *COMMON, "sizes.channels=[8,8]", "sizes.reads_text=[true,true]", "sizes.norm_groups=2", "sizes.heads=2",
-        "sizes.text_width=8",
+        "sizes.text_width=8", "phases=[{from: 2, middle: false, learning_rate: 1e-4, warmup: 2}]",
     ],
     "clip": [*COMMON, "sizes.width=16", "sizes.head_width=8", "sizes.layers=1", "sizes.text_width=8", "sizes.text_layers=1"],
     "vit": [*COMMON, "sizes.width=16", "sizes.heads=2", "sizes.layers=1"],
@@ -77,12 +78,22 @@ def test_a_written_model_is_read_back_to_the_averaged_weights(name, written):
     trainer = make_trainer(load_recipe(name, TOYS[name]))
     trainer.restore(load_file(written[name][0] / "checkpoint.safetensors"))
     trainer.take_averaged()
+    trainer.finish()
     again = load_trained(card_of(folder), folder)
     kept = {"dino": ("teacher.model.", "model.")}.get(name, ("", ""))
     wanted = {k.removeprefix(kept[0]): v for k, v in trainer.trained.state_dict().items() if k.startswith(kept[0])}
     found = {k.removeprefix(kept[1]): v for k, v in again.trained.state_dict().items() if k.startswith(kept[1])}
     for key in wanted.keys() - {k for k in wanted if k.startswith("head.") and name != "vit"}:
         torch.testing.assert_close(found[key], wanted[key].half().float(), rtol=0, atol=0)
+
+
+def test_a_middle_block_that_the_last_phase_did_without_is_not_written(written):
+    folder = written["sd"][1]
+    assert json.loads((folder / "unet" / "config.json").read_text())["mid_block_type"] is None
+    (file,) = (folder / "unet").glob("*.safetensors")
+    assert not any(key.startswith("mid_block") for key in load_file(file))
+    assert any("unet.mid_block" in key for key in load_file(written["sd"][0] / "checkpoint.safetensors"))
+    assert UNetBackbone(str(folder), image_size=32, resize="bicubic").layers
 
 
 def test_tokenizers_are_written_as_they_were_built(written):
