@@ -122,7 +122,7 @@ class Trainer(ABC):
         return pixels.to(self.device).float() / 127.5 - 1
 
     def rate(self) -> float:
-        """Learning rate of the coming step: linear warm-up, then a cosine that reaches zero at `horizon`; a phase may begin anew."""
+        """Learning rate of the coming step: linear warm-up, then a cosine to zero at `horizon`; a phase may begin anew."""
         recipe = self.settings()
         if self.step < recipe["warmup"]:
             return float(recipe["learning_rate"]) * (self.step + 1) / recipe["warmup"]
