@@ -13,6 +13,11 @@ from typing import Any
 
 from conceptseg import __version__
 
+# Packages whose versions stand beside a number.
+LIBRARIES = (
+    "torch", "diffusers", "transformers", "torchmetrics", "numpy", "pillow", "datasets", "h5py", "timm", "open_clip_torch",
+)  # fmt: skip
+
 # Folders and files whose code decides what a row says. Reports, launchers and the command line are left out on purpose.
 NUMBER_MAKERS: tuple[str, ...] = (
     "backbones", "data", "evaluate.py", "extractors", "metrics/average_precision.py", "metrics/counts.py",
@@ -52,11 +57,6 @@ def source_digests() -> dict[str, str]:
 def _file_digest(path: Path, changed: int, size: int) -> str:
     """Read again only where the file says that it was written since: a table asks for each of its runs."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-
-
-LIBRARIES = (
-    "torch", "diffusers", "transformers", "torchmetrics", "numpy", "pillow", "datasets", "h5py", "timm", "open_clip_torch",
-)  # fmt: skip
 
 
 @cache  # of this process: nothing changes what was loaded

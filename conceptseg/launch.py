@@ -128,13 +128,16 @@ class RayLauncher:
 
     def _check(self, machines: Sequence[Mapping[str, float]]) -> None:
         """Of a cluster that grows when asked, a machine of the wanted kind has to run when the shards are sent."""
-        wanted = {name: float(self.resources.get(key) or 0) for key, name in (("num_cpus", "CPU"), ("num_gpus", "GPU"))}
+        asked = {"CPU": self.resources.get("num_cpus", 1), "GPU": self.resources.get("num_gpus", 0)}  # Ray's own defaults
+        asked |= {"memory": self.resources.get("memory", 0), **self.resources.get("resources", {})}
+        wanted = {name: float(amount) for name, amount in asked.items() if amount}
         if any(all(machine.get(name, 0) >= amount for name, amount in wanted.items()) for machine in machines):
             return
-        there = "; ".join(f"{machine.get('CPU', 0):g} processors, {machine.get('GPU', 0):g} GPUs" for machine in machines)
+        there = "; ".join(", ".join(f"{name} {machine.get(name, 0):g}" for name in wanted) for machine in machines)
+        said = ", ".join(f"{name} {amount:g}" for name, amount in wanted.items())
         raise ConfigError(
-            f"launcher.resources: a shard asks for {wanted['CPU']:g} processors and {wanted['GPU']:g} GPUs, and no machine of "
-            f"the cluster has them (there: {there}). Set launcher.resources.num_cpus and launcher.resources.num_gpus."
+            f"launcher.resources: a shard asks for {said}, and no machine of the cluster has that (there: {there}). Ask less, "
+            "for example launcher.resources.num_gpus=0, or start such a machine first."
         )
 
 

@@ -73,8 +73,7 @@ def _by_flow(trainer: FlowMatchingTrainer, latents: Tensor, captions: list[str],
 
 
 def _by_denoising(trainer: UNetTrainer, latents: Tensor, captions: list[str], steps: int, guidance: float) -> Tensor:
-    stock = trainer.parts["scheduler"]
-    scheduler = type(stock).from_config(stock.config, timestep_spacing="trailing")  # pure noise is read as level 999 (2305.08891)
+    scheduler = trainer.parts["scheduler"]
     scheduler.set_timesteps(steps)
     for step in scheduler.timesteps:
         levels = step.expand(len(latents))

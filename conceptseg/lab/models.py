@@ -146,6 +146,7 @@ def build_sd(sizes: dict[str, Any]) -> dict[str, Any]:
     scheduler = DDIMScheduler(
         num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
         set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction",
+        timestep_spacing="trailing",  # sampling starts where noise is pure (Lin et al., arXiv:2305.08891)
     )  # fmt: skip
     return {
         "unet": unet, "text_encoder": CLIPTextModel(_clip_text(tokenizer, sizes["text_width"], sizes["text_layers"])),

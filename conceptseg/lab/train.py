@@ -111,7 +111,7 @@ class Trainer(ABC):
         if len(self._single):
             lone = self._single[rng.integers(0, len(self._single), size)]
             chosen = np.where(rng.random(size) < self.recipe["single_share"], lone, chosen)
-        if share := self.settings().get("plain_share", 0.0):
+        if share := self.settings()["plain_share"]:
             plain = rng.integers(self.recipe["scenes"] + self.recipe["hard_scenes"], len(scenes), size)
             chosen = np.where((rng.random(size) < share) & (np.arange(size) < self.looks_size()), plain, chosen)
         return chosen

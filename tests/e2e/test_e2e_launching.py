@@ -221,15 +221,17 @@ def test_ray_that_is_not_installed_is_named_with_the_way_to_install_it(monkeypat
         RayLauncher(2, None, {}).run([["true"]])
 
 
-@pytest.mark.parametrize("asked", [{"num_cpus": 4}, {"num_cpus": 1, "num_gpus": 1}, {"num_gpus": 3}])
+@pytest.mark.parametrize(
+    "asked", [{"num_cpus": 4}, {"num_cpus": 2, "num_gpus": 1}, {"num_gpus": 3}, {"memory": 2e9}, {"resources": {"A100": 1}}]
+)
 def test_ray_is_not_waited_for_where_no_machine_has_what_a_shard_asks_for(asked):
     from conceptseg.launch import RayLauncher
 
-    machines = [{"CPU": 2.0, "memory": 1e9}, {"CPU": 0.5, "GPU": 2.0}]
+    machines = [{"CPU": 2.0, "memory": 1e9}, {"CPU": 1.0, "GPU": 2.0, "H100": 1.0}]
     with pytest.raises(ConfigError, match=r"launcher\.resources\.num_gpus"):
         RayLauncher(2, None, asked)._check(machines)
     RayLauncher(2, None, {"num_cpus": 2})._check(machines)
-    RayLauncher(2, None, {"num_gpus": 2})._check(machines)
+    RayLauncher(2, None, {"num_gpus": 2, "resources": {"H100": 1}})._check(machines)
 
 
 def test_ray_carries_out_every_shard(tmp_path):
@@ -239,7 +241,7 @@ def test_ray_carries_out_every_shard(tmp_path):
     commands = [[sys.executable, "-c", f"open({str(tmp_path / str(i))!r}, 'w'); exit({i})"] for i in range(2)]
     assert RayLauncher(2, None, {"num_cpus": 0}).run(commands) == ["shard 1: ended with 1"]
     assert {p.name for p in tmp_path.iterdir()} == {"0", "1"}
-    with pytest.raises(ConfigError, match=r"asks for 0 processors and 99 GPUs"):
+    with pytest.raises(ConfigError, match=r"asks for GPU 99"):
         RayLauncher(2, None, {"num_cpus": 0, "num_gpus": 99}).run(commands)
 
 
