@@ -19,6 +19,7 @@ import numpy as np
 from conceptseg.assemble import Evaluation
 from conceptseg.errors import ConfigError
 from conceptseg.evaluate import Tally, evaluate
+from conceptseg.metrics.definitions import Rows
 from conceptseg.metrics.intervals import Interval
 from conceptseg.metrics.summary import summarise
 from conceptseg.report.panels import PanelCell, PanelRow, picture_sheet
@@ -139,6 +140,13 @@ def readings(evaluation: Evaluation, metrics: Sequence[str], segmenters: Iterabl
                 )
             )  # fmt: skip
     return found
+
+
+def scored(evaluation: Evaluation, reading: Reading) -> Rows:
+    """The scored rows behind a reading, of the samples that the config asks for now."""
+    rows, keys = evaluation.store.rows(), evaluation.dataset.keys()
+    mine = (rows.get(RowKey(key, reading.view, reading.segmenter)) for key in keys)
+    return Rows.from_records(row for row in mine if row is not None and row["status"] == "ok")
 
 
 def write_results(evaluation: Evaluation, found: Sequence[Reading]) -> Path:

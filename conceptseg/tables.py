@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from conceptseg.assemble import Evaluation, assemble
 from conceptseg.errors import ConfigError, DataError, did_you_mean
 from conceptseg.extractors.base import Extractor
 from conceptseg.keys import canonical_json
+from conceptseg.metrics.breakdowns import clusters_by_word
+from conceptseg.metrics.comparisons import compare
 from conceptseg.metrics.definitions import definition_of
 from conceptseg.metrics.intervals import Interval
 from conceptseg.report.results import Block, Column, Results, Row, Value
-from conceptseg.run import Reading, carry_out, draw_sheet, interval_text, readings, write_results
+from conceptseg.run import Reading, carry_out, draw_sheet, interval_text, readings, scored, write_results
 from conceptseg.store.cost import read_cost
 
 log = logging.getLogger(__name__)
@@ -50,12 +53,15 @@ def compute_table(
     that have such a key.
     """
     columns: tuple[Column, ...] = columns_of(table["columns"])
+    against: Sequence[Mapping[str, str]] = table.get("against", ())
+    columns += tuple(difference_column(other, table["columns"]) for other in against)
     done: dict[str, Done] = {}
     blocks = []
     pictures: list[tuple[str, Evaluation, str, str]] = []
     report: Mapping[str, Any] = {}
     for block in table["blocks"]:
         rows = []
+        read: dict[str, tuple[Evaluation, Reading]] = {}
         first: Evaluation | None = None
         for row in block["rows"]:
             config = composed([*block.get("overrides", []), *row["overrides"]], extra, compose)
@@ -65,9 +71,13 @@ def compute_table(
             first = first or evaluation
             reading = chosen(finished, row.get("view"), row.get("segmenter", block["segmenter"]), row["name"])
             rows.append(_row(row, evaluation, reading, row["overrides"]))
+            read[row["name"]] = evaluation, reading
             if row.get("picture") and block.get("pictures", False) and reading.n:
                 pictures.append((row["name"], evaluation, reading.view, reading.segmenter))
         assert first is not None, "a block has at least one row"
+        for other in against:
+            found = differences(read, other, block["name"])
+            rows = [replace(row, values={**row.values, **found.get(row.name, {})}) for row in rows]
         count = len(first.dataset.keys())
         blocks.append(Block(block["name"], f"{block['data']}, {count} samples", first.protocol.label, block["text"], tuple(rows)))
     sheet = None
@@ -79,6 +89,50 @@ def compute_table(
         name, table["title"], command, __version__, columns, tuple(blocks), tuple(table.get("notes", ())), interval_text(report),
         None if sheet is None or sheet.is_absolute() or ".." in sheet.parts else sheet.as_posix(),
     )  # fmt: skip
+
+
+def difference_column(against: Mapping[str, str], columns: Sequence[str]) -> Column:
+    """The column for an entry (row, metric) of a sheet's `against`. Raises ConfigError for a metric the table does not print."""
+    metric = against["metric"]
+    if metric not in columns:
+        raise ConfigError(f'table.against.metric: the table has no column "{metric}". {did_you_mean(metric, columns)}')
+    of = definition_of(metric, "table.against.metric")
+    text = (
+        f"{of.label} less that of {against['row']}, image by image: an interval without 0 says that the two differ measurably "
+        "(each row for itself, no correction for many rows)."
+    )
+    return Column(
+        _difference(against), f"{of.label} over {against['row']}", of.percent, text,
+        "paired bootstrap, Efron and Tibshirani 1993", "difference",
+    )  # fmt: skip
+
+
+def differences(
+    read: Mapping[str, tuple[Evaluation, Reading]], against: Mapping[str, str], block: str
+) -> dict[str, dict[str, Value]]:
+    """Row name -> its paired difference to the row that the entry `against` names, under the difference's column.
+
+    Rows without a scored sample have none. Raises ConfigError where the block lacks that row.
+    """
+    named = against["row"]
+    if named not in read:
+        raise ConfigError(f'table.against.row: block "{block}" has no row "{named}". {did_you_mean(named, read)}')
+    report = read[named][0].config["report"]
+    rows = {name: scored(evaluation, reading) for name, (evaluation, reading) in read.items() if reading.n}
+    if (baseline := rows.pop(named, None)) is None:
+        return {}
+    clusters = clusters_by_word(baseline) if report["draw"] == "words" else None
+    of = definition_of(against["metric"], "table.against.metric")
+    compared = compare([of], baseline, rows, report["resamples"], level=report["level"], clusters=clusters)
+    return {
+        name: {_difference(against): value_of(comparison.difference)}
+        for name, (comparison,) in compared.items()
+        if math.isfinite(comparison.difference.value)
+    }
+
+
+def _difference(against: Mapping[str, str]) -> str:
+    return f"{against['metric']} over {against['row']}"
 
 
 def composed(overrides: Sequence[str], extra: Sequence[str], compose: Compose) -> dict[str, Any]:

@@ -32,6 +32,10 @@ _PATCH = 128  # pixels of an object's own drawing canvas, before it is tilted an
 _SPANS = {1: (0.34, 0.66), 2: (0.28, 0.5), 3: (0.25, 0.42)}  # an object's side as a share of the scene's, by object count
 _LITTER = ((0.3, 0.5), (0.3, 0.5), (0.18, 0.34))  # the same for the first two distractors and for each of the others
 DISTRACTORS = (3, 6)  # the least and the greatest number of unnamed things in a scene
+_GROUND_COLOURS: dict[str, tuple[int, int, int]] = {
+    "grass": (95, 150, 70), "sky": (125, 175, 230), "sand": (215, 190, 140), "water": (70, 130, 170),
+    "brick": (165, 95, 75), "snow": (232, 236, 242),
+}  # fmt: skip
 _SPLITS = {"train": 0, "val": 1, "unseen": 2}
 _HARD = 1_000  # keeps the hard scenes' random streams apart from the others'
 
@@ -74,12 +78,14 @@ def draw_scene(
     objects: tuple[int, int] = (1, 3),
     words: Sequence[str] = OBJECTS,
     distractors: tuple[int, int] = DISTRACTORS,
+    distractor_tints: int = len(TINTS),
 ) -> Scene:
     """Draw scene `index` of a split at size × size pixels.
 
     `train` leaves out the held-out (object, ground) pairs, `val` draws all pairs, `unseen` draws only held-out ones.
     `objects` is the least and the greatest number of objects (at most 3); an object that finds no room is left out.
-    `distractors` is the same for the unnamed things that are laid where room is left.
+    `distractors` is the same for the unnamed things that are laid where room is left; they take the `distractor_tints` tints
+    that stand out most from the ground.
     """
     rng = np.random.default_rng([_SPLITS[split], seed, index])
     ground = str(rng.choice(GROUNDS))
@@ -93,7 +99,7 @@ def draw_scene(
     chosen = [str(w) for w in rng.choice(allowed, size=count, replace=False)]
 
     named = [(word, str(rng.choice(list(TINTS))), OBJECTS.index(word) + 1) for word in chosen]
-    return _draw(rng, ground, named, [_SPANS[count]] * count, size, distractors)
+    return _draw(rng, ground, named, [_SPANS[count]] * count, size, distractors, distractor_tints)
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,16 @@ class HardScene:
     names: dict[int, str]
 
 
-def draw_hard_scene(split: str, seed: int, index: int, size: int = 64, kind: str | None = None) -> HardScene:
-    """Draw hard scene `index`; kinds take turns unless one is named.
+def draw_hard_scene(
+    split: str,
+    seed: int,
+    index: int,
+    size: int = 64,
+    kind: str | None = None,
+    distractors: tuple[int, int] = DISTRACTORS,
+    distractor_tints: int = len(TINTS),
+) -> HardScene:
+    """Draw hard scene `index`; kinds take turns unless one is named. Distractors are as in `draw_scene`.
 
     "tint": two of one kind in tints far apart, asked for as "green kite" and "red kite". "part": two look-alikes of one
     tint and size, asked for by their words. "absent": one or two objects; one is asked for, and so is a word that is not there.
@@ -141,7 +155,7 @@ def draw_hard_scene(split: str, seed: int, index: int, size: int = 64, kind: str
                 named.append((str(rng.choice(more)), str(rng.choice(list(TINTS))), 0))
             names = {1: first, 2: absent}
         side = float(rng.uniform(*_SPANS[2]))
-        scene = _draw(rng, ground, named, [(side, side + 1e-6)] * len(named), size)
+        scene = _draw(rng, ground, named, [(side, side + 1e-6)] * len(named), size, distractors, distractor_tints)
         if len(scene.objects) == len(named):
             return HardScene(kind, scene, names)
     raise AssertionError(f"no room for two objects in hard scene {split}/{seed}/{index}")
@@ -153,7 +167,8 @@ def _draw(
     named: Sequence[tuple[str, str, int]],
     spans: Sequence[tuple[float, float]],
     size: int,
-    distractors: tuple[int, int] = DISTRACTORS,
+    distractors: tuple[int, int],
+    distractor_tints: int,
 ) -> Scene:
     """Paint a ground, lay the named (word, tint, label) objects on it, then unnamed distractors wherever room is left.
 
@@ -174,9 +189,10 @@ def _draw(
         labels[rim] = VOID
         taken.append(box)
         placed.append(Placed(word, tint, box))
+    tints = standing_out(ground, distractor_tints)
     for number in range(int(rng.integers(distractors[0], distractors[1] + 1))):
         if (box := _free_box(rng, size, taken, _LITTER[min(number, 2)])) is not None:
-            alpha = _paste(canvas, _distractor(rng), box, angle=float(rng.uniform(0, 360)))
+            alpha = _paste(canvas, _distractor(rng, tints), box, angle=float(rng.uniform(0, 360)))
             labels[(alpha > 0.1) & (labels > 0)] = VOID  # boxes may overlap a little: a part that is covered ...
             labels[alpha >= 0.75] = 0  # ... is no part of the object
             taken.append(box)
@@ -235,7 +251,7 @@ def _finish(field: np.ndarray) -> np.ndarray:
 
 
 def _grass(rng: np.random.Generator, size: int) -> np.ndarray:
-    field = _field(rng, size, (95, 150, 70), 6)
+    field = _field(rng, size, _GROUND_COLOURS["grass"], 6)
     for _ in range(size * 3):
         x, y, tall = int(rng.integers(size)), int(rng.integers(size)), int(rng.integers(3, 7))
         field[max(0, y - tall) : y + 1, x] += rng.uniform(-45, 35)
@@ -243,20 +259,20 @@ def _grass(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _sky(rng: np.random.Generator, size: int) -> np.ndarray:
-    field = _field(rng, size, (125, 175, 230), 2)
+    field = _field(rng, size, _GROUND_COLOURS["sky"], 2)
     field += np.linspace(-30, 35, size, dtype=np.float32)[:, None, None]
     return _finish(field)
 
 
 def _sand(rng: np.random.Generator, size: int) -> np.ndarray:
-    field = _field(rng, size, (215, 190, 140), 5)
+    field = _field(rng, size, _GROUND_COLOURS["sand"], 5)
     specks = rng.random((size, size)) < 0.12
     field[specks] += rng.uniform(-60, 25, (int(specks.sum()), 1))
     return _finish(field)
 
 
 def _water(rng: np.random.Generator, size: int) -> np.ndarray:
-    field = _field(rng, size, (70, 130, 170), 4)
+    field = _field(rng, size, _GROUND_COLOURS["water"], 4)
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)
     phase, wavelength = rng.uniform(0, 6.3), rng.uniform(5, 8)
     wave = np.sin(2 * math.pi * y / wavelength + 1.3 * np.sin(2 * math.pi * x / 16 + phase))
@@ -265,7 +281,7 @@ def _water(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _brick(rng: np.random.Generator, size: int) -> np.ndarray:
-    field = _field(rng, size, (165, 95, 75), 6)
+    field = _field(rng, size, _GROUND_COLOURS["brick"], 6)
     high, wide = int(rng.integers(6, 9)), int(rng.integers(11, 15))
     offset = int(rng.integers(wide))
     mortar = np.asarray((200, 190, 180), np.float32)
@@ -278,7 +294,7 @@ def _brick(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _snow(rng: np.random.Generator, size: int) -> np.ndarray:
-    field = _field(rng, size, (232, 236, 242), 3)
+    field = _field(rng, size, _GROUND_COLOURS["snow"], 3)
     small = rng.normal(0, 12, (size // 8 + 1, size // 8 + 1)).astype(np.float32)
     drift = Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC)
     field += np.asarray(drift)[..., None]
@@ -304,9 +320,15 @@ def _draw_object(word: str, tint: Colour, rng: np.random.Generator) -> Image.Ima
     return patch
 
 
-def _distractor(rng: np.random.Generator) -> Image.Image:
-    """An unnamed thing in one or two random tints: a polygon, an ellipse, a ring or a bar."""
-    tint, second = (_jitter(rng, TINTS[str(t)]) for t in rng.choice(list(TINTS), 2))
+def standing_out(ground: str, count: int) -> tuple[str, ...]:
+    """The `count` tints whose colours are farthest from the ground's, in the order of TINTS."""
+    far = sorted(TINTS, key=lambda tint: -math.dist(TINTS[tint], _GROUND_COLOURS[ground]))[:count]
+    return tuple(tint for tint in TINTS if tint in far)
+
+
+def _distractor(rng: np.random.Generator, tints: Sequence[str]) -> Image.Image:
+    """An unnamed thing in one or two of the tints: a polygon, an ellipse, a ring or a bar."""
+    tint, second = (_jitter(rng, TINTS[str(t)]) for t in rng.choice(tints, 2))
     patch = Image.new("RGBA", (_PATCH, _PATCH), (*tint, 0))
     d = ImageDraw.Draw(patch)
     form = int(rng.integers(4))

@@ -18,9 +18,10 @@ from conceptseg.report.strict_json import build, list_of, mapping_to, sentences
 SCHEMA = 1
 ABSENT = "\u2013"  # an en dash, where a row has no such metric
 
-Kind = Literal["standard", "released", "published", "cost"]
+Kind = Literal["standard", "released", "published", "difference", "cost"]
 KIND_NAMES: dict[Kind, str] = {
-    "published": "quoted", "released": "released protocol", "standard": "standard protocol", "cost": "cost"
+    "published": "quoted", "released": "released protocol", "standard": "standard protocol",
+    "difference": "paired difference", "cost": "cost",
 }  # fmt: skip
 Group = Literal["controls", "methods"]
 Provenance = Literal["control", "lab", "weights", "random"]
@@ -29,7 +30,7 @@ Status = Literal["ok", "not run", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One metric, with its definition. Larger is better in every column but those of kind "cost", which no row wins."""
+    """One metric, with its definition. Larger is better but for costs; no row wins a cost, a quotation or a difference."""
 
     name: str
     """Key of the metric in every row's `values`."""
@@ -42,7 +43,8 @@ class Column:
     source: str
     """Where the definition, or the quoted number, comes from."""
     kind: Kind
-    """Correct definition, what released code computes, or quoted (the three never share a column); or what computing cost."""
+    """Correct definition, what released code computes, or quoted (the three never share a column); difference to another row;
+    or what computing cost."""
     places: int = 1
     """Decimals of a percentage: one for numbers computed here, as many as were printed for quoted ones."""
 
@@ -53,7 +55,7 @@ class Column:
     @property
     def caveat(self) -> str:
         """Printed under the heading of every column that is not the correct definition computed here."""
-        return {"standard": "", "released": "released", "published": "quoted", "cost": ""}[self.kind]
+        return {"standard": "", "released": "released", "published": "quoted", "difference": "", "cost": ""}[self.kind]
 
     def written(self, value: Value) -> tuple[str, str]:
         """The number and its interval as text; the interval is empty for a quoted number that has none.
@@ -67,7 +69,8 @@ class Column:
         else:
             largest = max(abs(v) for v in numbers)
             scale, places = 1, 3 if largest < 10 else 1 if largest < 1000 else 0
-        value_text, *bounds = (f"{scale * v:.{places}f}" for v in numbers)
+        sign = "+" if self.kind == "difference" else ""
+        value_text, *bounds = (f"{scale * v:{sign}.{places}f}" for v in numbers)
         return value_text + value.mark, f"[{', '.join(bounds)}]" if bounds else ""
 
 
@@ -212,7 +215,7 @@ class Block:
     def best(self, column: Column) -> str | None:
         """The largest value of a method as it is printed, so that rows that look alike share the place; None for quotations."""
         values = [row.values[column.name] for row in self.rows if row.group == "methods" and column.name in row.values]
-        if column.kind in ("published", "cost") or not values:
+        if column.kind in ("published", "difference", "cost") or not values:
             return None
         return column.written(max(values, key=lambda value: value.value))[0]
 

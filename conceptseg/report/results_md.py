@@ -19,6 +19,7 @@ _KINDS = {
     "standard": "standard definition",
     "released": "as released code computes it",
     "published": "quoted, not computed here",
+    "difference": "paired difference",
     "cost": "what it cost here",
 }
 

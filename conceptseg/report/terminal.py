@@ -26,7 +26,7 @@ _CODES = {
     },
 }  # fmt: skip
 """What a method declares, where the words don't fit; a legend explains each."""
-_KINDS = {"standard": "", "released": " (released code)", "published": " (quoted)", "cost": " (cost)"}
+_KINDS = {"standard": "", "released": " (released code)", "published": " (quoted)", "difference": "", "cost": " (cost)"}
 
 
 def print_table(results: Results, console: Console | None = None) -> None:

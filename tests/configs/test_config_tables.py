@@ -40,6 +40,14 @@ def test_the_columns_of_a_table_are_defined_metrics(name):
 
 
 @EACH_TABLE
+def test_every_block_has_the_rows_that_others_are_held_against(name):
+    for against in TABLES[name].get("against", []):
+        assert against["metric"] in TABLES[name]["columns"]
+        for block in TABLES[name]["blocks"]:
+            assert against["row"] in {row["name"] for row in block["rows"]}
+
+
+@EACH_TABLE
 def test_no_two_rows_of_a_block_share_a_name(name):
     for block in TABLES[name]["blocks"]:
         names = [row["name"] for row in block["rows"]]

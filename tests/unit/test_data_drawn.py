@@ -6,8 +6,9 @@ import pytest
 from conceptseg.data import drawn
 from conceptseg.data.base import SegmentationDataset
 from conceptseg.data.drawn import Scenes
-from conceptseg.data.scenes import GROUNDS, OBJECTS, TINTS
+from conceptseg.data.scenes import GROUNDS, OBJECTS, TINTS, standing_out
 from conceptseg.errors import ConfigError, DataError
+from conceptseg.metrics.average_precision import average_precision
 
 
 def test_a_sample_names_what_its_mask_shows():
@@ -31,8 +32,12 @@ def test_a_key_gives_the_same_scene_whatever_the_count():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"split": "train"}, {"seed": 1}, {"size": 48}, {"objects": [2, 3]}], ids=lambda s: next(iter(s))
-)
+    "setting",
+    [
+        {"split": "train"}, {"seed": 1}, {"size": 48}, {"objects": [2, 3]}, {"distractors": [3, 6]}, {"distractor_tints": 8},
+    ],
+    ids=lambda s: next(iter(s)),
+)  # fmt: skip
 def test_what_changes_a_scene_changes_the_fingerprint(setting):
     assert Scenes(count=1).fingerprint() == Scenes(count=8).fingerprint()  # so that a run can be continued with more scenes
     assert Scenes(count=8).fingerprint() == Scenes(count=8, objects=[1, 3]).fingerprint()
@@ -53,12 +58,52 @@ def test_the_fingerprint_notices_another_drawing(monkeypatch):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"split": "test"}, {"seed": -1}, {"count": 0}, {"size": 8}, {"objects": [0, 3]}, {"objects": [3, 2]}, {"objects": [1]}],
+    [
+        {"split": "test"},
+        {"seed": -1},
+        {"count": 0},
+        {"size": 8},
+        {"objects": [0, 3]},
+        {"objects": [3, 2]},
+        {"objects": [1]},
+        {"distractors": [3]},
+        {"distractors": [4, 3]},
+        {"distractors": [-1, 3]},
+        {"distractor_tints": 0},
+        {"distractor_tints": 9},
+    ],
     ids=str,
 )
 def test_a_wrong_setting_is_refused(setting):
     with pytest.raises(ConfigError, match=f"dataset.{next(iter(setting))} is"):
         Scenes(**setting)
+
+
+def test_litter_changes_no_object_and_takes_the_tints_that_stand_out():
+    """What a training scene shows of its objects, the scene of the data set shows too: only unnamed things differ."""
+    crowded, bare = Scenes(count=8, objects=(1, 1)), Scenes(count=8, objects=(1, 1), distractors=(0, 0))
+    for key in crowded.keys():  # noqa: SIM118
+        shown, alone = crowded.read(key), bare.read(key)
+        assert shown.about == alone.about
+        inside = (shown.mask > 0) & (shown.mask < 255)
+        assert np.abs(shown.image.astype(int) - alone.image)[inside].max(initial=0) <= 26
+    assert standing_out("snow", 3) == ("red", "green", "blue") and standing_out("brick", 8) == tuple(TINTS)
+
+
+def contrast_finds(scenes):
+    """How well the distance from the mean colour ranks the pixels of the one object."""
+    found = []
+    for key in scenes.keys():  # noqa: SIM118
+        sample = scenes.read(key)
+        distance = np.linalg.norm(sample.image - sample.image.mean((0, 1)), axis=-1)
+        counted = sample.mask != 255
+        found.append(average_precision(distance[counted], sample.mask[counted] > 0))
+    return float(np.nanmean(found))
+
+
+def test_an_odd_colour_says_less_of_a_scene_of_the_data_set_than_of_a_training_scene():
+    measured, training = (Scenes(count=120, objects=(1, 1), **s) for s in ({}, {"distractors": (3, 6), "distractor_tints": 8}))
+    assert contrast_finds(measured) < 0.42 < 0.5 < contrast_finds(training)
 
 
 def test_a_key_of_another_set_is_refused():

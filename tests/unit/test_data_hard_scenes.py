@@ -107,7 +107,11 @@ def test_hard_scenes_come_with_stable_keys():
         HardScenes(count=5).read("scenes_hard/val/0/tint-00099")
 
 
-@pytest.mark.parametrize("setting", [{"split": "test"}, {"kinds": ["tints"]}, {"kinds": []}, {"count": 0}, {"size": 4}], ids=str)
+@pytest.mark.parametrize(
+    "setting",
+    [{"split": "test"}, {"kinds": ["tints"]}, {"kinds": []}, {"count": 0}, {"size": 4}, {"distractor_tints": 9}],
+    ids=str,
+)
 def test_a_wrong_setting_is_refused(setting):
     with pytest.raises(ConfigError, match=r"dataset"):
         HardScenes(**setting)

@@ -115,6 +115,15 @@ def test_a_number_and_its_interval_have_the_same_decimals(value, written):
     assert column.written(Value(*value, n=3)) == written
 
 
+def test_a_difference_is_printed_with_its_sign_and_wins_nothing():
+    column = Column("difference_ap_image", "mAP over constant", True, "", "", "difference")
+    assert column.written(Value(0.123, -0.01, 0.25, 64)) == ("+12.3", "[-1.0, +25.0]")
+    plain = plain_table()
+    plain["columns"][0]["kind"] = "difference"
+    results = Results.from_json(plain)
+    assert results.blocks[0].best(results.columns[0]) is None
+
+
 def test_the_file_is_plain_json(tmp_path):
     save(tmp_path / "results.json", Results.from_json(plain_table()))
     assert json.loads((tmp_path / "results.json").read_text()) == plain_table()
