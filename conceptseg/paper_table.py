@@ -96,6 +96,8 @@ def _rows_of(
 ) -> tuple[list[Row], list[tuple[str, Evaluation, Reading]], list[str]]:  # fmt: skip
     """A row (several if each of its views is a point of a curve), what was computed for it, and its protocols."""
     quoted = _quoted(row, table, claim)
+    if on_lab and (stands_for := row.get("lab", {}).get("note")):
+        row = {**row, "note": _notes(row, stands_for)}
     kinds = [kind for kind in KINDS if kind in table and kind in row.get("kinds", KINDS)]
     if "overrides" not in row or (on_lab and "lab" not in row) or ("needs" in row and not on_lab):
         why = "no model of the lab does this" if on_lab and "needs" not in row else f"needs {row['needs']}"

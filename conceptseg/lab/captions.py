@@ -51,6 +51,17 @@ def describe(scene: Scene, rng: np.random.Generator, lone: float = 0.22, tint: f
     return Caption(tuple(words), (False,) * len(words))
 
 
+def list_names(scene: Scene, rng: np.random.Generator) -> Caption:
+    """A shuffled list of names, as a method that is told all its words in one prompt writes them: every object of the scene, and
+    none of the grounds, the true one or all of them. Of two of a kind each carries its tint, of others two in five.
+    """
+    kinds = [o.word for o in scene.objects]
+    names = [[o.tint, o.word] if kinds.count(o.word) > 1 or rng.random() < 0.4 else [o.word] for o in scene.objects]
+    names += [[], [[scene.ground]], [[ground] for ground in GROUNDS]][int(rng.integers(3))]
+    words = tuple(word for i in rng.permutation(len(names)) for word in names[i])
+    return Caption(words, (False,) * len(words))
+
+
 def swap_words(caption: Caption, scene: Scene, rng: np.random.Generator, share: float = 0.4) -> Caption:
     """Replace about `share` of the content words by words that are not true of the scene."""
     absent_objects = [w for w in OBJECTS if w not in {o.word for o in scene.objects}]

@@ -16,7 +16,7 @@ from torch.nn.functional import mse_loss
 
 from conceptseg.data.scenes import Scene
 from conceptseg.lab import models
-from conceptseg.lab.captions import describe
+from conceptseg.lab.captions import describe, list_names
 from conceptseg.lab.train import Trainer
 
 
@@ -67,7 +67,10 @@ class UNetTrainer(Trainer):
         return found
 
     def losses(self, scenes: list[Scene], rng: np.random.Generator, noise: torch.Generator) -> dict[str, Tensor]:
-        captions = [describe(scene, rng).text for scene in scenes]
+        listed = self.settings()["list_share"]
+        captions = [
+            (list_names(scene, rng) if listed and rng.random() < listed else describe(scene, rng)).text for scene in scenes
+        ]  # fmt: skip
         latents = self.codec.encode(self.images(scenes)).latent_dist.mode() * self.recipe["sizes"]["latent_scale"]
         pure = torch.randn(latents.shape, generator=noise).to(self.device)
         levels = torch.randint(0, 1000, (len(scenes),), generator=noise).to(self.device)

@@ -106,12 +106,12 @@ class Trainer(ABC):
         """
         if self._single is None:
             self._single = np.array([i for i, scene in enumerate(scenes) if len(scene.objects) == 1])
-        size = self.batch_size()
+        size, settings = self.batch_size(), self.settings()
         chosen = rng.integers(0, len(scenes), size)
         if len(self._single):
             lone = self._single[rng.integers(0, len(self._single), size)]
-            chosen = np.where(rng.random(size) < self.recipe["single_share"], lone, chosen)
-        if share := self.settings()["plain_share"]:
+            chosen = np.where(rng.random(size) < settings["single_share"], lone, chosen)
+        if share := settings["plain_share"]:
             plain = rng.integers(self.recipe["scenes"] + self.recipe["hard_scenes"], len(scenes), size)
             chosen = np.where((rng.random(size) < share) & (np.arange(size) < self.looks_size()), plain, chosen)
         return chosen

@@ -109,6 +109,16 @@ def test_a_row_of_the_paper_is_an_experiment_sheet_of_its_own(sheet, block, row)
     assert any("paper" in header.lower() or "Table" in header for header in headers)
 
 
+@EACH
+def test_where_the_lab_has_another_kind_of_model_the_row_says_so(name):
+    """Rows of self-supervised models, which the lab fills with its supervised ViT."""
+    for block in PAPER[name]["blocks"]:
+        for row in block["rows"]:
+            real, lab = (" ".join(listed) for listed in (row.get("overrides", []), row.get("lab", {}).get("both", [])))
+            stands_for = "lab_vit" in lab and ("=dino" in real or "=ibot" in real)
+            assert stands_for == ("supervised ViT" in row.get("lab", {}).get("note", "")), row["name"]
+
+
 def test_the_lab_models_that_ship_offer_what_the_rows_read():
     sheet = PAPER["conceptattention/imagenet_segmentation"]
     block = sheet["blocks"][0]

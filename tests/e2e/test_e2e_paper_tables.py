@@ -95,6 +95,7 @@ def test_the_lab_fills_every_row_that_its_models_can(shared, name):
             )
         else:
             assert (row["status"], row["n"], row["failed"]) == ("ok", 1, 0), row["note"]
+            assert ("ViT of the lab stands here" in row["note"]) == row["name"].startswith(("DINO", "iBOT")), row["name"]
             assert all(other["n"] == 1 for other in row.get("also", ()))
     assert "table.backbones=lab" in table["command"]
 

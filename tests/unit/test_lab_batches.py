@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
-from conceptseg.data.scenes import OBJECTS, TINTS, draw_scene
-from conceptseg.lab.captions import GLUE, NOUNS, describe, question
+from conceptseg.data.scenes import GROUNDS, OBJECTS, TINTS, draw_hard_scene, draw_scene
+from conceptseg.lab.captions import GLUE, NOUNS, describe, list_names, question
 from conceptseg.lab.recipes import load_recipe
 from conceptseg.lab.train import make_trainer
 
@@ -29,6 +30,37 @@ def test_a_colour_stands_before_the_object_that_has_it(scenes):
     for scene, caption in said_of(scenes, tint=1.0):
         pairs = {(o.tint, o.word) for o in scene.objects}
         assert all((w, caption.words[i + 1]) in pairs for i, w in enumerate(caption.words) if w in TINTS)
+
+
+def test_a_list_names_every_object_and_tells_two_of_a_kind_apart(scenes):
+    rng = np.random.default_rng(2)
+    pairs = [draw_hard_scene("train", 0, index, size=32, kind="tint").scene for index in range(20)]
+    seen = set()
+    for scene in [*scenes, *pairs]:
+        caption = list_names(scene, rng)
+        assert sorted(w for w in caption.words if w in OBJECTS) == sorted(o.word for o in scene.objects)
+        assert not set(caption.words) & set(GLUE) and not any(caption.swapped)
+        tinted = [(w, caption.words[i + 1]) for i, w in enumerate(caption.words) if w in TINTS]
+        assert set(tinted) <= {(o.tint, o.word) for o in scene.objects}
+        kinds = [o.word for o in scene.objects]
+        assert all((o.tint, o.word) in tinted for o in scene.objects if kinds.count(o.word) > 1)
+        seen.add(len(set(caption.words) & set(GROUNDS)))
+    assert seen == {0, 1, len(GROUNDS)}
+
+
+def test_the_u_net_is_told_lists_in_the_phase_that_asks_for_them(scenes, monkeypatch):
+    recipe = load_recipe("sd", ["batch=24", "sizes.channels=[16,16,16]", "sizes.norm_groups=4"])
+    assert recipe["list_share"] == 0 and recipe["phases"][-1]["list_share"] > 0
+    trainer = make_trainer(recipe)
+    told = []
+    predict = trainer.predicted_velocity
+    monkeypatch.setattr(trainer, "predicted_velocity", lambda n, at, said: told.append(said) or predict(n, at, said))
+    shown = [draw_scene("train", 0, index, size=32, objects=(3, 3)) for index in range(24)]
+    for step in (0, recipe["steps"] - 1):
+        trainer.step = step
+        trainer.losses(shown, np.random.default_rng(0), torch.Generator().manual_seed(0))
+    before, after = (sum(len(s.split()) > 3 and not set(s.split()) & set(GLUE) for s in said) for said in told)
+    assert before == 0 < after < 24
 
 
 @pytest.mark.parametrize("share", [0.1, 0.6])
