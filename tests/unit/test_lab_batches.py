@@ -6,8 +6,9 @@ import torch
 
 from conceptseg.data.scenes import GROUNDS, OBJECTS, TINTS, draw_hard_scene, draw_scene
 from conceptseg.lab.captions import GLUE, NOUNS, describe, list_names, question
+from conceptseg.lab.denoising import UNetTrainer
 from conceptseg.lab.recipes import load_recipe
-from conceptseg.lab.train import make_trainer
+from conceptseg.lab.train import Trainer, make_trainer
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,21 @@ def test_the_u_net_is_told_lists_in_the_phase_that_asks_for_them(scenes, monkeyp
         trainer.losses(shown, np.random.default_rng(0), torch.Generator().manual_seed(0))
     before, after = (sum(len(s.split()) > 3 and not set(s.split()) & set(GLUE) for s in said) for said in told)
     assert before == 0 < after < 24
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["flux", "sd3", "sd", "clip", "vit", "dino"])
+def test_every_phase_of_a_recipe_begins_and_learns_until_the_next(name, device):
+    recipe = load_recipe(name, device=device)
+    trainer = Trainer.__new__(UNetTrainer)
+    trainer.recipe = recipe
+    begins = [phase["from"] for phase in recipe.get("phases", [])]
+    assert begins == sorted(begins) and all(0 < begin < recipe["steps"] for begin in begins)
+    for last in [*(begin - 1 for begin in begins), recipe["steps"] - 1]:
+        trainer.step = last
+        assert trainer.rate() > 0
+    trainer.step = recipe["steps"]
+    assert trainer.rate() == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.6])
