@@ -73,7 +73,8 @@ def _readme(card: dict[str, Any]) -> str:
         text += "| | found | chance | drawn scenes |\n|---|--:|--:|--:|\n"
         for finding in card["check"]:
             ceiling = "" if finding["drawn"] is None else f"{100 * finding['drawn']:.1f} %"
-            text += f"| {finding['what']} | {100 * finding['value']:.1f} % | {100 * finding['chance']:.1f} % | {ceiling} |\n"
+            what = finding["what"] + (f" (n = {finding['n']})" if finding["n"] != card["check"][0]["n"] else "")
+            text += f"| {what} | {100 * finding['value']:.1f} % | {100 * finding['chance']:.1f} % | {ceiling} |\n"
         if card["name"] in GENERATING:
             text += "\n![scenes made from captions](samples.png)\n"
     if "sweep" in card:

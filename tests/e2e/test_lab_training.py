@@ -137,6 +137,13 @@ def test_a_check_states_chance_beside_its_finding(name, written):
     assert found and all(0 <= f.value <= 1 and 0 < f.chance < 0.5 and f.n > 50 for f in found)
 
 
+@pytest.mark.parametrize("name", ["flux", "sd3", "sd"])
+def test_whatever_the_judge_says_of_pictures_it_has_said_of_drawn_scenes_too(name):
+    """It never saw some objects on some grounds either: without that number, its own blindness would be the picture's fault."""
+    found = card_of(SHIPPED / name)["check"]
+    assert len(found) == 4 and all(f["drawn"] is not None for f in found), name
+
+
 def lab(monkeypatch, *said):
     """Run conceptseg-lab as the shell would; its exit code."""
     monkeypatch.setattr(sys, "argv", ["conceptseg-lab", *map(str, said)])
