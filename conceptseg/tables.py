@@ -112,7 +112,7 @@ def differences(
 ) -> dict[str, dict[str, Value]]:
     """Row name -> its paired difference to the row that the entry `against` names, under the difference's column.
 
-    Rows without a scored sample have none. Raises ConfigError where the block lacks that row.
+    Rows that share no scored sample with it have none. Raises ConfigError where the block lacks that row.
     """
     named = against["row"]
     if named not in read:
@@ -121,6 +121,7 @@ def differences(
     rows = {name: scored(evaluation, reading) for name, (evaluation, reading) in read.items() if reading.n}
     if (baseline := rows.pop(named, None)) is None:
         return {}
+    rows = {name: mine for name, mine in rows.items() if not set(mine.samples).isdisjoint(baseline.samples)}
     clusters = clusters_by_word(baseline) if report["draw"] == "words" else None
     of = definition_of(against["metric"], "table.against.metric")
     compared = compare([of], baseline, rows, report["resamples"], level=report["level"], clusters=clusters)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 from hydra import compose, initialize_config_module
 
+from conceptseg import tables
 from conceptseg.config import plain, register
 from conceptseg.errors import ConfigError
+from conceptseg.metrics.definitions import Rows
+from conceptseg.run import scored
 from conceptseg.tables import compute_table
 
 ROWS = ("constant", "centre_prior", "colour_contrast", "oracle")
@@ -68,6 +71,20 @@ def test_whole_groups_of_words_are_drawn_where_the_report_asks_for_it(compute):
     images, words = (values(compute(TABLE["against"], f"report.draw={draw}")) for draw in ("images", "words"))
     a, b = (found["oracle"][COLUMN] for found in (images, words))
     assert a.value == b.value and (a.low, a.high) != (b.low, b.high)
+
+
+def test_a_row_that_shares_no_image_has_no_difference(compute, monkeypatch):
+    """Such as a run that was stopped before it came to the images of the other."""
+
+    def parted(evaluation, reading):
+        rows = scored(evaluation, reading)
+        half = type(evaluation.extractor).__name__ == "Oracle"
+        records = [r for r in evaluation.store.rows().values() if r["status"] == "ok" and r["segmenter"] == reading.segmenter]
+        return Rows.from_records(r for r in records if (r["sample"] in rows.samples[:6]) == half)
+
+    monkeypatch.setattr(tables, "scored", parted)
+    found = values(compute(TABLE["against"]))
+    assert COLUMN not in found["oracle"] and found["constant"][COLUMN].n == 6
 
 
 @pytest.mark.parametrize(
