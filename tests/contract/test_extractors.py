@@ -29,9 +29,14 @@ from conceptseg.types import Batch, SaliencyMaps, Task
 
 EXTRACTORS = sorted(f.name.removesuffix(".yaml") for f in resources.files("conceptseg.conf").joinpath("extractor").iterdir())
 
-# Maps of one image differ by the batch it is in only because matrix products of another size are summed in another order,
-# in float32 and through three blocks.
-BATCHED = {"atol": 1e-5, "rtol": 1e-5}
+
+def assert_same_maps(found, wanted):
+    """Maps of one image differ by the batch it is in only because matrix products of another size are summed in another order,
+    in float32 and through three blocks. So they agree to 1e-5 of the largest score: where logits of some dozens cancel to nearly
+    nothing, their rounding remains.
+    """
+    scale = max(1.0, float(wanted.abs().max()))
+    torch.testing.assert_close(found, wanted, atol=1e-5 * scale, rtol=1e-5)
 
 
 def tiny_flux(folder):
@@ -196,13 +201,13 @@ def test_a_batch_of_four_is_four_single_images(extractor, views, tasks):
     together = read(extractor, tasks, views)
     for number, task in enumerate(tasks):
         for whole, (alone,) in zip(together, read(extractor, [task], views), strict=True):
-            torch.testing.assert_close(whole[number], alone, **BATCHED)
+            assert_same_maps(whole[number], alone)
 
 
 @every_extractor
 def test_the_order_within_a_batch_does_not_matter(extractor, views, tasks):
     for forth, back in zip(read(extractor, tasks, views), read(extractor, tasks[::-1], views), strict=True):
-        torch.testing.assert_close(forth, back.flip(0), **BATCHED)
+        assert_same_maps(forth, back.flip(0))
 
 
 @every_extractor
