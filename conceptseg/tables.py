@@ -16,7 +16,7 @@ from conceptseg.extractors.base import Extractor
 from conceptseg.keys import canonical_json
 from conceptseg.metrics.breakdowns import clusters_by_word
 from conceptseg.metrics.comparisons import compare
-from conceptseg.metrics.definitions import definition_of
+from conceptseg.metrics.definitions import Rows, definition_of
 from conceptseg.metrics.intervals import Interval
 from conceptseg.report.results import Block, Column, Results, Row, Value
 from conceptseg.run import Reading, carry_out, draw_sheet, interval_text, readings, scored, write_results
@@ -75,8 +75,12 @@ def compute_table(
             if row.get("picture") and block.get("pictures", False) and reading.n:
                 pictures.append((row["name"], evaluation, reading.view, reading.segmenter))
         assert first is not None, "a block has at least one row"
+        held = {name: scored(e, r) for name, (e, r) in read.items() if r.n} if against else {}
         for other in against:
-            found = differences(read, other, block["name"])
+            if other["row"] not in read:
+                nearest = did_you_mean(other["row"], read)
+                raise ConfigError(f'table.against.row: block "{block["name"]}" has no row "{other["row"]}". {nearest}')
+            found = differences(held, other, report)
             rows = [replace(row, values={**row.values, **found.get(row.name, {})}) for row in rows]
         count = len(first.dataset.keys())
         blocks.append(Block(block["name"], f"{block['data']}, {count} samples", first.protocol.label, block["text"], tuple(rows)))
@@ -107,21 +111,18 @@ def difference_column(against: Mapping[str, str], columns: Sequence[str]) -> Col
     )  # fmt: skip
 
 
-def differences(
-    read: Mapping[str, tuple[Evaluation, Reading]], against: Mapping[str, str], block: str
-) -> dict[str, dict[str, Value]]:
+def differences(held: Mapping[str, Rows], against: Mapping[str, str], report: Mapping[str, Any]) -> dict[str, dict[str, Value]]:
     """Row name -> its paired difference to the row that the entry `against` names, under the difference's column.
 
-    Rows that share no scored sample with it have none. Raises ConfigError where the block lacks that row.
+    held: scored rows behind every row of a block that has some. Rows that share no sample with that row have no difference.
     """
-    named = against["row"]
-    if named not in read:
-        raise ConfigError(f'table.against.row: block "{block}" has no row "{named}". {did_you_mean(named, read)}')
-    report = read[named][0].config["report"]
-    rows = {name: scored(evaluation, reading) for name, (evaluation, reading) in read.items() if reading.n}
-    if (baseline := rows.pop(named, None)) is None:
+    if (baseline := held.get(against["row"])) is None:
         return {}
-    rows = {name: mine for name, mine in rows.items() if not set(mine.samples).isdisjoint(baseline.samples)}
+    rows = {
+        name: mine
+        for name, mine in held.items()
+        if name != against["row"] and not set(mine.samples).isdisjoint(baseline.samples)
+    }  # fmt: skip
     clusters = clusters_by_word(baseline) if report["draw"] == "words" else None
     of = definition_of(against["metric"], "table.against.metric")
     compared = compare([of], baseline, rows, report["resamples"], level=report["level"], clusters=clusters)

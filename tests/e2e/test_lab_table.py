@@ -10,7 +10,7 @@ from commands import TESTS
 PUBLISHED = json.loads((TESTS.parent / "benchmarks" / "lab" / "results.json").read_text())
 # Other processors round matrix products otherwise; a flipped pixel of 64 scenes of 64 x 64 moves a share by 4e-6.
 TOLERANCE = 0.01
-# Controls that any grounding must beat. Centre prior and colour contrast score higher than most tiny models: see the table.
+# Controls that any grounding must beat. Centre prior and colour contrast are stronger: see READS.
 NAMED = ("constant", "random", "inverted oracle")
 
 
