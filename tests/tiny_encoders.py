@@ -12,7 +12,7 @@ from conceptseg.backbones.activations import tap_activations
 from conceptseg.backbones.clip import CLIPBackbone
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.vit import ViTBackbone
-from conceptseg.data.scenes import OBJECTS
+from conceptseg.data.drawings import OBJECTS
 from conceptseg.lab.models import word_tokenizer
 from conceptseg.types import Batch, Concepts, Task
 

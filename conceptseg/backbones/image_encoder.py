@@ -122,7 +122,7 @@ class ImageEncoder(ABC):
 
             return tuple(IMAGENET_CLASSNAMES)
         if self._labels == "scenes":
-            from conceptseg.data.scenes import OBJECTS
+            from conceptseg.data.drawings import OBJECTS
 
             return OBJECTS
         named = self._labels or self.native_labels

@@ -6,27 +6,31 @@ import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 
+from conceptseg.data.drawings import OBJECTS, TINTS
 from conceptseg.data.images import present_labels, unknown_key
-from conceptseg.data.scenes import DRAWING_VERSION, HARD_KINDS, OBJECTS, TINTS, draw_hard_scene, draw_scene
+from conceptseg.data.scenes import DRAWING_VERSION, HARD_KINDS, PLACEMENTS, Layout, draw_hard_scene, draw_scene
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.types import BACKGROUND, VOID, Sample
 
 SPLITS: tuple[str, ...] = ("train", "val", "unseen")
 # A table shows the same scenes to every method, and drawing one takes as long as a lab model's forward pass.
 kept_scene, kept_hard_scene = lru_cache(1024)(draw_scene), lru_cache(1024)(draw_hard_scene)
-LITTER, LITTER_TINTS = (5, 8), 3
-"""Unnamed things of a scene that methods are measured on, and how many tints they take: more than in training scenes, and more
-conspicuous, so that who is told no word and looks for odd colours finds them first."""
+MEASURED = Layout(distractors=(5, 8), distractor_tints=3, placement="anywhere")
+"""The scenes that methods are measured on hold more unnamed things than training scenes, and more conspicuous ones, so that who
+is told no word and looks for odd colours finds them first; and nothing stands in the middle more often than elsewhere, so that a
+guess at the middle is no better than others."""
 SMALLEST = 16  # pixels; below, an object's rim is all that is left of it
 
 
-def _litter(distractors: Sequence[int], tints: int) -> tuple[tuple[int, int], int]:
-    """The distractors' least and greatest number, and how many tints they take. Raises ConfigError for numbers that can't be."""
+def _layout(distractors: Sequence[int], tints: int, placement: str) -> Layout:
+    """What the three keys ask for. Raises ConfigError for what can't be."""
     if len(distractors) != 2 or not 0 <= distractors[0] <= distractors[1]:
         raise ConfigError(f"dataset.distractors is {list(distractors)}; wanted were the least and the greatest number, from 0.")
     if not 1 <= tints <= len(TINTS):
         raise ConfigError(f"dataset.distractor_tints is {tints}; 1 to {len(TINTS)} was wanted.")
-    return (int(distractors[0]), int(distractors[1])), int(tints)
+    if placement not in PLACEMENTS:
+        raise ConfigError(f'dataset.placement is "{placement}". {did_you_mean(placement, PLACEMENTS)}')
+    return Layout((int(distractors[0]), int(distractors[1])), int(tints), placement)
 
 
 class Scenes:
@@ -41,8 +45,9 @@ class Scenes:
         count: int = 64,
         size: int = 64,
         objects: Sequence[int] = (1, 3),
-        distractors: Sequence[int] = LITTER,
-        distractor_tints: int = LITTER_TINTS,
+        distractors: Sequence[int] = MEASURED.distractors,
+        distractor_tints: int = MEASURED.distractor_tints,
+        placement: str = MEASURED.placement,
     ) -> None:
         if split not in SPLITS:
             raise ConfigError(f'dataset.split is "{split}". {did_you_mean(split, SPLITS)}')
@@ -56,7 +61,7 @@ class Scenes:
             raise ConfigError(f"dataset.count is {count}; at least 1 scene was wanted.")
         self.split, self.seed, self.count, self.size = split, seed, count, size
         self.objects = (int(objects[0]), int(objects[1]))
-        self.litter = _litter(distractors, distractor_tints)
+        self.layout = _layout(distractors, distractor_tints, placement)
         self._places = {f"{self.name}/{split}/{seed}/{index:05d}": index for index in range(count)}
 
     def keys(self) -> Sequence[str]:
@@ -65,17 +70,17 @@ class Scenes:
     def read(self, key: str) -> Sample:
         if key not in self._places:
             raise unknown_key(key, self._places, self.name)
-        scene = kept_scene(self.split, self.seed, self._places[key], self.size, self.objects, OBJECTS, *self.litter)
+        scene = kept_scene(self.split, self.seed, self._places[key], self.size, self.objects, OBJECTS, self.layout)
         words = {label: OBJECTS[label - 1] for label in present_labels(scene.mask) if label not in (BACKGROUND, VOID)}
         about = {"ground": scene.ground, "tints": {placed.word: placed.tint for placed in scene.objects}}
         return Sample(key, scene.image, scene.mask, words, about)
 
     def fingerprint(self) -> str:
         """Parameters, and the pixels of the first two scenes: another Pillow or NumPy may draw them differently."""
-        parameters = (DRAWING_VERSION, self.split, self.seed, self.size, self.objects, self.litter)  # more scenes change no scene
+        parameters = (DRAWING_VERSION, self.split, self.seed, self.size, self.objects, self.layout)  # more scenes change no scene
         digest = hashlib.sha256(repr(parameters).encode())
         for index in range(2):
-            scene = kept_scene(self.split, self.seed, index, self.size, self.objects, OBJECTS, *self.litter)
+            scene = kept_scene(self.split, self.seed, index, self.size, self.objects, OBJECTS, self.layout)
             digest.update(scene.image.tobytes() + scene.mask.tobytes())
         return digest.hexdigest()[:16]
 
@@ -99,8 +104,9 @@ class HardScenes:
         count: int = 63,
         size: int = 64,
         kinds: Sequence[str] = HARD_KINDS,
-        distractors: Sequence[int] = LITTER,
-        distractor_tints: int = LITTER_TINTS,
+        distractors: Sequence[int] = MEASURED.distractors,
+        distractor_tints: int = MEASURED.distractor_tints,
+        placement: str = MEASURED.placement,
     ) -> None:
         if split not in SPLITS:
             raise ConfigError(f'dataset.split is "{split}". {did_you_mean(split, SPLITS)}')
@@ -112,7 +118,7 @@ class HardScenes:
                 f"or more, at least 1 scene and at least {SMALLEST} pixels."
             )
         self.split, self.seed, self.count, self.size, self.kinds = split, seed, count, size, tuple(kinds)
-        self.litter = _litter(distractors, distractor_tints)
+        self.layout = _layout(distractors, distractor_tints, placement)
         self._places = {
             f"{self.name}/{split}/{seed}/{self.kinds[index % len(self.kinds)]}-{index:05d}": index for index in range(count)
         }
@@ -124,15 +130,15 @@ class HardScenes:
         if key not in self._places:
             raise unknown_key(key, self._places, self.name)
         index = self._places[key]
-        hard = kept_hard_scene(self.split, self.seed, index, self.size, self.kinds[index % len(self.kinds)], *self.litter)
+        hard = kept_hard_scene(self.split, self.seed, index, self.size, self.kinds[index % len(self.kinds)], self.layout)
         about = {"ground": hard.scene.ground, "kind": hard.kind, "objects": [[o.tint, o.word] for o in hard.scene.objects]}
         return Sample(key, hard.scene.image, hard.scene.mask, hard.names, about)
 
     def fingerprint(self) -> str:
         """Parameters, and the pixels of one scene of each kind."""
-        digest = hashlib.sha256(repr((DRAWING_VERSION, self.split, self.seed, self.size, self.kinds, self.litter)).encode())
+        digest = hashlib.sha256(repr((DRAWING_VERSION, self.split, self.seed, self.size, self.kinds, self.layout)).encode())
         for index, kind in enumerate(self.kinds):
-            hard = kept_hard_scene(self.split, self.seed, index, self.size, kind, *self.litter)
+            hard = kept_hard_scene(self.split, self.seed, index, self.size, kind, self.layout)
             digest.update(hard.scene.image.tobytes() + hard.scene.mask.tobytes())
         return digest.hexdigest()[:16]
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from conceptseg.data.drawings import OBJECTS
 from conceptseg.data.images import MaskEncoding, voc_colour
-from conceptseg.data.scenes import OBJECTS, VOID, Scene, draw_scene
+from conceptseg.data.scenes import VOID, Scene, draw_scene
 
 # Only the boat is what its class says.
 VOC_CLASS: dict[str, int] = {

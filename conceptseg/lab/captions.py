@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from conceptseg.data.scenes import GROUNDS, OBJECTS, TINTS, Scene
+from conceptseg.data.drawings import GROUNDS, OBJECTS, TINTS
+from conceptseg.data.scenes import Scene
 
 NOUNS: tuple[str, ...] = OBJECTS + GROUNDS
 GLUE: tuple[str, ...] = ("a", "and", "on")

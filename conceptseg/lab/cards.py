@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from conceptseg.data.scenes import DRAWING_VERSION, TINTS
+from conceptseg.data.drawings import TINTS
+from conceptseg.data.scenes import DRAWING_VERSION
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.keys import versions
 from conceptseg.lab.captions import GLUE, NOUNS
 from conceptseg.lab.train import Trainer
 
-GENERATING = ("flux", "sd3", "sd")
+GENERATING = ("flux", "sd3", "sd", "sdxl")
 """Models that make pictures; their cards show some."""
 
 
@@ -34,7 +35,7 @@ def write_model(trainer: Trainer, curve: Path, folder: Path) -> Path:
         if after is None or after["seconds"] < line["seconds"]
     )
     parameters = sum(p.numel() for part in trainer.parts.values() if hasattr(part, "parameters") for p in part.parameters())
-    losses = [k for k in lines[0] if k not in ("step", "rate", "seconds")]
+    losses = [k for k in lines[-1] if k not in ("step", "rate", "seconds")]
     card = {
         "name": recipe["name"], "provenance": "lab",
         "data": f"drawn scenes, split train, drawing version {DRAWING_VERSION}",
@@ -43,7 +44,7 @@ def write_model(trainer: Trainer, curve: Path, folder: Path) -> Path:
         "parameters": parameters, "minutes": round(seconds / 60, 1), "machine": f"{platform.machine()}, {device}",
         "threads": torch.get_num_threads(), "versions": versions(), "warning": trainer.caveat,
         "trained_words": [*GLUE, *NOUNS, *TINTS], "recipe": recipe,
-        "losses": [{k: round(line[k], 4) for k in ("step", *losses)} for line in lines[:: max(1, len(lines) // 40)]],
+        "losses": [{k: round(line[k], 4) for k in ("step", *losses) if k in line} for line in lines[:: max(1, len(lines) // 40)]],
     }  # fmt: skip
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_readme(card), encoding="utf-8")
@@ -52,8 +53,8 @@ def write_model(trainer: Trainer, curve: Path, folder: Path) -> Path:
 
 def _readme(card: dict[str, Any]) -> str:
     kept = card["losses"][:: max(1, len(card["losses"]) // 12)]
-    names = list(kept[0])
-    rows = "\n".join("| " + " | ".join(str(row[name]) for name in names) + " |" for row in kept)
+    names = list(kept[-1])
+    rows = "\n".join("| " + " | ".join(str(row.get(name, "–")) for name in names) + " |" for row in kept)
     plain = f", {card['plain_scenes']:,} with one object and nothing else" if card.get("plain_scenes") else ""
     text = f"""# lab {card["name"]}
 

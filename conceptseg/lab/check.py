@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from conceptseg.backbones.base import stack_images
-from conceptseg.data.scenes import GROUNDS, OBJECTS, TINTS, Scene, draw_scene, is_held_out
+from conceptseg.data.drawings import GROUNDS, OBJECTS, TINTS
+from conceptseg.data.scenes import Scene, draw_scene, is_held_out
 from conceptseg.errors import ConfigError
 from conceptseg.lab.generation import generate, load_trained
 from conceptseg.lab.train import Trainer
@@ -50,7 +51,7 @@ def check(card: dict[str, Any], folder: Path, clip: tuple[dict[str, Any], Path],
         return [_neighbours(trainer)]
     if kind == "clip":
         return _matching(trainer)
-    if kind not in ("flux", "sd3", "sd"):
+    if kind not in ("flux", "sd3", "sd", "sdxl"):
         raise ConfigError(f'conceptseg-lab check: no check for a model of kind "{kind}".')
     return _generation(trainer, load_trained(*clip), pictures)
 

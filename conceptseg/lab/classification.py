@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from conceptseg.data.scenes import OBJECTS, Scene
+from conceptseg.data.drawings import OBJECTS
+from conceptseg.data.scenes import Scene
 from conceptseg.lab import models
 from conceptseg.lab.train import Trainer
 
@@ -40,9 +41,7 @@ class ViTTrainer(Trainer):
             for placed in scene.objects:
                 truth[row, OBJECTS.index(placed.word)] = 1
         truth = (truth / truth.sum(1, keepdim=True)).to(self.device)
-        flipped = torch.from_numpy(rng.random(len(scenes)) < 0.5).to(self.device)
-        images = self.images(scenes)
-        scores = self.parts["model"](torch.where(flipped[:, None, None, None], images.flip(-1), images))
+        scores = self.parts["model"](self.moved_images(scenes, rng))
         loss = cross_entropy(scores, truth)
         right = truth.gather(1, scores.argmax(1, keepdim=True)).gt(0).float().mean()
         return {"classes": loss, "right": right, "total": loss}

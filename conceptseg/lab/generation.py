@@ -48,7 +48,7 @@ def generate(
 ) -> UInt8[np.ndarray, "B H W 3"]:
     """One image a caption, with classifier-free guidance against the empty caption."""
     if not isinstance(trainer, FlowMatchingTrainer | UNetTrainer):
-        raise ConfigError(f'conceptseg-lab: the lab\'s "{trainer.recipe["name"]}" makes no images. Choices: flux, sd3, sd.')
+        raise ConfigError(f'conceptseg-lab: the lab\'s "{trainer.recipe["name"]}" makes no images. Choices: flux, sd3, sd, sdxl.')
     sizes = trainer.recipe["sizes"]
     side = trainer.recipe["image_size"] // sizes["codec_patch"]
     shape = (len(captions), 3 * sizes["codec_patch"] ** 2, side, side)
@@ -75,9 +75,10 @@ def _by_flow(trainer: FlowMatchingTrainer, latents: Tensor, captions: list[str],
 def _by_denoising(trainer: UNetTrainer, latents: Tensor, captions: list[str], steps: int, guidance: float) -> Tensor:
     scheduler = trainer.parts["scheduler"]
     scheduler.set_timesteps(steps)
+    latents = latents * scheduler.init_noise_sigma
     for step in scheduler.timesteps:
-        levels = step.expand(len(latents))
-        told = trainer.predicted_velocity(latents, levels, captions)
-        untold = trainer.predicted_velocity(latents, levels, [""] * len(captions))
+        levels, shown = step.expand(len(latents)), scheduler.scale_model_input(latents, step)
+        told = trainer.predicted_velocity(shown, levels, captions)
+        untold = trainer.predicted_velocity(shown, levels, [""] * len(captions))
         latents = scheduler.step(untold + guidance * (told - untold), step, latents).prev_sample
     return latents

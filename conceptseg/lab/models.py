@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import (
     DDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from conceptseg.backbones.codec import PatchCodec
-from conceptseg.data.scenes import OBJECTS, TINTS
+from conceptseg.data.drawings import OBJECTS, TINTS
 from conceptseg.data.words import OTHER_WORDS
 from conceptseg.lab.captions import GLUE, NOUNS
 
@@ -133,25 +134,51 @@ def build_sd3(sizes: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def build_sd(sizes: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a Stable Diffusion pipeline: a U-Net with cross-attention at several grids and one CLIP text encoder."""
-    tokenizer = word_tokenizer(sizes["text_tokens"], begin=True)
-    unet = UNet2DConditionModel(
+DIFFUSION: dict[str, Any] = {
+    "num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+    "steps_offset": 1, "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",  # sampling starts where noise is pure (Lin et al., arXiv:2305.08891)
+}  # fmt: skip
+
+
+def _unet(sizes: dict[str, Any], text_width: int, **more: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
         sample_size=sizes["image_size"] // sizes["codec_patch"], in_channels=3 * sizes["codec_patch"] ** 2,
         out_channels=3 * sizes["codec_patch"] ** 2, block_out_channels=tuple(sizes["channels"]), layers_per_block=1,
         down_block_types=tuple("CrossAttnDownBlock2D" if reads else "DownBlock2D" for reads in sizes["reads_text"]),
         up_block_types=tuple("CrossAttnUpBlock2D" if reads else "UpBlock2D" for reads in reversed(sizes["reads_text"])),
-        attention_head_dim=sizes["heads"], cross_attention_dim=sizes["text_width"], norm_num_groups=sizes["norm_groups"],
+        cross_attention_dim=text_width, norm_num_groups=sizes["norm_groups"], **more,
     )  # fmt: skip
-    scheduler = DDIMScheduler(
-        num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction",
-        timestep_spacing="trailing",  # sampling starts where noise is pure (Lin et al., arXiv:2305.08891)
+
+
+def build_sd(sizes: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a Stable Diffusion pipeline: a U-Net with cross-attention at several grids and one CLIP text encoder."""
+    tokenizer = word_tokenizer(sizes["text_tokens"], begin=True)
+    return {
+        "unet": _unet(sizes, sizes["text_width"], attention_head_dim=sizes["heads"]),
+        "text_encoder": CLIPTextModel(_clip_text(tokenizer, sizes["text_width"], sizes["text_layers"])),
+        "tokenizer": tokenizer, "vae": PatchCodec(patch=sizes["codec_patch"], scaling_factor=sizes["latent_scale"]),
+        "scheduler": DDIMScheduler(**DIFFUSION, clip_sample=False, set_alpha_to_one=False),
+    }  # fmt: skip
+
+
+def build_sdxl(sizes: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a Stable Diffusion XL pipeline: several transformer layers at the coarsest grid, two text encoders whose
+    layers before the last stand side by side, and the second one's pooled vector with size conditioning beside the time step.
+    """
+    tokenizer = word_tokenizer(sizes["text_tokens"], begin=True)
+    text = _clip_text(tokenizer, sizes["text_width"], sizes["text_layers"])
+    unet = _unet(
+        sizes, 2 * sizes["text_width"], attention_head_dim=tuple(sizes["heads"]), use_linear_projection=True,
+        transformer_layers_per_block=tuple(sizes["transformer_layers"]), addition_embed_type="text_time",
+        addition_time_embed_dim=sizes["size_width"],
+        projection_class_embeddings_input_dim=sizes["text_width"] + 6 * sizes["size_width"],
     )  # fmt: skip
     return {
-        "unet": unet, "text_encoder": CLIPTextModel(_clip_text(tokenizer, sizes["text_width"], sizes["text_layers"])),
-        "tokenizer": tokenizer, "vae": PatchCodec(patch=sizes["codec_patch"], scaling_factor=sizes["latent_scale"]),
-        "scheduler": scheduler,
+        "unet": unet, "text_encoder": CLIPTextModel(text), "text_encoder_2": CLIPTextModelWithProjection(text),
+        "tokenizer": tokenizer, "tokenizer_2": tokenizer,
+        "vae": PatchCodec(patch=sizes["codec_patch"], scaling_factor=sizes["latent_scale"]),
+        "scheduler": EulerDiscreteScheduler(**DIFFUSION),
     }  # fmt: skip
 
 
@@ -172,7 +199,9 @@ def build_clip(sizes: dict[str, Any]) -> dict[str, Any]:
             "pad_id": tokenizer.pad_token_id,
         },
     }  # fmt: skip
-    return {"model": CLIP(**config), "config": config, "tokenizer": tokenizer}
+    dropped = {"patch_dropout": sizes["patch_drop"]}  # in training alone, so no part of what is saved
+    model = CLIP(**{**config, "vision_cfg": {**config["vision_cfg"], **dropped}})
+    return {"model": model, "config": config, "tokenizer": tokenizer}
 
 
 def build_vit(sizes: dict[str, Any], classes: int) -> dict[str, Any]:
@@ -184,7 +213,10 @@ def build_vit(sizes: dict[str, Any], classes: int) -> dict[str, Any]:
         "num_heads": sizes["heads"], "mlp_ratio": sizes["mlp_ratio"],
     }  # fmt: skip
     architecture = "vit_tiny_patch16_224"  # any plain ViT: the arguments say the rest
-    model = timm.create_model(architecture, pretrained=False, num_classes=classes, dynamic_img_size=True, **config)
+    dropped = sizes.get("patch_drop", 0.0)  # in training alone, so no part of what is saved
+    model = timm.create_model(
+        architecture, pretrained=False, num_classes=classes, dynamic_img_size=True, patch_drop_rate=dropped, **config
+    )  # fmt: skip
     return {"model": model, "config": config, "architecture": architecture, "classes": classes}
 
 

@@ -1,6 +1,6 @@
 """Train a lab model on drawn scenes: the loop, its checkpoints, and what every kind of trainer shares.
 
-What is learnt, and by which loss, is one file a kind: `flow_matching` (flux, sd3), `denoising` (sd), `contrastive` (clip),
+What is learnt, and by which loss, is one file a kind: `flow_matching` (flux, sd3), `denoising` (sd, sdxl), `contrastive` (clip),
 `classification` (vit) and `self_distillation` (dino).
 """
 
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from conceptseg.backbones.base import stack_images
-from conceptseg.data.scenes import DRAWING_VERSION, Placed, Scene, draw_hard_scene, draw_scene
+from conceptseg.data.scenes import DRAWING_VERSION, Layout, Placed, Scene, draw_hard_scene, draw_scene
 from conceptseg.errors import ConfigError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ TRAINERS = {
     "flux": "conceptseg.lab.flow_matching.FluxTrainer",
     "sd3": "conceptseg.lab.flow_matching.SD3Trainer",
     "sd": "conceptseg.lab.denoising.UNetTrainer",
+    "sdxl": "conceptseg.lab.denoising.SDXLTrainer",
     "clip": "conceptseg.lab.contrastive.CLIPTrainer",
     "vit": "conceptseg.lab.classification.ViTTrainer",
     "dino": "conceptseg.lab.self_distillation.DINOTrainer",
@@ -121,6 +122,18 @@ class Trainer(ABC):
         pixels = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2)
         return pixels.to(self.device).float() / 127.5 - 1
 
+    def moved_images(self, scenes: list[Scene], rng: np.random.Generator) -> Float[Tensor, "B 3 H W"]:
+        """Half of the images mirrored, all moved by up to `shift` pixels along both axes (what comes in is a reflection), so that
+        patches meet objects anew: learning by heart which scene has which objects is then no way out.
+        """
+        shift, images = self.recipe["shift"], self.images(scenes)
+        high, wide = images.shape[-2:]
+        mirrored = torch.from_numpy(rng.random(len(scenes)) < 0.5).to(self.device)
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        wider = nn.functional.pad(images, (shift,) * 4, mode="reflect")
+        moves = rng.integers(0, 2 * shift + 1, (len(images), 2)).tolist()
+        return torch.stack([image[:, y : y + high, x : x + wide] for image, (y, x) in zip(wider, moves, strict=True)])
+
     def rate(self) -> float:
         """Learning rate of the coming step: linear warm-up, then a cosine to zero at `horizon`; a phase may begin anew."""
         recipe = self.settings()
@@ -205,9 +218,8 @@ def draw_training_scenes(recipe: dict[str, Any], work: Path) -> list[Scene]:
             draw_hard_scene("train", seed, i, size, ("tint", "part")[i % 2]).scene for i in range(recipe["hard_scenes"])
         ]  # fmt: skip
         after = recipe["scenes"]  # plain scenes are no barer copies of the others
-        scenes += [
-            draw_scene("train", seed, after + i, size, objects=(1, 1), distractors=(0, 0)) for i in range(recipe["plain_scenes"])
-        ]  # fmt: skip
+        bare = Layout(distractors=(0, 0))
+        scenes += [draw_scene("train", seed, after + i, size, objects=(1, 1), layout=bare) for i in range(recipe["plain_scenes"])]
         shown = (recipe["image_size"], recipe["image_size"])
         small = [stack_images([s.image / np.float32(255)], shown, "bicubic")[0].permute(1, 2, 0).numpy() for s in scenes]
         rows = [{"ground": s.ground, "objects": [[o.word, o.tint, list(o.box)] for o in s.objects]} for s in scenes]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conceptseg.data.drawings import OBJECTS
 from conceptseg.data.made import made_scenes, mask_png, voc_mask, write_hub, write_mat, write_voc
-from conceptseg.data.scenes import OBJECTS
 
 CA = ("extractor=concept_attention", "backbone@extractor.backbone=lab_flux", "runtime.keep_maps=false")
 SCENES = made_scenes(5)

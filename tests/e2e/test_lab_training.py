@@ -31,8 +31,15 @@ TOYS = {
         *COMMON, "sizes.channels=[8,8]", "sizes.reads_text=[true,true]", "sizes.norm_groups=2", "sizes.heads=2",
         "sizes.text_width=8", "phases=[{from: 2, middle: false, learning_rate: 1e-4, warmup: 2}]",
     ],
-    "clip": [*COMMON, "sizes.width=16", "sizes.head_width=8", "sizes.layers=1", "sizes.text_width=8", "sizes.text_layers=1"],
-    "vit": [*COMMON, "sizes.width=16", "sizes.heads=2", "sizes.layers=1"],
+    "sdxl": [
+        *COMMON, "sizes.channels=[8,8]", "sizes.reads_text=[true,true]", "sizes.transformer_layers=[1,2]", "sizes.heads=[2,2]",
+        "sizes.norm_groups=2", "sizes.text_width=8", "phases=[{from: 2, list_share: 1.0}]",
+    ],
+    "clip": [
+        *COMMON, "phases=[{from: 2, patch_weight: 1.0}]", "sizes.patch_drop=0.25", "sizes.width=16", "sizes.head_width=8",
+        "sizes.layers=1", "sizes.text_width=8", "sizes.text_layers=1",
+    ],
+    "vit": [*COMMON, "phases=[]", "sizes.width=16", "sizes.heads=2", "sizes.layers=1"],
     "dino": [*COMMON, "sizes.width=16", "sizes.heads=2", "sizes.layers=1", "hidden=16", "prototypes=16"],
 }  # fmt: skip
 
@@ -99,7 +106,7 @@ def test_a_middle_block_that_the_last_phase_did_without_is_not_written(written):
 
 def test_tokenizers_are_written_as_they_were_built(written):
     files = [file for name in TRAINERS for file in written[name][1].rglob("tokenizer.json")]
-    assert len(files) == 6  # one of Flux, three of SD3, one of the U-Net, one of CLIP
+    assert len(files) == 8  # one of Flux, three of SD3, one of the U-Net, two of SDXL, one of CLIP
     for file in files:
         whole = json.loads(file.read_text())
         assert whole["padding"] is None and whole["truncation"] is None
@@ -114,7 +121,7 @@ def test_a_written_flux_is_read_like_a_real_checkpoint(written):
     assert velocity is not None and velocity.shape == (1, 64, 48) and torch.isfinite(velocity).all()
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "sd"])
+@pytest.mark.parametrize("name", ["flux", "sd3", "sd", "sdxl"])
 def test_diffusion_models_make_pictures_from_captions(name, written, tmp_path):
     folder = written[name][1]
     trainer = load_trained(card_of(folder), folder)
@@ -138,7 +145,7 @@ def test_a_check_states_chance_beside_its_finding(name, written):
     assert found and all(0 <= f.value <= 1 and 0 < f.chance < 0.5 and f.n > 50 for f in found)
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "sd"])
+@pytest.mark.parametrize("name", ["flux", "sd3", "sd", "sdxl"])
 def test_whatever_the_judge_says_of_pictures_it_has_said_of_drawn_scenes_too(name):
     """It never saw some objects on some grounds either: without that number, its own blindness would be the picture's fault."""
     found = card_of(TESTS.parent / "conceptseg" / "lab" / "weights" / name)["check"]
@@ -153,7 +160,7 @@ def lab(monkeypatch, *said):
     return ended.value.code
 
 
-@pytest.mark.parametrize(("name", "cells"), [("flux", 2 * 4 * 6), ("sd3", 2 * 4 * 6), ("sd", 6 * 2 * 6)])
+@pytest.mark.parametrize(("name", "cells"), [("flux", 2 * 4 * 6), ("sd3", 2 * 4 * 6), ("sd", 6 * 2 * 6), ("sdxl", 11 * 2 * 6)])
 def test_a_sweep_reads_every_layer_and_noise_level_and_lands_in_the_card(name, cells, written, tmp_path, monkeypatch, capsys):
     folder = tmp_path / name
     shutil.copytree(written[name][1], folder)

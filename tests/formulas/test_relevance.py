@@ -18,7 +18,7 @@ from conceptseg.backbones.relevance import (
 )
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.tower import Weights, tap_attended, tap_normed
-from conceptseg.data.scenes import OBJECTS
+from conceptseg.data.drawings import OBJECTS
 from conceptseg.extractors.attention_gradcam import AttentionGradCAM, weighted_heads
 from conceptseg.extractors.lrp import LRP
 from conceptseg.extractors.partial_lrp import PartialLRP

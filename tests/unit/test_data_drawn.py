@@ -5,8 +5,8 @@ import pytest
 
 from conceptseg.data import drawn
 from conceptseg.data.base import SegmentationDataset
+from conceptseg.data.drawings import GROUNDS, OBJECTS, TINTS, standing_out
 from conceptseg.data.drawn import Scenes
-from conceptseg.data.scenes import GROUNDS, OBJECTS, TINTS, standing_out
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.metrics.average_precision import average_precision
 
@@ -35,6 +35,7 @@ def test_a_key_gives_the_same_scene_whatever_the_count():
     "setting",
     [
         {"split": "train"}, {"seed": 1}, {"size": 48}, {"objects": [2, 3]}, {"distractors": [3, 6]}, {"distractor_tints": 8},
+        {"placement": "inside"},
     ],
     ids=lambda s: next(iter(s)),
 )  # fmt: skip
@@ -71,6 +72,7 @@ def test_the_fingerprint_notices_another_drawing(monkeypatch):
         {"distractors": [-1, 3]},
         {"distractor_tints": 0},
         {"distractor_tints": 9},
+        {"placement": "everywhere"},
     ],
     ids=str,
 )
@@ -101,9 +103,29 @@ def contrast_finds(scenes):
     return float(np.nanmean(found))
 
 
+AS_IN_TRAINING = {"distractors": (3, 6), "distractor_tints": 8, "placement": "inside"}
+
+
 def test_an_odd_colour_says_less_of_a_scene_of_the_data_set_than_of_a_training_scene():
-    measured, training = (Scenes(count=120, objects=(1, 1), **s) for s in ({}, {"distractors": (3, 6), "distractor_tints": 8}))
-    assert contrast_finds(measured) < 0.42 < 0.5 < contrast_finds(training)
+    measured, training = (Scenes(count=120, objects=(1, 1), **s) for s in ({}, AS_IN_TRAINING))
+    assert contrast_finds(measured) < 0.36 < 0.5 < contrast_finds(training)
+
+
+def covered(placement):
+    """How often the middle sixteenth of a scene is the object's, by the middle quarter."""
+    scenes = Scenes(count=300, objects=(1, 1), size=32, placement=placement)
+    share = np.mean([scenes.read(key).mask > 0 for key in scenes.keys()], axis=0)  # noqa: SIM118
+    return share[12:20, 12:20].mean() / share[8:24, 8:24].mean()
+
+
+def test_the_middle_is_covered_no_more_often_than_what_is_around_it():
+    assert covered("anywhere") < 1.12 < 1.2 < covered("inside")
+
+
+def test_a_thing_that_would_stick_out_is_moved_inwards():
+    for index in range(60):
+        scene = drawn.draw_scene("val", 0, index, 32, layout=drawn.MEASURED)
+        assert all(0 <= left <= 32 - side and 0 <= top <= 32 - side for left, top, side in (o.box for o in scene.objects))
 
 
 def test_a_key_of_another_set_is_refused():

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from conceptseg.data.drawings import GROUNDS, OBJECTS, TINTS
 from conceptseg.data.drawn import HardScenes
-from conceptseg.data.scenes import GROUNDS, HARD_KINDS, LOOK_ALIKES, OBJECTS, TINTS, draw_hard_scene, draw_scene, is_held_out
+from conceptseg.data.scenes import HARD_KINDS, LOOK_ALIKES, Layout, draw_hard_scene, draw_scene, is_held_out
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.protocols import Excluded, SegmentationProtocol
 from conceptseg.segment.segmenter import Segmenter
@@ -62,7 +63,7 @@ def test_odd_colour_is_no_sign_of_an_object(many):
 def test_a_plain_scene_is_the_same_without_its_distractors_and_what_they_cover_is_no_object(many):
     covered = 0
     for index, scene in enumerate(many[:60]):
-        plain = draw_scene("val", 3, index, size=32, distractors=(0, 0))
+        plain = draw_scene("val", 3, index, size=32, layout=Layout(distractors=(0, 0)))
         assert plain.objects == scene.objects
         laid = (plain.image != scene.image).any(-1)
         assert laid.any() and (scene.mask == plain.mask)[~laid].all()

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from conceptseg.data.base import SegmentationDataset
+from conceptseg.data.drawings import OBJECTS
 from conceptseg.data.imagenet_segmentation import ImageNetSegmentation
 from conceptseg.data.made import WNID, made_scenes, main_word, write_mat
-from conceptseg.data.scenes import OBJECTS
 from conceptseg.data.words import imagenet_nouns
 from conceptseg.errors import ConfigError, DataError
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from conceptseg.data.base import SegmentationDataset
+from conceptseg.data.drawings import OBJECTS
 from conceptseg.data.made import VOC_CLASS, made_scenes, mask_png, voc_mask, write_hub, write_parquet, write_voc, write_voc_tar
 from conceptseg.data.pascal_voc import PascalVOC
-from conceptseg.data.scenes import OBJECTS
 from conceptseg.data.words import VOC_WORDS
 from conceptseg.errors import ConfigError, DataError
 

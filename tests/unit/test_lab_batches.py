@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from conceptseg.data.scenes import GROUNDS, OBJECTS, TINTS, draw_hard_scene, draw_scene
+from conceptseg.data.drawings import GROUNDS, OBJECTS, TINTS
+from conceptseg.data.scenes import draw_hard_scene, draw_scene
 from conceptseg.lab.captions import GLUE, NOUNS, describe, list_names, question
 from conceptseg.lab.denoising import UNetTrainer
 from conceptseg.lab.recipes import load_recipe
@@ -65,7 +66,7 @@ def test_the_u_net_is_told_lists_in_the_phase_that_asks_for_them(scenes, monkeyp
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", ["flux", "sd3", "sd", "clip", "vit", "dino"])
+@pytest.mark.parametrize("name", ["flux", "sd3", "sd", "sdxl", "clip", "vit", "dino"])
 def test_every_phase_of_a_recipe_begins_and_learns_until_the_next(name, device):
     recipe = load_recipe(name, device=device)
     trainer = Trainer.__new__(UNetTrainer)
