@@ -13,6 +13,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from conceptseg.errors import ConceptSegError, ConfigError, did_you_mean
 from conceptseg.keys import digest
@@ -200,19 +201,37 @@ def explain_refusal(overrides: Sequence[str]) -> str | None:
         return unreadable
     GlobalHydra.instance().clear()
     with initialize_config_module("conceptseg.conf", version_base="1.3"):
-        known = OmegaConf.to_container(compose("evaluate"), resolve=False)
+        compose("evaluate")
         loader = GlobalHydra.instance().config_loader()
         groups = {name: list(_options(loader, name)) for name in loader.list_groups("") if name != "hydra"}
-    assert isinstance(known, dict)
+        chosen = []
+        for override in overrides:
+            key, _, value = override.lstrip("+~").partition("=")
+            if (group := key.partition("@")[0]) in groups:
+                chosen.append(override)
+                if value not in groups[group] and value not in ("null", "") and "," not in value:
+                    return f'{key}: unknown option "{value}". {did_you_mean(value, groups[group])}'
+        known = _keys_of(chosen)  # what a key may be depends on the options
     for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
-        group = key.partition("@")[0]
-        if group in groups:
-            if value not in groups[group] and value not in ("null", "") and "," not in value:
-                return f'{key}: unknown option "{value}". {did_you_mean(value, groups[group])}'
-        elif override[0] not in "+~" and not key.startswith("hydra") and (refused := _unknown_key(key, known, groups)):
+        key = override.lstrip("+~").partition("=")[0]
+        if override in chosen or override[0] in "+~" or key.startswith("hydra"):
+            continue
+        if refused := _unknown_key(key, known, groups):
             return f"{refused} To add one, write +{key}=..."
     return None
+
+
+def _keys_of(options: Sequence[str]) -> dict[Any, Any]:
+    """The configuration with these options chosen, or the default one where they don't go together."""
+    from hydra import compose
+    from hydra.errors import HydraException
+
+    try:
+        config = compose("evaluate", overrides=list(options))
+    except (HydraException, OmegaConfBaseException):
+        config = compose("evaluate")
+    found: dict[Any, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
+    return found
 
 
 def _unreadable(override: str) -> str | None:

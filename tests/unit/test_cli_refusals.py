@@ -66,6 +66,19 @@ def test_a_misspelt_key_is_refused_with_the_nearest(refused, said, meant):
     assert f'Did you mean "{meant}"?' in refused(said)
 
 
+OF_AN_OPTION = [
+    ("views=lab_unet", "views.wrds.layers=3", 'Did you mean "words"? Choices: words, words_standardized.'),
+    ("views=lab_unet", "views.words.layer=3", 'Did you mean "layers"?'),
+    ("extractor=daam", "extractor.encod=separate", 'Did you mean "encode"?'),
+    ("dataset=pascal_voc", "dataset.splt=val", 'Did you mean "split"?'),
+]
+
+
+@pytest.mark.parametrize(("option", "said", "advice"), OF_AN_OPTION)
+def test_a_misspelt_key_of_a_chosen_option_is_refused_with_the_nearest_of_that_option(refused, option, said, advice):
+    assert advice in refused(option, said)
+
+
 @pytest.mark.parametrize("said", ["runtime.batch_size=many", "report.level=high", "runtime.keep_maps=perhaps"])
 def test_a_value_of_another_type_is_refused_with_its_key(refused, said):
     assert said.partition("=")[0].rpartition(".")[2] in refused(said)
