@@ -15,7 +15,7 @@ from conceptseg.errors import ConfigError, did_you_mean
 def load_recipe(name: str, overrides: Sequence[str] = (), device: str = "cpu") -> dict[str, Any]:
     """The recipe conf/lab/<name>.yaml, on a GPU with its `gpu` settings laid over it, then with "key=value" overrides.
 
-    Raises ConfigError for an unknown name or key.
+    Raises ConfigError for an unknown name or key, and for a share of plain scenes where there are none.
     """
     folder = resources.files("conceptseg.conf").joinpath("lab")
     names = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
@@ -33,5 +33,11 @@ def load_recipe(name: str, overrides: Sequence[str] = (), device: str = "cpu") -
         key = next((o.split("=")[0] for o in overrides if OmegaConf.select(recipe, o.split("=")[0]) is None), "")
         raise ConfigError(f'conceptseg-lab train {name}: can\'t set "{key}". {did_you_mean(key, map(str, recipe))}') from error
     found: dict[str, Any] = OmegaConf.to_container(whole, resolve=True)  # type: ignore[assignment]
+    asks = [part for part in (found, *found.get("phases", ())) if part.get("plain_share")]
+    if asks and not found["plain_scenes"]:
+        raise ConfigError(
+            f"conceptseg-lab train {name}: plain_share is {asks[0]['plain_share']:g}, but plain_scenes is 0, so there are none. "
+            "Set plain_scenes, or plain_share=0 here and in phases."
+        )
     found["learning_rate"] = float(found["learning_rate"])  # YAML 1.1 reads 1.5e-3 as a word
     return found

@@ -45,6 +45,7 @@ READS = [
     "ConceptAttention, output space", "cross-attention, as released", "cross-attention, attention logits",
     "SD3: ConceptAttention, output space", "SD3: cross-attention, as released", "SD3: cross-attention, attention logits",
     "DAAM", "DAAM, every word its own prompt, standardized", "OVAM, every word its own text",
+    "SDXL: DAAM", "SDXL: DAAM, every word its own prompt, standardized", "SDXL: OVAM, every word its own text",
     "NACLIP", "ProxyCLIP, proxy the supervised ViT",
 ]  # fmt: skip
 READS_ONE = [

@@ -160,7 +160,7 @@ def lab(monkeypatch, *said):
     return ended.value.code
 
 
-@pytest.mark.parametrize(("name", "cells"), [("flux", 2 * 4 * 6), ("sd3", 2 * 4 * 6), ("sd", 6 * 2 * 6), ("sdxl", 11 * 2 * 6)])
+@pytest.mark.parametrize(("name", "cells"), [("flux", 2 * 4 * 6), ("sd3", 2 * 4 * 6), ("sd", 6 * 2 * 6), ("sdxl", 9 * 2 * 6)])
 def test_a_sweep_reads_every_layer_and_noise_level_and_lands_in_the_card(name, cells, written, tmp_path, monkeypatch, capsys):
     folder = tmp_path / name
     shutil.copytree(written[name][1], folder)

@@ -6,6 +6,7 @@ import torch
 
 from conceptseg.data.drawings import GROUNDS, OBJECTS, TINTS
 from conceptseg.data.scenes import draw_hard_scene, draw_scene
+from conceptseg.errors import ConfigError
 from conceptseg.lab.captions import GLUE, NOUNS, describe, list_names, question
 from conceptseg.lab.denoising import UNetTrainer
 from conceptseg.lab.recipes import load_recipe
@@ -80,6 +81,15 @@ def test_every_phase_of_a_recipe_begins_and_learns_until_the_next(name, device):
     assert trainer.rate() == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    "overrides", [["plain_scenes=0"], ["plain_scenes=0", "plain_share=0", "phases=[{from: 2, plain_share: 0.5}]"]]
+)
+def test_a_share_of_plain_scenes_where_there_are_none_is_refused(overrides):
+    with pytest.raises(ConfigError, match="Set plain_scenes, or plain_share=0"):
+        load_recipe("vit", overrides)
+    assert load_recipe("vit", ["plain_scenes=0", "plain_share=0", "phases=[]"])["plain_scenes"] == 0
+
+
 @pytest.mark.parametrize("share", [0.1, 0.6])
 def test_the_share_of_lone_names_is_what_was_asked(scenes, share):
     captions = [c for _, c in said_of(scenes, lone=share)]
@@ -101,7 +111,9 @@ def test_a_question_marks_exactly_the_words_that_are_not_true(scenes):
 
 def test_half_of_a_batch_comes_from_scenes_with_one_object():
     scenes = [draw_scene("train", 0, index, size=16, objects=(2, 2) if index % 10 else (1, 1)) for index in range(50)]
-    recipe = load_recipe("vit", ["batch=400", "sizes.width=16", "sizes.heads=2", "sizes.layers=1", "single_share=0.5"])
+    recipe = load_recipe(
+        "vit", ["batch=400", "sizes.width=16", "sizes.heads=2", "sizes.layers=1", "single_share=0.5", "plain_share=0"]
+    )
     trainer = make_trainer(recipe)
     lone = np.mean([len(scenes[i].objects) == 1 for i in trainer.choose(scenes, np.random.default_rng(0))])
     assert lone == pytest.approx(0.5 + 0.5 * 0.1, abs=0.07)
