@@ -194,14 +194,13 @@ def _check_settings(config: Any, path: str) -> None:
 
 def explain_refusal(overrides: Sequence[str]) -> str | None:
     """The first override that can't be read, or does not fit the configuration, with the nearest choice; None if all seem to."""
-    from hydra import compose, initialize_config_module
+    from hydra import initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 
     if unreadable := next(filter(None, map(_unreadable, overrides)), None):
         return unreadable
     GlobalHydra.instance().clear()
     with initialize_config_module("conceptseg.conf", version_base="1.3"):
-        compose("evaluate")
         loader = GlobalHydra.instance().config_loader()
         groups = {name: list(_options(loader, name)) for name in loader.list_groups("") if name != "hydra"}
         chosen = []

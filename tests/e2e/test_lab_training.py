@@ -121,6 +121,31 @@ def test_a_written_flux_is_read_like_a_real_checkpoint(written):
     assert velocity is not None and velocity.shape == (1, 64, 48) and torch.isfinite(velocity).all()
 
 
+def test_sdxl_is_told_in_training_what_it_is_told_in_an_evaluation(written):
+    """Both encoders' states, the pooled vector, zeros for the empty caption, and the size of the image."""
+    folder = written["sdxl"][1]
+    trainer = load_trained(card_of(folder), folder)
+    backbone = UNetBackbone(str(folder), image_size=32, resize="bicubic")
+    captions = ["a red kite on snow", "ball"]
+    with torch.inference_mode():
+        states, added = trainer.embedded(captions)
+        nothing, nothing_added = trainer.embedded([""])
+    torch.testing.assert_close(states, backbone.text(captions))
+    for key, value in backbone.conditions(captions, (32, 32)).items():
+        torch.testing.assert_close(added[key].float(), value)
+    untold, untold_added = backbone.unconditional(1, (32, 32))
+    torch.testing.assert_close(nothing, untold)
+    torch.testing.assert_close(nothing_added["text_embeds"], untold_added["text_embeds"])
+    assert states.abs().sum() > 0 and not nothing.any()
+
+
+def test_sdxl_is_told_many_sizes_in_training():
+    trainer = make_trainer(load_recipe("sdxl", TOYS["sdxl"]))
+    sizes = trainer.embedded(["ball"] * 64)[1]["time_ids"]
+    assert sizes.shape == (64, 6) and not sizes[:, 2:4].any() and (sizes[:, :2] == sizes[:, 4:]).all()
+    assert sizes[:, 0].min() >= 24 and sizes[:, 0].max() <= 64 and len(set(sizes[:, 0].tolist())) > 10
+
+
 @pytest.mark.parametrize("name", ["flux", "sd3", "sd", "sdxl"])
 def test_diffusion_models_make_pictures_from_captions(name, written, tmp_path):
     folder = written[name][1]

@@ -8,6 +8,7 @@ from conceptseg.data.drawings import GROUNDS, OBJECTS, TINTS
 from conceptseg.data.scenes import draw_hard_scene, draw_scene
 from conceptseg.errors import ConfigError
 from conceptseg.lab.captions import GLUE, NOUNS, describe, list_names, question
+from conceptseg.lab.contrastive import CLIPTrainer
 from conceptseg.lab.denoising import UNetTrainer
 from conceptseg.lab.recipes import load_recipe
 from conceptseg.lab.train import Trainer, make_trainer
@@ -120,3 +121,50 @@ def test_half_of_a_batch_comes_from_scenes_with_one_object():
     crowded = [s for s in scenes if len(s.objects) == 2]
     trainer = make_trainer(recipe)
     assert len(trainer.choose(crowded, np.random.default_rng(0))) == 400  # none with one object: any will do
+
+
+def test_moved_scenes_hold_what_the_scenes_held(scenes):
+    recipe = load_recipe("vit", ["sizes.width=16", "sizes.heads=2", "sizes.layers=1", "shift=3"])
+    trainer = make_trainer(recipe)
+    whole, moved = trainer.images(scenes[:24]), trainer.moved_images(scenes[:24], np.random.default_rng(0))
+    assert moved.shape == whole.shape
+    places = set()
+    for image, shown in zip(whole, moved, strict=True):
+        middle = shown[:, 8:24, 8:24]
+        found = [
+            (flip, y, x)
+            for flip, source in enumerate((image, image.flip(-1)))
+            for y in range(5, 12)
+            for x in range(5, 12)
+            if torch.equal(source[:, y : y + 16, x : x + 16], middle)
+        ]
+        assert len(found) == 1  # mirrored or not, moved by -3 to 3 pixels each way
+        places.add(found[0])
+    assert len({flip for flip, _, _ in places}) == 2 and len(places) > 12
+
+
+def test_a_caption_is_compared_with_the_patches_most_like_it():
+    generator = torch.Generator().manual_seed(0)
+    patches, texts = torch.randn(3, 5, 8, generator=generator), torch.randn(4, 8, generator=generator)
+    texts = texts / texts.norm(dim=-1, keepdim=True)
+    found = CLIPTrainer.by_patches(CLIPTrainer.__new__(CLIPTrainer), patches, texts)
+    for image in range(3):
+        for text in range(4):
+            alike = [float(p @ texts[text] / p.norm()) for p in patches[image]]
+            weights = np.exp(10 * np.array(alike))
+            assert float(found[image, text]) == pytest.approx(float(weights @ alike / weights.sum()), abs=1e-5)
+
+
+def test_the_patch_loss_learns_and_leaves_no_hook():
+    scenes = [draw_scene("train", 0, index, size=48) for index in range(8)]
+    sizes = ["sizes.width=16", "sizes.head_width=8", "sizes.layers=1", "sizes.text_width=8", "sizes.text_layers=1", "batch=8"]
+    total = []
+    for weight in (0.0, 2.0):
+        trainer = make_trainer(load_recipe("clip", [*sizes, f"patch_weight={weight}"]))
+        losses = trainer.losses(scenes, np.random.default_rng(0), torch.Generator().manual_seed(0))
+        torch.testing.assert_close(losses["total"], losses["contrast"] + weight * losses["patches"])
+        losses["patches"].backward()
+        assert trainer.parts["model"].visual.proj.grad.abs().sum() > 0
+        assert not trainer.parts["model"].visual.ln_post._forward_hooks
+        total.append(float(losses["total"]))
+    assert total[0] != total[1]
