@@ -203,14 +203,16 @@ def explain_refusal(overrides: Sequence[str]) -> str | None:
     with initialize_config_module("conceptseg.conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         groups = {name: list(_options(loader, name)) for name in loader.list_groups("") if name != "hydra"}
-        chosen = []
+        chosen, options = [], []
         for override in overrides:
             key, _, value = override.lstrip("+~").partition("=")
             if (group := key.partition("@")[0]) in groups:
                 chosen.append(override)
-                if value not in groups[group] and value not in ("null", "") and "," not in value:
+                if value in groups[group]:
+                    options.append(override)
+                elif value not in ("null", "") and "," not in value:
                     return f'{key}: unknown option "{value}". {did_you_mean(value, groups[group])}'
-        known = _keys_of(chosen)  # what a key may be depends on the options
+        known = _keys_of(options)  # what a key may be depends on the options
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         if override in chosen or override[0] in "+~" or key.startswith("hydra"):
@@ -227,7 +229,7 @@ def _keys_of(options: Sequence[str]) -> dict[Any, Any]:
 
     try:
         config = compose("evaluate", overrides=list(options))
-    except (HydraException, OmegaConfBaseException):
+    except (HydraException, OmegaConfBaseException, ValueError):
         config = compose("evaluate")
     found: dict[Any, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
     return found
