@@ -16,6 +16,7 @@ from conceptseg.backbones.base import stack_images
 from conceptseg.data.drawings import GROUNDS, OBJECTS, TINTS
 from conceptseg.data.scenes import Scene, draw_scene, is_held_out
 from conceptseg.errors import ConfigError
+from conceptseg.lab.cards import GENERATING
 from conceptseg.lab.generation import generate, load_trained
 from conceptseg.lab.train import Trainer
 
@@ -51,7 +52,7 @@ def check(card: dict[str, Any], folder: Path, clip: tuple[dict[str, Any], Path],
         return [_neighbours(trainer)]
     if kind == "clip":
         return _matching(trainer)
-    if kind not in ("flux", "sd3", "sd", "sdxl"):
+    if kind not in GENERATING:
         raise ConfigError(f'conceptseg-lab check: no check for a model of kind "{kind}".')
     return _generation(trainer, load_trained(*clip), pictures)
 
@@ -107,11 +108,8 @@ def _neighbours(trainer: Trainer) -> Finding:
 
 def _embed(clip: Trainer, images: list[UInt8[np.ndarray, "H W 3"]], texts: list[str]) -> Tensor:
     """Cosines [images, texts] by the lab's CLIP."""
-    tokens = clip.parts["tokenizer"](
-        texts, padding="max_length", truncation=True, max_length=clip.recipe["sizes"]["text_tokens"], return_tensors="pt"
-    ).input_ids
     model = clip.parts["model"]
-    return model.encode_image(_shown(clip, images), normalize=True) @ model.encode_text(tokens, normalize=True).T
+    return model.encode_image(_shown(clip, images), normalize=True) @ model.encode_text(clip.token_ids(texts), normalize=True).T
 
 
 @torch.inference_mode()

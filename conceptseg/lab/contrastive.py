@@ -46,13 +46,10 @@ class CLIPTrainer(Trainer):
 
     def losses(self, scenes: list[Scene], rng: np.random.Generator, noise: torch.Generator) -> dict[str, Tensor]:
         captions = [describe(scene, rng, self.recipe["lone_captions"], tint=0.3).text for scene in scenes]
-        tokens = self.parts["tokenizer"](
-            captions, padding="max_length", truncation=True, max_length=self.recipe["sizes"]["text_tokens"], return_tensors="pt"
-        )
         visual, kept = self.parts["model"].visual, []
         tap = visual.ln_post.register_forward_hook(lambda module, given, found: kept.append(found))
         try:
-            image, text, scale = self.parts["model"](self.moved_images(scenes, rng), tokens.input_ids.to(self.device))[:3]
+            image, text, scale = self.parts["model"](self.moved_images(scenes, rng), self.token_ids(captions))[:3]
         finally:
             tap.remove()
         # Equal captions describe each other's scenes: every one of them is right.

@@ -50,14 +50,6 @@ class UNetTrainer(Trainer):
     def batch_size(self) -> int:
         return int(self.recipe["batch"])
 
-    def token_ids(self, captions: list[str]) -> Int[Tensor, "B T"]:
-        """Captions as token numbers, padded."""
-        tokens = self.parts["tokenizer"](
-            captions, padding="max_length", truncation=True, max_length=self.recipe["sizes"]["text_tokens"], return_tensors="pt"
-        )
-        ids: Tensor = tokens.input_ids.to(self.device)
-        return ids
-
     def embedded(self, captions: list[str]) -> tuple[Float[Tensor, "B T d"], dict[str, Tensor] | None]:
         """What the U-Net is told: text states, and further conditioning where it has some."""
         states: Tensor = self.parts["text_encoder"](input_ids=self.token_ids(captions))[0]

@@ -113,11 +113,8 @@ class FluxTrainer(FlowMatchingTrainer):
         return (word,)
 
     def velocity(self, noisy: Float[Tensor, "B c H W"], t: Float[Tensor, " B"], captions: list[Caption]) -> Tensor:
-        ids = self.parts["tokenizer_2"](
-            [c.text for c in captions], padding="max_length", truncation=True,
-            max_length=self.recipe["sizes"]["text_tokens"], return_tensors="pt",
-        ).input_ids  # fmt: skip
-        text = self.parts["text_encoder_2"](input_ids=ids.to(self.device)).last_hidden_state
+        ids = self.token_ids([c.text for c in captions], "tokenizer_2")
+        text = self.parts["text_encoder_2"](input_ids=ids).last_hidden_state
         height, width = noisy.shape[-2] // 2, noisy.shape[-1] // 2
         packed = self.parts["transformer"](
             hidden_states=pack(noisy), encoder_hidden_states=text, timestep=t,

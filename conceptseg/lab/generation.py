@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from conceptseg.errors import ConfigError
 from conceptseg.lab.captions import Caption
+from conceptseg.lab.cards import GENERATING
 from conceptseg.lab.denoising import UNetTrainer
 from conceptseg.lab.flow_matching import FlowMatchingTrainer
 from conceptseg.lab.train import Trainer, make_trainer
@@ -48,7 +49,9 @@ def generate(
 ) -> UInt8[np.ndarray, "B H W 3"]:
     """One image a caption, with classifier-free guidance against the empty caption."""
     if not isinstance(trainer, FlowMatchingTrainer | UNetTrainer):
-        raise ConfigError(f'conceptseg-lab: the lab\'s "{trainer.recipe["name"]}" makes no images. Choices: flux, sd3, sd, sdxl.')
+        raise ConfigError(
+            f'conceptseg-lab: the lab\'s "{trainer.recipe["name"]}" makes no images. Choices: {", ".join(GENERATING)}.'
+        )
     sizes = trainer.recipe["sizes"]
     side = trainer.recipe["image_size"] // sizes["codec_patch"]
     shape = (len(captions), 3 * sizes["codec_patch"] ** 2, side, side)

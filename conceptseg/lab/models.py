@@ -213,7 +213,7 @@ def build_vit(sizes: dict[str, Any], classes: int) -> dict[str, Any]:
         "num_heads": sizes["heads"], "mlp_ratio": sizes["mlp_ratio"],
     }  # fmt: skip
     architecture = "vit_tiny_patch16_224"  # any plain ViT: the arguments say the rest
-    dropped = sizes.get("patch_drop", 0.0)  # in training alone, so no part of what is saved
+    dropped = sizes["patch_drop"]  # in training alone, so no part of what is saved
     model = timm.create_model(
         architecture, pretrained=False, num_classes=classes, dynamic_img_size=True, patch_drop_rate=dropped, **config
     )  # fmt: skip

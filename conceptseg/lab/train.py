@@ -122,6 +122,13 @@ class Trainer(ABC):
         pixels = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2)
         return pixels.to(self.device).float() / 127.5 - 1
 
+    def token_ids(self, captions: list[str], tokenizer: str = "tokenizer") -> Int[Tensor, "B T"]:
+        """Captions as numbers of the named part's tokens, padded to `sizes.text_tokens`."""
+        length = self.recipe["sizes"]["text_tokens"]
+        tokens = self.parts[tokenizer](captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        ids: Tensor = tokens.input_ids.to(self.device)
+        return ids
+
     def moved_images(self, scenes: list[Scene], rng: np.random.Generator) -> Float[Tensor, "B 3 H W"]:
         """Half of the images mirrored, all moved by up to `shift` pixels along both axes (what comes in is a reflection), so that
         patches meet objects anew: learning by heart which scene has which objects is then no way out.
