@@ -8,10 +8,10 @@ import torch
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 
-from conceptseg.backbones.activations import tap_activations
-from conceptseg.backbones.clip import CLIPBackbone
+from conceptseg.backbones.encoders.activations import tap_activations
+from conceptseg.backbones.encoders.clip import CLIPBackbone
+from conceptseg.backbones.encoders.vit import ViTBackbone
 from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.vit import ViTBackbone
 from conceptseg.data.drawings import OBJECTS
 from conceptseg.lab.models import word_tokenizer
 from conceptseg.types import Batch, Concepts, Task

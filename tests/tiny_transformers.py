@@ -5,7 +5,7 @@ import json
 import torch
 import transformers
 
-from conceptseg.backbones.transformers_model import TransformersBackbone
+from conceptseg.backbones.encoders.transformers_model import TransformersBackbone
 from conceptseg.lab.models import word_tokenizer
 
 SIZES = {"Sam2Model": 64}

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
-from conceptseg.backbones.flux import FluxBackbone
+from conceptseg.backbones.transformers.flux import FluxBackbone
 from conceptseg.lab.models import word_tokenizer
 from conceptseg.types import Concepts, Task
 

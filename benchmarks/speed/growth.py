@@ -23,8 +23,8 @@ import torch
 from figures import record
 from flux_geometry import GEOMETRIES, random_backbone
 
-from conceptseg.backbones.concept_stream import ConceptTokens
-from conceptseg.backbones.prompts import Prompts
+from conceptseg.backbones.transformers.concept_stream import ConceptTokens
+from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.metrics.summary import summarise
 from conceptseg.saliency.views import Normalize, Softmax, View

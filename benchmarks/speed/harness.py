@@ -28,7 +28,7 @@ from PIL import Image
 
 from conceptseg.backbones.base import stack_images
 from conceptseg.data.images import read_image, read_mask
-from conceptseg.evaluate import Answer, Scorer, Tally
+from conceptseg.evaluation.loop import Answer, Scorer, Tally
 from conceptseg.store.maps import MapKeeper
 from conceptseg.store.run import RunStore
 from conceptseg.types import Sample
@@ -115,8 +115,8 @@ def at_flux_size(count: int) -> dict[str, float]:
 
 def on_the_lab(count: int) -> dict[str, float]:
     """Processor seconds of one run: all, and those of the model."""
-    from conceptseg.assemble import assemble
-    from conceptseg.run import carry_out
+    from conceptseg.evaluation.assemble import assemble
+    from conceptseg.evaluation.carry_out import carry_out
 
     spent = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -35,9 +35,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from conceptseg.backbones.base import sample_noise
-from conceptseg.backbones.flux import FluxBackbone
 from conceptseg.backbones.latents import image_ids, pack
 from conceptseg.backbones.text_cache import TextCache
+from conceptseg.backbones.transformers.flux import FluxBackbone
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.saliency.views import Normalize, Softmax, View
 from conceptseg.types import Batch, Task

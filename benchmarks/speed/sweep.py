@@ -16,9 +16,9 @@ from statistics import median
 import torch
 from diffusers import FluxTransformer2DModel
 
-from conceptseg.backbones.concept_stream import ConceptTokens
-from conceptseg.backbones.flux import FluxBackbone
-from conceptseg.backbones.prompts import Prompts
+from conceptseg.backbones.transformers.concept_stream import ConceptTokens
+from conceptseg.backbones.transformers.flux import FluxBackbone
+from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.saliency.views import Axes, Softmax, View, expand_views
 

@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from conceptseg.backbones.base import stack_images
-from conceptseg.backbones.concept_stream import ConceptStream
-from conceptseg.backbones.flux import FluxBackbone
 from conceptseg.backbones.text_cache import TextCache
+from conceptseg.backbones.transformers.concept_stream import ConceptStream
+from conceptseg.backbones.transformers.flux import FluxBackbone
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.protocols import SegmentationProtocol
 from conceptseg.saliency.views import Normalize, Softmax, View

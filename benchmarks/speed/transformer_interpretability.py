@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from relevance_oracle import RuleByRule  # noqa: E402
 from tiny_encoders import batch, write_vit  # noqa: E402
 
-from conceptseg.backbones.vit import ViTBackbone  # noqa: E402
+from conceptseg.backbones.encoders.vit import ViTBackbone  # noqa: E402
 from conceptseg.extractors.transinterp import TransInterp  # noqa: E402
 
 VIT_B = {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_ratio": 4.0}

@@ -9,16 +9,16 @@ from typing import Any
 import yaml
 
 from conceptseg.backbones.base import Checkpoint
-from conceptseg.backbones.mmdit import MultiModalBackbone
+from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
 from conceptseg.errors import ConfigError, did_you_mean
 
 FAMILIES = {
-    "FluxTransformer2DModel": "conceptseg.backbones.flux.FluxBackbone",
-    "SD3Transformer2DModel": "conceptseg.backbones.sd3.SD3Backbone",
-    "Flux2Transformer2DModel": "conceptseg.backbones.flux2.Flux2Backbone",
-    "CogVideoXTransformer3DModel": "conceptseg.backbones.cogvideox.CogVideoXBackbone",
-    "QwenImageTransformer2DModel": "conceptseg.backbones.qwen_image.QwenImageBackbone",
-    "ZImageTransformer2DModel": "conceptseg.backbones.z_image.ZImageBackbone",
+    "FluxTransformer2DModel": "conceptseg.backbones.transformers.flux.FluxBackbone",
+    "SD3Transformer2DModel": "conceptseg.backbones.transformers.sd3.SD3Backbone",
+    "Flux2Transformer2DModel": "conceptseg.backbones.transformers.flux2.Flux2Backbone",
+    "CogVideoXTransformer3DModel": "conceptseg.backbones.transformers.cogvideox.CogVideoXBackbone",
+    "QwenImageTransformer2DModel": "conceptseg.backbones.transformers.qwen_image.QwenImageBackbone",
+    "ZImageTransformer2DModel": "conceptseg.backbones.transformers.z_image.ZImageBackbone",
 }
 """The stock transformer's class -> the backbone that knows it."""
 

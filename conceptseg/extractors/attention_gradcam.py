@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from conceptseg.backbones.image_encoder import Explained
+from conceptseg.backbones.encoders.image_encoder import Explained
+from conceptseg.backbones.encoders.tower import tap_attended, tap_normed
 from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.tower import tap_attended, tap_normed
 from conceptseg.extractors.image_model import ClassMethod, needs_gradient
 from conceptseg.types import Batch
 

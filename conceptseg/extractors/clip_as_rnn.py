@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from conceptseg.backbones.base import stack_images
-from conceptseg.backbones.clip import CLIPBackbone
+from conceptseg.backbones.encoders.clip import CLIPBackbone
+from conceptseg.backbones.encoders.tower import Tower, tap_block, tap_normed
 from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.tower import Tower, tap_block, tap_normed
 from conceptseg.extractors.dense_crf import DenseCRF
 from conceptseg.extractors.image_model import ImageModelMethod, needs_gradient, needs_text
 from conceptseg.types import BACKGROUND, Batch, Task

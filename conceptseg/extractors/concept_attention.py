@@ -23,10 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 from conceptseg.backbones.base import sample_noise, sample_seed, shared_noise, stack_images
-from conceptseg.backbones.concept_stream import SPACES, BlockActivations, ConceptStream, ConceptTokens
-from conceptseg.backbones.mmdit import MultiModalBackbone
-from conceptseg.backbones.prompts import Prompts
 from conceptseg.backbones.sheets import backbone_of
+from conceptseg.backbones.transformers.concept_stream import SPACES, BlockActivations, ConceptStream, ConceptTokens
+from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
+from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.extractors.base import Extractor, Provenance
 from conceptseg.extractors.explanation import Explanation, as_pixels, read_pixels

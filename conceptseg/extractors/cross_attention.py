@@ -9,9 +9,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from conceptseg.backbones.concept_stream import BlockActivations, ConceptStream, ConceptTokens
-from conceptseg.backbones.mmdit import MultiModalBackbone
-from conceptseg.backbones.prompts import Prompts
+from conceptseg.backbones.transformers.concept_stream import BlockActivations, ConceptStream, ConceptTokens
+from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
+from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.saliency.cells import CellStore, kinds_by_layer
 from conceptseg.saliency.normalize import softmax_over_concepts, softmax_over_tokens

@@ -14,9 +14,9 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from conceptseg.backbones.cross_attention import CFG_ROWS, Attended, upsample
-from conceptseg.backbones.unet import UNetBackbone
-from conceptseg.backbones.word_tokens import POSITION_RULES, positions_of, prompt_length
+from conceptseg.backbones.unets.cross_attention import CFG_ROWS, Attended, upsample
+from conceptseg.backbones.unets.unet import UNetBackbone
+from conceptseg.backbones.unets.word_tokens import POSITION_RULES, positions_of, prompt_length
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.extractors.unet_maps import Asked, Kind, UNetMaps, check_choices, check_template
 from conceptseg.types import BACKGROUND, Batch, Concepts, Task

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
-from conceptseg.backbones.image_encoder import ImageEncoder
+from conceptseg.backbones.encoders.image_encoder import ImageEncoder
+from conceptseg.backbones.encoders.tower import Tower, tap_input, tap_normed
 from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.tower import Tower, tap_input, tap_normed
 from conceptseg.extractors.image_model import PatchTextMethod, last_layers
 from conceptseg.types import Batch
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from conceptseg.backbones.transformers_model import TransformersBackbone
+from conceptseg.backbones.encoders.transformers_model import TransformersBackbone
 from conceptseg.errors import ConfigError
 from conceptseg.extractors.text_segmenter import TextSegmenter, needs_architecture
 from conceptseg.types import Batch

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from conceptseg.backbones.clip import CLIPBackbone
-from conceptseg.backbones.image_encoder import Explained, ImageEncoder
+from conceptseg.backbones.encoders.clip import CLIPBackbone
+from conceptseg.backbones.encoders.image_encoder import Explained, ImageEncoder
+from conceptseg.backbones.encoders.tower import tap_normed
+from conceptseg.backbones.encoders.transformers_model import TransformersBackbone
 from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.tower import tap_normed
-from conceptseg.backbones.transformers_model import TransformersBackbone
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.extractors.base import OneView, Provenance
 from conceptseg.types import BACKGROUND, Batch, Told

@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from conceptseg.backbones.clip import CLIPBackbone
-from conceptseg.backbones.image_encoder import Explained, ImageEncoder
+from conceptseg.backbones.encoders.clip import CLIPBackbone
+from conceptseg.backbones.encoders.image_encoder import Explained, ImageEncoder
+from conceptseg.backbones.encoders.tower import tap_attended, tap_block, tap_normed
 from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.tower import tap_attended, tap_block, tap_normed
 from conceptseg.extractors.image_model import ClassMethod, last_layers, needs_gradient, needs_text
 from conceptseg.types import Batch
 

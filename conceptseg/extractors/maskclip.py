@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear
 
+from conceptseg.backbones.encoders.tower import tap_input
 from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.tower import tap_input
 from conceptseg.extractors.image_model import PatchTextMethod
 from conceptseg.types import Batch
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from conceptseg.backbones.image_encoder import ImageEncoder
+from conceptseg.backbones.encoders.image_encoder import ImageEncoder
 from conceptseg.extractors.image_model import PatchTextMethod
 from conceptseg.types import Batch
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from conceptseg.backbones.base import stack_images
-from conceptseg.backbones.cross_attention import Attended, CrossAttention, CrossAttentionTap, grid_factor, upsample
-from conceptseg.backbones.optimised_tokens import digest_of, read_tokens
-from conceptseg.backbones.unet import UNetBackbone
-from conceptseg.backbones.word_tokens import exact_positions
+from conceptseg.backbones.unets.cross_attention import Attended, CrossAttention, CrossAttentionTap, grid_factor, upsample
+from conceptseg.backbones.unets.optimised_tokens import digest_of, read_tokens
+from conceptseg.backbones.unets.unet import UNetBackbone
+from conceptseg.backbones.unets.word_tokens import exact_positions
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.extractors.dense_crf import DenseCRF
 from conceptseg.extractors.unet_maps import Asked, Kind, LayerSum, LayerSums, UNetMaps, check_choices, check_template

@@ -8,9 +8,9 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from conceptseg.backbones.activations import Activations
-from conceptseg.backbones.image_encoder import Explained, ImageEncoder
-from conceptseg.backbones.relevance import full_precision, relevance_graph
+from conceptseg.backbones.encoders.activations import Activations
+from conceptseg.backbones.encoders.image_encoder import Explained, ImageEncoder
+from conceptseg.backbones.encoders.relevance import full_precision, relevance_graph
 from conceptseg.extractors.relevance_method import RelevanceMethod
 
 

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate, linear, normalize
 
-from conceptseg.backbones.image_encoder import ImageEncoder
+from conceptseg.backbones.encoders.image_encoder import ImageEncoder
+from conceptseg.backbones.encoders.tower import tap_block
+from conceptseg.backbones.encoders.vit import ViTBackbone
 from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.tower import tap_block
-from conceptseg.backbones.vit import ViTBackbone
 from conceptseg.extractors.image_model import PatchTextMethod
 from conceptseg.types import Batch
 

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from conceptseg.backbones.activations import Activations, tap_activations
-from conceptseg.backbones.image_encoder import Explained, ImageEncoder
-from conceptseg.backbones.relevance import check_tower, full_precision
+from conceptseg.backbones.encoders.activations import Activations, tap_activations
+from conceptseg.backbones.encoders.image_encoder import Explained, ImageEncoder
+from conceptseg.backbones.encoders.relevance import check_tower, full_precision
 from conceptseg.backbones.taps import TapSet
 from conceptseg.extractors.image_model import ClassMethod, needs_gradient
 from conceptseg.types import Batch

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from conceptseg.backbones.image_encoder import ImageEncoder
+from conceptseg.backbones.encoders.image_encoder import ImageEncoder
+from conceptseg.backbones.encoders.tower import Tower, tap_normed
 from conceptseg.backbones.taps import StopForward, TapSet
-from conceptseg.backbones.tower import Tower, tap_normed
 from conceptseg.extractors.image_model import ImageModelMethod, on_every_channel
 from conceptseg.types import Batch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from conceptseg.backbones.transformers_model import TransformersBackbone
+from conceptseg.backbones.encoders.transformers_model import TransformersBackbone
 from conceptseg.errors import ConfigError
 from conceptseg.extractors.image_model import ModelMethod
 

@@ -15,10 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from conceptseg.backbones.clip import CLIPBackbone
-from conceptseg.backbones.image_encoder import ImageEncoder
+from conceptseg.backbones.encoders.clip import CLIPBackbone
+from conceptseg.backbones.encoders.image_encoder import ImageEncoder
+from conceptseg.backbones.encoders.tower import Tower, tap_block, tap_normed
 from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.tower import Tower, tap_block, tap_normed
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.extractors.image_model import ClassMethod, needs_text, on_every_channel, word_vectors
 from conceptseg.types import Batch

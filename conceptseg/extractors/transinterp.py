@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from conceptseg.backbones.activations import Activations
-from conceptseg.backbones.image_encoder import Explained, ImageEncoder
-from conceptseg.backbones.relevance import full_precision, relevance_graph
+from conceptseg.backbones.encoders.activations import Activations
+from conceptseg.backbones.encoders.image_encoder import Explained, ImageEncoder
+from conceptseg.backbones.encoders.relevance import full_precision, relevance_graph
 from conceptseg.extractors.relevance_method import RelevanceMethod
 from conceptseg.extractors.rollout import layers_from
 from conceptseg.types import Batch

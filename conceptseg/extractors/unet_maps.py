@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from conceptseg.backbones.base import sample_noise, sample_seed, shared_noise, stack_images
-from conceptseg.backbones.cross_attention import (
+from conceptseg.backbones.unets.cross_attention import (
     UPSAMPLINGS,
     Attended,
     CrossAttention,
@@ -25,7 +25,7 @@ from conceptseg.backbones.cross_attention import (
     kept_heads,
     map_size,
 )
-from conceptseg.backbones.unet import UNetBackbone
+from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.errors import ConfigError, ViewError, did_you_mean
 from conceptseg.extractors.base import Extractor, Provenance
 from conceptseg.saliency.normalize import gaussian_blur, softmax_over_concepts, softmax_over_tokens

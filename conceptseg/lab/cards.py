@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import shutil
 from importlib import resources
@@ -16,7 +17,9 @@ from conceptseg.data.scenes import DRAWING_VERSION
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.keys import versions
 from conceptseg.lab.captions import GLUE, NOUNS
-from conceptseg.lab.train import Trainer
+from conceptseg.lab.train import Trainer, train
+
+log = logging.getLogger(__name__)
 
 GENERATING = ("flux", "sd3", "sd", "sdxl")
 """Models that make pictures; their cards show some."""
@@ -123,3 +126,13 @@ def ship(folder: Path, name: str) -> Path:
     for file in target.rglob("*"):
         file.chmod(0o755 if file.is_dir() else 0o644)
     return target
+
+
+def train_and_write(recipe: dict[str, Any], work: Path, device: str = "cpu", stop_after: int | None = None) -> Path | None:
+    """Train, then write the averaged weights with their card to work/model; None if stopped before the end."""
+    trainer = train(recipe, work, device, stop_after)
+    if trainer.step < recipe["steps"]:
+        log.info("stopped at step %d of %d; the same command goes on from here", trainer.step, recipe["steps"])
+        return None
+    trainer.take_averaged()
+    return write_model(trainer, work / "losses.jsonl", work / "model")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
 from conceptseg.backbones.latents import image_ids, pack, unpack
-from conceptseg.backbones.sd3 import encode_prompts
+from conceptseg.backbones.transformers.sd3 import encode_prompts
 from conceptseg.data.scenes import Scene
 from conceptseg.lab import models
 from conceptseg.lab.captions import GLUE, Caption, describe, question, swap_words

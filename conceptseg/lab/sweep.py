@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from conceptseg.assemble import assemble
 from conceptseg.errors import ConfigError, did_you_mean
-from conceptseg.run import carry_out, readings
+from conceptseg.evaluation.assemble import assemble
+from conceptseg.evaluation.carry_out import carry_out
+from conceptseg.evaluation.readings import readings
 
 SWEPT = {
     "flux": ["extractor=concept_attention", "backbone@extractor.backbone=lab_flux", "views=lab_sweep"],

@@ -276,15 +276,3 @@ def train(recipe: dict[str, Any], work: Path, device: str = "cpu", stop_after: i
             save_file(trainer.state(), checkpoint.with_suffix(".partial"))
             checkpoint.with_suffix(".partial").replace(checkpoint)
     return trainer
-
-
-def train_and_write(recipe: dict[str, Any], work: Path, device: str = "cpu", stop_after: int | None = None) -> Path | None:
-    """Train, then write the averaged weights with their card to work/model; None if stopped before the end."""
-    from conceptseg.lab.cards import write_model
-
-    trainer = train(recipe, work, device, stop_after)
-    if trainer.step < recipe["steps"]:
-        log.info("stopped at step %d of %d; the same command goes on from here", trainer.step, recipe["steps"])
-        return None
-    trainer.take_averaged()
-    return write_model(trainer, work / "losses.jsonl", work / "model")

@@ -16,7 +16,7 @@ from PIL import __version__ as PILLOW
 from PIL.PngImagePlugin import PngInfo
 
 from conceptseg.errors import ReportError
-from conceptseg.report.results import write_atomically
+from conceptseg.files import write_atomically
 
 VOID = 255  # as in conceptseg.types, which would import torch
 MAX_BYTES = 1_500_000

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conceptseg.errors import ReportError, did_you_mean
+from conceptseg.files import write_atomically
 from conceptseg.report.strict_json import build, list_of, mapping_to, sentences
 
 SCHEMA = 1
@@ -294,17 +294,6 @@ def load(path: Path) -> Results:
 def save(path: Path, results: Results) -> None:
     """Write results.json, creating its folder; readers see the old file or the new one, never half of one."""
     write_atomically(path, (json.dumps(results.to_json(), indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    path = path.resolve()  # a link keeps pointing where it pointed
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- checks: each problem is one sentence

@@ -8,7 +8,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from conceptseg.errors import ReportError
-from conceptseg.report.results import ABSENT, Block, Column, Results, Row, load, write_atomically
+from conceptseg.files import write_atomically
+from conceptseg.report.results import ABSENT, Block, Column, Results, Row, load
 
 HEADER = """# Results
 

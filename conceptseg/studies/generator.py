@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from conceptseg.backbones.unet import UNetBackbone
+from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.trace import PromptMaps, Trace
 
 

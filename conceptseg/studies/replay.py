@@ -17,8 +17,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from conceptseg.backbones.cross_attention import Attended, CrossAttentionTap, cross_attentions
 from conceptseg.backbones.taps import TapSet
+from conceptseg.backbones.unets.cross_attention import Attended, CrossAttentionTap, cross_attentions
 from conceptseg.errors import TapError
 
 

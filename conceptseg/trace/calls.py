@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from conceptseg.backbones.word_tokens import prompt_length
+from conceptseg.backbones.unets.word_tokens import prompt_length
 from conceptseg.errors import TapError, ViewError
 
 REMEMBERED = 8  # texts whose embeddings are recognised when they are handed to the pipeline

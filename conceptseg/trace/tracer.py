@@ -10,7 +10,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from conceptseg.backbones.cross_attention import (
+from conceptseg.backbones.taps import TapSet
+from conceptseg.backbones.unets.cross_attention import (
     CFG_ROWS,
     UPSAMPLINGS,
     Attended,
@@ -23,8 +24,7 @@ from conceptseg.backbones.cross_attention import (
     reference_half,
     reference_side,
 )
-from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.word_tokens import POSITION_RULES, prompt_length
+from conceptseg.backbones.unets.word_tokens import POSITION_RULES, prompt_length
 from conceptseg.errors import ConfigError, TapError, ViewError, did_you_mean
 from conceptseg.trace.calls import Call, PipelineCalls
 from conceptseg.trace.maps import PromptMaps, WordMap

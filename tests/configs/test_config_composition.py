@@ -130,7 +130,7 @@ def test_an_option_builds_its_part(group, option):
 
 @pytest.mark.parametrize("sheet", GROUPS["views"])
 def test_a_views_sheet_fits_flux_or_a_unet_or_a_method_of_one_map(sheet):
-    from conceptseg.backbones.concept_stream import SPACES
+    from conceptseg.backbones.transformers.concept_stream import SPACES
     from conceptseg.extractors import cross_attention, daam, ovam
 
     settings = plainly(f"views={sheet}")["views"]
@@ -150,7 +150,7 @@ def test_a_views_sheet_fits_flux_or_a_unet_or_a_method_of_one_map(sheet):
     if "override /extractor: concept_attention" in (CONF / "experiment" / f"{sheet}.yaml").read_text(encoding="utf-8")
 ])  # fmt: skip
 def test_the_views_of_a_released_experiment_fit_its_backbone(sheet):
-    from conceptseg.backbones.concept_stream import SPACES
+    from conceptseg.backbones.transformers.concept_stream import SPACES
 
     whole = plainly(f"experiment={sheet}")
     path = whole["extractor"]["backbone"]["path"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from composing import CONF, plainly
 
-from conceptseg.cli import LAB_FILL
+from conceptseg.cli.evaluate import LAB_FILL
 
 PAGES = [CONF.parent / "README.md", *sorted((CONF.parent / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)

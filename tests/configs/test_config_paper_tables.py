@@ -9,9 +9,9 @@ import yaml
 from composing import CONF, GROUPS, plainly
 
 from conceptseg.config import instantiate
-from conceptseg.paper_table import KINDS, overrides_of
-from conceptseg.report.published import load_claim, shipped
+from conceptseg.report.quoted import load_claim, shipped
 from conceptseg.saliency.views import Axes, expand_views
+from conceptseg.tables.paper import KINDS, overrides_of
 
 FOLDER = CONF / "table"
 SHEETS: dict[str, dict[str, Any]] = {

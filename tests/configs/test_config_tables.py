@@ -11,7 +11,7 @@ from composing import CONF, GROUPS, plainly
 from conceptseg.config import instantiate
 from conceptseg.metrics.definitions import DEFINITIONS
 from conceptseg.saliency.views import expand_views
-from conceptseg.tables import columns_of
+from conceptseg.tables.table import columns_of
 
 TABLES: dict[str, dict[str, Any]] = {
     name: yaml.safe_load((CONF / "table" / f"{name}.yaml").read_text(encoding="utf-8")) for name in GROUPS["table"]

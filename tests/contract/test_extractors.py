@@ -80,11 +80,11 @@ def tiny_clip(folder):
 
 
 TINY = {
-    "conceptseg.backbones.clip.CLIPBackbone": tiny_clip,
-    "conceptseg.backbones.transformers_model.TransformersBackbone": settings_of,
-    "conceptseg.backbones.vit.ViTBackbone": tiny_vit,
-    "conceptseg.backbones.flux.FluxBackbone": tiny_flux,
-    "conceptseg.backbones.unet.UNetBackbone": tiny_sd,
+    "conceptseg.backbones.encoders.clip.CLIPBackbone": tiny_clip,
+    "conceptseg.backbones.encoders.transformers_model.TransformersBackbone": settings_of,
+    "conceptseg.backbones.encoders.vit.ViTBackbone": tiny_vit,
+    "conceptseg.backbones.transformers.flux.FluxBackbone": tiny_flux,
+    "conceptseg.backbones.unets.unet.UNetBackbone": tiny_sd,
 }
 
 

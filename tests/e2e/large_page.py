@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from conceptseg.html_report import write_html
 from conceptseg.report.results import Block, Column, Results, Row, Value
 from conceptseg.store.maps import MapKeeper
+from conceptseg.tables.page import write_html
 from conceptseg.types import Concepts, Prediction, Sample, Task
 
 IMAGES, METHODS, WORDS, KEEPING = 4276, 17, 445, 2

@@ -13,7 +13,7 @@ from pathlib import Path
 import large_page
 import pytest
 
-import conceptseg.html_report as maker
+import conceptseg.tables.page as maker
 
 TABLE = "conceptattention/ablation_space"
 BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)

@@ -15,7 +15,7 @@ import pytest
 from commands import FAST, lines_of, rows_of, until
 
 from conceptseg.errors import ConfigError, StoreError
-from conceptseg.launch import ShardCommand, SubmititLauncher, launch
+from conceptseg.evaluation.launchers import ShardCommand, SubmititLauncher, launch
 
 SMALL = ("extractor=random", "dataset.count=23", "runtime.batch_size=1", "runtime.keep_maps=false")
 
@@ -34,7 +34,7 @@ import time
 from conceptseg.extractors import controls
 saliency = controls.RandomMap.saliency
 controls.RandomMap.saliency = lambda self, batch: (time.sleep(0.2), saliency(self, batch))[1]
-from conceptseg.cli import evaluate
+from conceptseg.cli.evaluate import evaluate
 evaluate()
 """
 """The command with a method slow enough to be killed in the midst."""
@@ -214,7 +214,7 @@ def test_a_job_is_queued_again_more_often_than_submitit_would(tmp_path, monkeypa
 
 
 def test_ray_that_is_not_installed_is_named_with_the_way_to_install_it(monkeypatch):
-    from conceptseg.launch import RayLauncher
+    from conceptseg.evaluation.launchers import RayLauncher
 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"conceptseg\[ray\]"):
@@ -225,7 +225,7 @@ def test_ray_that_is_not_installed_is_named_with_the_way_to_install_it(monkeypat
     "asked", [{"num_cpus": 4}, {"num_cpus": 2, "num_gpus": 1}, {"num_gpus": 3}, {"memory": 2e9}, {"resources": {"A100": 1}}]
 )
 def test_ray_is_not_waited_for_where_no_machine_has_what_a_shard_asks_for(asked):
-    from conceptseg.launch import RayLauncher
+    from conceptseg.evaluation.launchers import RayLauncher
 
     machines = [{"CPU": 2.0, "memory": 1e9}, {"CPU": 1.0, "GPU": 2.0, "H100": 1.0}]
     with pytest.raises(ConfigError, match=r"launcher\.resources\.num_gpus"):
@@ -236,7 +236,7 @@ def test_ray_is_not_waited_for_where_no_machine_has_what_a_shard_asks_for(asked)
 
 def test_ray_carries_out_every_shard(tmp_path):
     pytest.importorskip("ray")
-    from conceptseg.launch import RayLauncher
+    from conceptseg.evaluation.launchers import RayLauncher
 
     commands = [[sys.executable, "-c", f"open({str(tmp_path / str(i))!r}, 'w'); exit({i})"] for i in range(2)]
     assert RayLauncher(2, None, {"num_cpus": 0}).run(commands) == ["shard 1: ended with 1"]

@@ -70,7 +70,7 @@ hydra.compose = refuse
 if not {marked}:
     import torch
     torch.nn.Module.__init__ = refuse
-from conceptseg.cli import evaluate
+from conceptseg.cli.evaluate import evaluate
 sys.argv = ["conceptseg", *{[*FAST, *LAB]}]
 try:
     evaluate()

@@ -10,14 +10,15 @@ import torch
 from commands import TESTS
 from safetensors.torch import load_file
 
-from conceptseg import cli
-from conceptseg.backbones.flux import FluxBackbone
-from conceptseg.backbones.unet import UNetBackbone
+from conceptseg.backbones.transformers.flux import FluxBackbone
+from conceptseg.backbones.unets.unet import UNetBackbone
+from conceptseg.cli.lab import lab as lab_command
 from conceptseg.errors import ConfigError
+from conceptseg.lab.cards import train_and_write
 from conceptseg.lab.check import check, sample_sheet
 from conceptseg.lab.generation import generate, load_trained
 from conceptseg.lab.recipes import load_recipe
-from conceptseg.lab.train import TRAINERS, make_trainer, train, train_and_write
+from conceptseg.lab.train import TRAINERS, make_trainer, train
 
 COMMON = ["steps=4", "horizon=5", "batch=4", "scenes=6", "hard_scenes=2", "plain_scenes=2", "checkpoint_every=1", "warmup=1"]
 FLOW = [*COMMON, "swap_batch=2", "compile=false", "sizes.heads=2", "sizes.text_width=16", "sizes.text_layers=1"]
@@ -181,7 +182,7 @@ def lab(monkeypatch, *said):
     """Run conceptseg-lab as the shell would; its exit code."""
     monkeypatch.setattr(sys, "argv", ["conceptseg-lab", *map(str, said)])
     with pytest.raises(SystemExit) as ended:
-        cli.lab()
+        lab_command()
     return ended.value.code
 
 

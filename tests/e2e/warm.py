@@ -10,6 +10,7 @@ import json
 import os
 import runpy
 import sys
+from importlib import import_module
 from typing import Any
 
 
@@ -19,10 +20,10 @@ def import_libraries() -> None:
     from diffusers import AutoencoderKL, FluxTransformer2DModel  # noqa: F401
     from transformers import AutoTokenizer, T5EncoderModel  # noqa: F401
 
+    import conceptseg.evaluation.carry_out
     import conceptseg.extractors.concept_attention
     import conceptseg.extractors.controls
-    import conceptseg.run
-    import conceptseg.tables  # noqa: F401
+    import conceptseg.tables.table  # noqa: F401
 
 
 def be_the_command(request: dict[str, Any]) -> None:
@@ -44,9 +45,8 @@ def be_the_command(request: dict[str, Any]) -> None:
             if request["name"] == "conceptseg":
                 runpy.run_module("conceptseg", run_name="__main__", alter_sys=True)
             else:
-                from conceptseg import cli
-
-                getattr(cli, request["name"].removeprefix("conceptseg-"))()
+                name = request["name"].removeprefix("conceptseg-")
+                getattr(import_module(f"conceptseg.cli.{name}"), name)()
             code = 0
         except SystemExit as end:
             code = end.code or 0

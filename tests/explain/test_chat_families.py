@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_chat_models import flux2, qwen_image, saved, z_image
 
-from conceptseg.backbones.flux2 import Flux2Backbone
-from conceptseg.backbones.qwen_image import QwenImageBackbone
-from conceptseg.backbones.z_image import ZImageBackbone
+from conceptseg.backbones.transformers.flux2 import Flux2Backbone
+from conceptseg.backbones.transformers.qwen_image import QwenImageBackbone
+from conceptseg.backbones.transformers.z_image import ZImageBackbone
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.saliency.views import Softmax, View
 

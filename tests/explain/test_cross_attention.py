@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny import tiny_flux, tiny_sd3
 
-from conceptseg.backbones.concept_stream import ConceptStream
-from conceptseg.backbones.flux import FluxBackbone
-from conceptseg.backbones.sd3 import SD3Backbone
+from conceptseg.backbones.transformers.concept_stream import ConceptStream
+from conceptseg.backbones.transformers.flux import FluxBackbone
+from conceptseg.backbones.transformers.sd3 import SD3Backbone
 from conceptseg.extractors.cross_attention import PromptCrossAttention
 from conceptseg.saliency.views import Fold, Softmax, View
 from conceptseg.types import Batch, Concepts, Task

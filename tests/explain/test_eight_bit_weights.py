@@ -7,10 +7,10 @@ import torch
 from test_encode_only import SCHNELL
 from tiny import tiny_flux, tiny_sd3
 
-from conceptseg.backbones.encode_only import planned_bytes
-from conceptseg.backbones.flux import FluxBackbone
-from conceptseg.backbones.quantized_weights import stored_bytes
-from conceptseg.backbones.sd3 import SD3Backbone
+from conceptseg.backbones.transformers.encode_only import planned_bytes
+from conceptseg.backbones.transformers.flux import FluxBackbone
+from conceptseg.backbones.transformers.quantized_weights import stored_bytes
+from conceptseg.backbones.transformers.sd3 import SD3Backbone
 from conceptseg.errors import ConfigError
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.saliency.views import Normalize, Softmax, View

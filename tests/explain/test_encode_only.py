@@ -10,10 +10,10 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
 from tiny import tiny_flux
 
-from conceptseg.backbones.encode_only import FoldedModulation, WeightFiles, cut_flux, planned_bytes
-from conceptseg.backbones.flux import FluxBackbone
+from conceptseg.backbones.transformers.encode_only import FoldedModulation, WeightFiles, cut_flux, planned_bytes
+from conceptseg.backbones.transformers.flux import FluxBackbone
 from conceptseg.errors import ConfigError
-from conceptseg.evaluate import Shard, evaluate
+from conceptseg.evaluation.loop import Shard, evaluate
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.protocols import SegmentationProtocol
 from conceptseg.saliency.views import Normalize, Softmax, View

@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors import safe_open
 from tiny import tiny_flux, tiny_sd3
 
-from conceptseg.backbones.prompts import pooled_tokens
 from conceptseg.backbones.sheets import backbone_of, sheets
+from conceptseg.backbones.transformers.prompts import pooled_tokens
+from conceptseg.cli.explain import SETTINGS, explain, parse
 from conceptseg.errors import ConfigError, DataError
-from conceptseg.explain import SETTINGS, explain, parse
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.saliency.views import expand_views
 from conceptseg.types import Batch, Concepts, Task
@@ -205,7 +205,8 @@ def test_the_shell_refuses_with_what_is_wanted(words, said):
 
 def test_the_shells_help_names_every_setting_and_loads_no_torch():
     code = (
-        "import sys; sys.argv = ['x', '--help']; from conceptseg.explain import main; main(); assert 'torch' not in sys.modules"
+        "import sys; sys.argv = ['x', '--help']; from conceptseg.cli.explain import main; "
+        "main(); assert 'torch' not in sys.modules"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert said.returncode == 0 and all(f"{key}=" in said.stdout for key in SETTINGS), said.stderr

@@ -13,8 +13,8 @@ from diffusers import (
 )
 from tiny import tiny_flux, tiny_sd3
 
-from conceptseg.backbones.flux import FluxBackbone
-from conceptseg.backbones.sd3 import SD3Backbone
+from conceptseg.backbones.transformers.flux import FluxBackbone
+from conceptseg.backbones.transformers.sd3 import SD3Backbone
 from conceptseg.errors import ConfigError
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.saliency.views import Softmax, View

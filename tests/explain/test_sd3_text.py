@@ -7,7 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from hydra import compose, initialize_config_module
 from tiny import tiny_sd3
 
-from conceptseg.backbones.sd3 import SD3Backbone, encode_prompts
+from conceptseg.backbones.transformers.sd3 import SD3Backbone, encode_prompts
 from conceptseg.config import instantiate, plain, register
 from conceptseg.errors import DataError
 from conceptseg.saliency.views import expand_views

@@ -17,7 +17,7 @@ from diffusers import (
 from PIL import Image
 from transformers import T5Config, T5EncoderModel
 
-from conceptseg.backbones.cogvideox import CogVideoXBackbone
+from conceptseg.backbones.transformers.cogvideox import CogVideoXBackbone
 from conceptseg.errors import ConfigError
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.lab.models import save, word_tokenizer

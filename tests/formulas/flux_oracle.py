@@ -10,7 +10,7 @@ import math
 import torch
 from diffusers import FluxTransformer2DModel
 
-from conceptseg.backbones.flux import FluxBackbone
+from conceptseg.backbones.transformers.flux import FluxBackbone
 from conceptseg.saliency.views import Fold, Normalize, Softmax
 
 HEADS, WIDTH, LAYERS, GRID, ROPE = 2, 8, 3, (3, 2), (2, 4, 2)

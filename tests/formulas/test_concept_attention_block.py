@@ -6,9 +6,9 @@ import pytest
 import torch
 from flux_oracle import BOTH, CLOSE, CROSS_ONLY, GRID, LAYERS, LEVEL, NEITHER, SELF_ONLY, Oracle, inputs, random_flux, wrapped
 
-from conceptseg.backbones.concept_stream import SPACES, ConceptStream, ConceptTokens
-from conceptseg.backbones.flux import FluxBackbone
-from conceptseg.backbones.prompts import Prompts
+from conceptseg.backbones.transformers.concept_stream import SPACES, ConceptStream, ConceptTokens
+from conceptseg.backbones.transformers.flux import FluxBackbone
+from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.saliency.views import Axes, Fold, Normalize, Softmax, View, expand_views
 

@@ -18,14 +18,14 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 
-from conceptseg.backbones.cogvideox import CogVideoXBackbone
-from conceptseg.backbones.concept_stream import SPACES, ConceptStream, ConceptTokens
-from conceptseg.backbones.flux import FluxBackbone
-from conceptseg.backbones.flux2 import Flux2Backbone
-from conceptseg.backbones.prompts import Prompts
-from conceptseg.backbones.qwen_image import QwenImageBackbone
-from conceptseg.backbones.sd3 import SD3Backbone
-from conceptseg.backbones.z_image import ZImageBackbone
+from conceptseg.backbones.transformers.cogvideox import CogVideoXBackbone
+from conceptseg.backbones.transformers.concept_stream import SPACES, ConceptStream, ConceptTokens
+from conceptseg.backbones.transformers.flux import FluxBackbone
+from conceptseg.backbones.transformers.flux2 import Flux2Backbone
+from conceptseg.backbones.transformers.prompts import Prompts
+from conceptseg.backbones.transformers.qwen_image import QwenImageBackbone
+from conceptseg.backbones.transformers.sd3 import SD3Backbone
+from conceptseg.backbones.transformers.z_image import ZImageBackbone
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.saliency.views import View
 

@@ -10,8 +10,8 @@ from crf_oracle import mean_field
 from torch.nn.functional import interpolate
 
 from conceptseg.backbones.base import sample_noise, stack_images
-from conceptseg.backbones.optimised_tokens import write_tokens
-from conceptseg.backbones.unet import UNetBackbone
+from conceptseg.backbones.unets.optimised_tokens import write_tokens
+from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.extractors.daam import DAAM
 from conceptseg.extractors.ovam import OVAM

@@ -8,7 +8,7 @@ import torch
 from relevance_oracle import RuleByRule
 from tiny_encoders import activations, batch, one_by_one, tiny_clip, tiny_vit
 
-from conceptseg.backbones.relevance import (
+from conceptseg.backbones.encoders.relevance import (
     AddRelevance,
     LinearRelevance,
     MatmulRelevance,
@@ -16,8 +16,8 @@ from conceptseg.backbones.relevance import (
     patch_relevance,
     relevance_graph,
 )
+from conceptseg.backbones.encoders.tower import Weights, tap_attended, tap_normed
 from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.tower import Weights, tap_attended, tap_normed
 from conceptseg.data.drawings import OBJECTS
 from conceptseg.extractors.attention_gradcam import AttentionGradCAM, weighted_heads
 from conceptseg.extractors.lrp import LRP

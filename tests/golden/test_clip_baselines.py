@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_encoders import task, write_clip
 
-from conceptseg.backbones.clip import CLIPBackbone
+from conceptseg.backbones.encoders.clip import CLIPBackbone
 from conceptseg.extractors.textspan import TextSpan, patch_contributions
 from conceptseg.segment.resize import resize_image
 from conceptseg.segment.threshold import above_mean

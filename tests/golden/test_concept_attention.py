@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from conceptseg.backbones.base import schedule, shared_noise
-from conceptseg.backbones.concept_stream import SPACES, ConceptStream, ConceptTokens
-from conceptseg.backbones.flux import FluxBackbone
 from conceptseg.backbones.latents import image_ids, pack, unpack
-from conceptseg.backbones.prompts import Prompts
+from conceptseg.backbones.transformers.concept_stream import SPACES, ConceptStream, ConceptTokens
+from conceptseg.backbones.transformers.flux import FluxBackbone
+from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.extractors.concept_attention import ConceptAttention, _vectors
 from conceptseg.saliency.cells import CellStore, cell_scores
 from conceptseg.saliency.views import CellKind, Fold, Normalize, Softmax, View

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from conceptseg.backbones.concept_stream import ConceptStream, ConceptTokens
-from conceptseg.backbones.prompts import Prompts
-from conceptseg.backbones.sd3 import SD3Backbone
+from conceptseg.backbones.transformers.concept_stream import ConceptStream, ConceptTokens
+from conceptseg.backbones.transformers.prompts import Prompts
+from conceptseg.backbones.transformers.sd3 import SD3Backbone
 from conceptseg.extractors.concept_attention import ConceptAttention, _vectors
 from conceptseg.extractors.cross_attention import prompt_scores
 from conceptseg.saliency.cells import CellStore, cell_scores

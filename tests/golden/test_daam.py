@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from conceptseg.backbones.base import stack_images
-from conceptseg.backbones.cross_attention import (
+from conceptseg.backbones.taps import TapSet
+from conceptseg.backbones.unets.cross_attention import (
     RELEASED_FACTORS,
     CrossAttention,
     CrossAttentionTap,
@@ -25,9 +26,8 @@ from conceptseg.backbones.cross_attention import (
     kept_rows,
     reference_half,
 )
-from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.unet import UNetBackbone
-from conceptseg.backbones.word_tokens import prompt_length, reference_positions
+from conceptseg.backbones.unets.unet import UNetBackbone
+from conceptseg.backbones.unets.word_tokens import prompt_length, reference_positions
 from conceptseg.errors import DataError, ViewError
 from conceptseg.extractors.daam import DAAM
 from conceptseg.saliency.views import View

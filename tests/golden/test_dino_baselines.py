@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_encoders import batch, write_vit
 
+from conceptseg.backbones.encoders.tower import tap_normed
+from conceptseg.backbones.encoders.vit import ViTBackbone
 from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.tower import tap_normed
-from conceptseg.backbones.vit import ViTBackbone
 from conceptseg.extractors.self_attention import SelfAttention
 from conceptseg.segment.resize import nearest_floor
 from conceptseg.segment.threshold import above_mean

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from conceptseg.backbones.base import schedule, shared_noise, stack_images
-from conceptseg.backbones.flux import FluxBackbone
 from conceptseg.backbones.latents import image_ids, pack, unpack
+from conceptseg.backbones.transformers.flux import FluxBackbone
 from conceptseg.saliency.normalize import gaussian_blur, linear_over_concepts
 from conceptseg.segment.resize import resize_image
 

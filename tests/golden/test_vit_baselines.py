@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_encoders import activations, task, write_vit
 
-from conceptseg.backbones.relevance import relevance_graph, token_relevance
-from conceptseg.backbones.vit import ViTBackbone
+from conceptseg.backbones.encoders.relevance import relevance_graph, token_relevance
+from conceptseg.backbones.encoders.vit import ViTBackbone
 from conceptseg.extractors.attention_gradcam import AttentionGradCAM
 from conceptseg.extractors.lrp import LRP
 from conceptseg.extractors.partial_lrp import PartialLRP

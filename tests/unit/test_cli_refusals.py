@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from conceptseg import __version__
-from conceptseg.cli import evaluate
+from conceptseg.cli.evaluate import evaluate
 from conceptseg.report.results_md import HEADER
 
 
@@ -124,7 +124,7 @@ def test_the_version_is_printed(monkeypatch, capsys):
 
 
 def run_report(monkeypatch, folder, *arguments) -> int:
-    from conceptseg.cli import report
+    from conceptseg.cli.report import report
 
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["conceptseg-report", *arguments])

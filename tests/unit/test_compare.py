@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from conceptseg import compare as command
-from conceptseg.compare import check_comparable, cuts, read, same_but_for_seeds
+from conceptseg.cli import compare as command
 from conceptseg.errors import ConfigError
 from conceptseg.store.cost import measured, read_cost
 from conceptseg.store.run import RunStore
+from conceptseg.tables.compared import check_comparable, cuts, read, same_but_for_seeds
 
 
 def manifest(run_id, seed, protocol="single"):

@@ -9,7 +9,7 @@ import pytest
 from hydra import initialize_config_dir, initialize_config_module
 
 from conceptseg import config
-from conceptseg.compositions import Compositions
+from conceptseg.tables.composed_cache import Compositions
 
 CONF = Path(config.__file__).parents[1] / "conf"
 

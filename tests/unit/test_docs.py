@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conceptseg.metrics.definitions import DEFINITIONS
-from conceptseg.report.published import QuotedRow
+from conceptseg.report.quoted import QuotedRow
 from conceptseg.report.results import Behind, Block, Column, Results, Row, Value
 from conceptseg.store.cost import Cost
 from conceptseg.store.schema import Manifest

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from conceptseg.errors import ConfigError, StoreError
-from conceptseg.evaluate import Shard, evaluate
+from conceptseg.evaluation.carry_out import ending_in_order, take_own_accelerator
+from conceptseg.evaluation.loop import Shard, evaluate
 from conceptseg.extractors.base import OneView
 from conceptseg.protocols import SegmentationProtocol
-from conceptseg.run import ending_in_order, take_own_accelerator
 from conceptseg.saliency.views import View
 from conceptseg.segment.segmenter import Segmenter
 from conceptseg.store.run import RunStore

@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from conceptseg import finished
-from conceptseg.finished import FinishedTable
 from conceptseg.report.results import load, save
+from conceptseg.tables import stamp
+from conceptseg.tables.stamp import FinishedTable
 
 PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "lab" / "results.json"
 DRAWN = {
     "dataset": {"_target_": "conceptseg.data.drawn.DrawnScenes"},
     "protocol": {"_target_": "conceptseg.protocols.Protocol", "words": ["a", ["b"]]},
-    "extractor": {"backbone": {"_target_": "conceptseg.backbones.flux.FluxBackbone", "path": "lab:flux"}, "tokens": None},
+    "extractor": {
+        "backbone": {"_target_": "conceptseg.backbones.transformers.flux.FluxBackbone", "path": "lab:flux"},
+        "tokens": None,
+    },
 }
 
 
@@ -30,7 +33,7 @@ def marked(tmp_path, monkeypatch):
         (tmp_path / "runs" / row.run_id / "rows-0.jsonl").write_text("{}")
     code = tmp_path / "weights.safetensors"
     code.write_bytes(b"1")
-    monkeypatch.setattr(finished, "_package_files", lambda: iter([code]))
+    monkeypatch.setattr(stamp, "_package_files", lambda: iter([code]))
     written = [tmp_path / "t" / "sheet.png"]
     written[0].write_bytes(b"2")
     mark = FinishedTable(tmp_path / "m.json", tmp_path / "t" / "results.json", written, tmp_path / "runs", ["a"])
@@ -70,7 +73,7 @@ def test_any_change_has_it_put_together_again(what, marked):
 
 
 def test_another_library_has_it_put_together_again(marked, monkeypatch):
-    monkeypatch.setattr(finished, "versions", lambda: {"torch": "0"})
+    monkeypatch.setattr(stamp, "versions", lambda: {"torch": "0"})
     assert marked[0].read() is None
 
 
@@ -89,7 +92,11 @@ def photographs(tmp_path):
     (tmp_path / "words.csv").write_text("cat")
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "model.safetensors").write_bytes(b"1")
-    backbone = {"_target_": "conceptseg.backbones.vit.ViTBackbone", "path": str(tmp_path / "weights"), "licence": "MIT" * 2000}
+    backbone = {
+        "_target_": "conceptseg.backbones.encoders.vit.ViTBackbone",
+        "path": str(tmp_path / "weights"),
+        "licence": "MIT" * 2000,
+    }
     dataset = {"_target_": "conceptseg.data.pascal_voc.PascalVOC", "root": str(tmp_path / "voc"), "split": "val"}
     return {
         "dataset": dataset,
@@ -109,7 +116,7 @@ def test_data_and_weights_that_settings_name_are_looked_at(changed, marked, phot
 
 def test_more_files_than_are_worth_a_look_leave_a_table_unmarked(marked, photographs, monkeypatch):
     mark, table, _ = marked
-    monkeypatch.setattr(finished, "MOST_FILES", 0)
+    monkeypatch.setattr(stamp, "MOST_FILES", 0)
     mark.keep(table, [photographs])
     assert not mark.path.exists() and mark.read() is None
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_encoders import batch, tiny_clip, tiny_vit, write_clip, write_vit
 
-from conceptseg.backbones.clip import CLIPBackbone
-from conceptseg.backbones.tower import resized_positions
-from conceptseg.backbones.vit import ViTBackbone
+from conceptseg.backbones.encoders.clip import CLIPBackbone
+from conceptseg.backbones.encoders.tower import resized_positions
+from conceptseg.backbones.encoders.vit import ViTBackbone
 from conceptseg.errors import ConfigError, DataError, TapError
 from conceptseg.extractors.lrp import LRP
 from conceptseg.extractors.maskclip import MaskCLIP

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from conceptseg.errors import ReportError
-from conceptseg.report.published import load_claim, on_the_identity
+from conceptseg.report.quoted import load_claim, on_the_identity
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FILES = sorted(BENCHMARKS.glob("*/published.yaml"))

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from conceptseg.backbones.optimised_tokens import read_tokens
-from conceptseg.backbones.unet import UNetBackbone
+from conceptseg.backbones.unets.optimised_tokens import read_tokens
+from conceptseg.backbones.unets.unet import UNetBackbone
+from conceptseg.cli.study import study
 from conceptseg.errors import ConfigError, DataError, TapError
 from conceptseg.lab.models import build_sd, save
 from conceptseg.studies.annotations import mask_of, run_lengths
-from conceptseg.studies.commands import study
 from conceptseg.studies.dependencies import (
     ALL_PAIRS,
     COREFERENT,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from hydra import compose, initialize_config_module
 
-from conceptseg import tables
 from conceptseg.config import plain, register
 from conceptseg.errors import ConfigError
+from conceptseg.evaluation.readings import scored
 from conceptseg.metrics.definitions import Rows
-from conceptseg.run import scored
-from conceptseg.tables import compute_table
+from conceptseg.tables import table
+from conceptseg.tables.table import compute_table
 
 ROWS = ("constant", "centre_prior", "colour_contrast", "oracle")
 COLUMN = "ap_image over centre_prior"
@@ -82,7 +82,7 @@ def test_a_row_that_shares_no_image_has_no_difference(compute, monkeypatch):
         records = [r for r in evaluation.store.rows().values() if r["status"] == "ok" and r["segmenter"] == reading.segmenter]
         return Rows.from_records(r for r in records if (r["sample"] in rows.samples[:6]) == half)
 
-    monkeypatch.setattr(tables, "scored", parted)
+    monkeypatch.setattr(table, "scored", parted)
     found = values(compute(TABLE["against"]))
     assert COLUMN not in found["oracle"] and found["constant"][COLUMN].n == 6
 

@@ -5,10 +5,10 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from conceptseg.backbones.concept_stream import ConceptStream
-from conceptseg.backbones.flux import FluxBackbone, FluxCarrier
-from conceptseg.backbones.prompts import Prompts
 from conceptseg.backbones.taps import StopForward, TapSet
+from conceptseg.backbones.transformers.concept_stream import ConceptStream
+from conceptseg.backbones.transformers.flux import FluxBackbone, FluxCarrier
+from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.errors import TapError
 
 

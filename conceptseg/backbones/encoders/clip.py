@@ -1,0 +1,234 @@
+"""CLIP models of open_clip: the visual tower, and text vectors averaged over prompt templates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from conceptseg.backbones.encoders.image_encoder import (
+    Explained,
+    ImageEncoder,
+    checkpoint_file,
+    checkpoint_json,
+    checkpoint_weights,
+    load_strictly,
+)
+from conceptseg.backbones.encoders.tower import Tower, TowerBlock, Weights, resized_positions
+from conceptseg.backbones.settings import chosen
+from conceptseg.errors import ConfigError, DataError, TapError, did_you_mean
+
+TEMPLATE_LISTS = ("openai_imagenet",)
+TEXTS_AT_ONCE = 256
+
+
+class CLIPBackbone(ImageEncoder):
+    """A stock open_clip CLIP in open_clip's hub layout: open_clip_config.json, open_clip_model.safetensors, tokenizer files.
+
+    templates: prompts that a name is put into, "{}" standing for it; a name's vector is the mean of their unit vectors, made a
+        unit vector again. "openai_imagenet" are OpenAI's 80.
+    tokenizer: "bpe" is the byte-pair encoding that comes with open_clip and that OpenAI's and LAION's models use; "files" are
+        the tokenizer files beside the weights.
+    """
+
+    family = "clip"
+
+    def __init__(
+        self,
+        path: str,
+        trained_on: str = "images and captions",
+        templates: str | Sequence[str] = "openai_imagenet",
+        tokenizer: str = "files",
+        file: str = "open_clip_model.safetensors",
+        **settings: Any,
+    ) -> None:
+        super().__init__(path, trained_on, **settings)
+        if isinstance(templates, str):
+            chosen("templates", templates, TEMPLATE_LISTS)
+        elif not templates or any("{}" not in t for t in templates):
+            raise ConfigError(f'extractor.backbone.templates is {list(templates)}; wanted prompts with "{{}}" for the name.')
+        chosen("tokenizer", tokenizer, ("bpe", "files"))
+        self._templates, self._tokenizer, self.file = templates, tokenizer, file
+        self._vectors: dict[tuple[tuple[str, ...], str], Float[Tensor, " k"]] = {}
+
+    def identity(self) -> dict[str, Any]:
+        templates = self._templates if isinstance(self._templates, str) else list(self._templates)
+        return {**super().identity(), "templates": templates, "tokenizer": self._tokenizer, "file": self.file}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """open_clip_config.json; read without loading weights."""
+        config = checkpoint_json(self.checkpoint, "open_clip_config.json")
+        for part in ("model_cfg", "preprocess_cfg"):
+            if part not in config:
+                raise ConfigError(
+                    f'extractor.backbone.path "{self.checkpoint.path}": its open_clip_config.json has no "{part}"; wanted the '
+                    f"layout that open_clip saves to the hub."
+                )
+        return config
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        size = self.config["model_cfg"]["vision_cfg"]["image_size"]
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+    @property
+    def native_normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
+        return self.config["preprocess_cfg"]["mean"], self.config["preprocess_cfg"]["std"]
+
+    @property
+    def native_labels(self) -> Sequence[str] | None:
+        return None
+
+    @cached_property
+    def clip(self) -> nn.Module:
+        """Both towers."""
+        from open_clip.model import CLIP
+        from open_clip.transformer import VisionTransformer
+
+        config = dict(self.config["model_cfg"])
+        vision = dict(config["vision_cfg"])
+        refused = [k for k in ("timm_model_name", "attentional_pool") if vision.get(k)]
+        if refused or isinstance(vision.get("layers"), list) or {"custom_text", "multimodal_cfg"} & set(config):
+            raise TapError(
+                f'tapping "{self.checkpoint.path}": wanted a CLIP whose towers are open_clip\'s own transformers, but its config '
+                f"has {', '.join(refused) or 'another kind of tower'}. Choose a ViT of OpenAI or LAION "
+                f"(backbone@extractor.backbone=clip_vit_b_16_laion2b)."
+            )
+        patch = vision["patch_size"]
+        rows, columns = (patch, patch) if isinstance(patch, int) else patch
+        self.check_tiling(rows, columns)
+        try:
+            model = CLIP(**{**config, "vision_cfg": {**vision, "image_size": self.image_size}})
+        except (TypeError, AssertionError, KeyError) as error:
+            raise ConfigError(
+                f'extractor.backbone.path "{self.checkpoint.path}": open_clip can\'t build its model_cfg: {error}'
+            ) from error
+        assert isinstance(model.visual, VisionTransformer)
+        state = checkpoint_weights(self.checkpoint, self.file)
+        name = "visual.positional_embedding"
+        if name in state:
+            old = (self.native_size[0] // rows, self.native_size[1] // columns)
+            state[name] = resized_positions(state[name].float(), 1, old, model.visual.grid_size, self.position_resize)
+        load_strictly(model, state, self.checkpoint, "open_clip_config.json")
+        return model.to(self.device, self.dtype).eval().requires_grad_(False)
+
+    @property
+    def model(self) -> nn.Module:
+        visual: nn.Module = self.clip.get_submodule("visual")
+        return visual
+
+    @cached_property
+    def tower(self) -> Tower:
+        model: Any = self.model
+        if model.pool_type != "tok" or model.final_ln_after_pool or model.proj is None:
+            raise TapError(
+                f'tapping "{self.checkpoint.path}": its image vector is not the projected class token (pool_type '
+                f'"{model.pool_type}"), and the method reads that token. Choose a ViT of OpenAI or LAION '
+                f"(backbone@extractor.backbone=clip_vit_b_16_laion2b)."
+            )
+        blocks = []
+        for number, block in enumerate(model.transformer.resblocks):
+            if not isinstance(block.attn, nn.MultiheadAttention):
+                raise TapError(
+                    f"tapping {type(model).__name__}: transformer.resblocks.{number}.attn is a {type(block.attn).__name__}; "
+                    f"wanted torch's MultiheadAttention. Tested with open_clip 3.3."
+                )
+            at = f"transformer.resblocks.{number}"
+            blocks.append(
+                TowerBlock(
+                    at, f"{at}.ln_1", f"{at}.attn", None,
+                    (f"{at}.ln_2", f"{at}.mlp.c_fc", f"{at}.mlp.gelu", f"{at}.mlp.c_proj"), block.ln_1,
+                    Weights(block.attn.in_proj_weight, block.attn.in_proj_bias),
+                    Weights(block.attn.out_proj.weight, block.attn.out_proj.bias), block.ln_2,
+                    Weights(block.mlp.c_fc.weight, block.mlp.c_fc.bias), block.mlp.gelu,
+                    Weights(block.mlp.c_proj.weight, block.mlp.c_proj.bias), scaled=not isinstance(block.ls_1, nn.Identity),
+                )
+            )  # fmt: skip
+        return Tower(
+            model, tuple(blocks), model.transformer.resblocks[0].attn.num_heads, tuple(model.grid_size), 1,
+            Weights(model.conv1.weight), model.class_embedding, model.positional_embedding, model.ln_pre, model.ln_post,
+            (Weights(model.proj.T),),
+        )  # fmt: skip
+
+    def project(self, tokens: Float[Tensor, "B *L d"]) -> Float[Tensor, "B *L k"]:
+        """Final norm and projection of residual-stream tokens, as the class token gets them; not of unit length."""
+        model: Any = self.model
+        return model.ln_post(tokens) @ model.proj
+
+    # ------------------------------------------------------------ text
+
+    @cached_property
+    def templates(self) -> tuple[str, ...]:
+        if self._templates == "openai_imagenet":
+            from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+            return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
+        return tuple(self._templates)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers from the checkpoint's files; None stands for open_clip's own byte pairs."""
+        if self._tokenizer == "bpe":
+            return None
+        from transformers import AutoTokenizer
+
+        try:
+            folder = checkpoint_file(self.checkpoint, "tokenizer.json").parent
+            checkpoint_file(self.checkpoint, "tokenizer_config.json")
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (ConfigError, OSError, ValueError) as error:
+            raise ConfigError(
+                f'extractor.backbone.tokenizer is "files", but the text tower of "{self.checkpoint.path}" has no '
+                f"tokenizer that can be read: {str(error).splitlines()[0]}\n  Put tokenizer.json and tokenizer_config.json "
+                f"beside the weights, or, for a model of OpenAI or LAION, set extractor.backbone.tokenizer=bpe."
+            ) from error
+
+    def token_ids(self, texts: Sequence[str]) -> Int[Tensor, "n N"]:
+        """Padded to the context length. Raises DataError for a word that a word-level tokenizer does not know."""
+        length = int(self.config["model_cfg"]["text_cfg"].get("context_length", 77))
+        if self.tokenizer is None:
+            from open_clip import SimpleTokenizer
+
+            return SimpleTokenizer(context_length=length)(list(texts)).to(self.device)
+        unknown = self.tokenizer.unk_token_id
+        found = self.tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        ids: Tensor = found.input_ids
+        for text, row in zip(texts, ids.tolist(), strict=True):
+            if unknown is not None and unknown in row and unknown != self.tokenizer.eos_token_id:
+                word = next((w for w in text.split() if unknown in self.tokenizer(w).input_ids), text)
+                words = [w for w in self.tokenizer.get_vocab() if w.isalpha()]
+                raise DataError(f'the text "{text}": "{word}" is unknown to this tokenizer. {did_you_mean(word, words)}')
+        return ids.to(self.device)
+
+    def encode_tokens(self, ids: Int[Tensor, "n N"]) -> Float[Tensor, "n k"]:
+        """Text vectors, not of unit length."""
+        model: Any = self.clip
+        with torch.no_grad():
+            return torch.cat([model.encode_text(part) for part in ids.split(TEXTS_AT_ONCE)])
+
+    def text_vectors(self, names: Sequence[str], templates: Sequence[str] | None = None) -> Float[Tensor, "n k"]:
+        """A unit vector a name, averaged over the templates; every name is encoded once."""
+        prompts = self.templates if templates is None else tuple(templates)
+        new = [name for name in dict.fromkeys(names) if (prompts, name) not in self._vectors]
+        for name in new:
+            found = normalize(self.encode_tokens(self.token_ids([t.replace("{}", name) for t in prompts])), dim=-1)
+            self._vectors[prompts, name] = normalize(found.mean(0), dim=0)
+        return torch.stack([self._vectors[prompts, name] for name in names])
+
+    # ------------------------------------------------------------ outputs
+
+    def predicted(self, output: Float[Tensor, "B k"]) -> Explained:
+        vectors = self.text_vectors(self.labels)
+        return Explained(vectors[(output @ vectors.T).argmax(1)], None)
+
+    def named(self, names: Sequence[str]) -> Explained:
+        return Explained(self.text_vectors(names), None)
+
+    def score(self, output: Float[Tensor, "B k"], explained: Explained) -> Float[Tensor, " B"]:
+        return (normalize(output, dim=-1) * explained.rows).sum(-1)

@@ -1,0 +1,246 @@
+"""What the vision transformers share: single-file weights, images at one size, and outputs that can be explained."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from conceptseg.backbones.base import RESIZES, Checkpoint, Provenance, stack_images
+from conceptseg.backbones.encoders.tower import Tower
+from conceptseg.backbones.settings import chosen, device_of, dtype_of
+from conceptseg.backbones.taps import TapSet
+from conceptseg.errors import ConfigError
+from conceptseg.types import Task, TrainedOn
+
+LABEL_LISTS = ("imagenet", "scenes")
+POSITION_RULES = ("timm", "dino")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Explained:
+    """One output a sample that a map is to explain."""
+
+    rows: Float[Tensor, "B r"]
+    """Weights of the last linear map that end in it: a row of the classifier, or a text's unit vector."""
+    index: Int[Tensor, " B"] | None
+    """Its place among a classifier's outputs; None for a text."""
+
+
+class ImageEncoder(ABC):
+    """A stock vision transformer on one image size, read from a folder or a pinned hub repository on first use.
+
+    path, revision: see `Checkpoint`. trained_on: what supervision stands behind the weights.
+    image_size: pixels a side, or [height, width]; null is the checkpoint's own. Images are brought to it by `resize`, their
+        aspect not kept, and the position embedding by `position_resize` (see `resized_positions`).
+    mean, std: of the normalisation, by colour; null is the checkpoint's own. [0, 0, 0] and [1, 1, 1] leave images in 0..1.
+    labels: the names a model's own prediction is among: a list, "imagenet", "scenes", or null for the checkpoint's own.
+    """
+
+    family: str
+
+    def __init__(
+        self,
+        path: str,
+        trained_on: str,
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        image_size: int | Sequence[int] | None = None,
+        resize: str = "bicubic",
+        position_resize: str = "timm",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        labels: str | Sequence[str] | None = None,
+        **about: Any,
+    ) -> None:
+        self.checkpoint = Checkpoint(path, revision)
+        self.dtype, self.device = dtype_of(dtype, "dtype"), device_of(device)
+        chosen("resize", resize, RESIZES)
+        chosen("position_resize", position_resize, POSITION_RULES)
+        chosen("trained_on", trained_on, get_args(TrainedOn))
+        if isinstance(labels, str):
+            chosen("labels", labels, LABEL_LISTS)
+        self.trained_on: TrainedOn = trained_on  # type: ignore[assignment]
+        self.resize, self.position_resize = resize, position_resize
+        self._image_size, self._mean, self._std, self._labels = image_size, mean, std, labels
+        self.about = about  # licence, memory need, provenance notes: printed, never read
+        self.forward_passes = 0
+
+    @property
+    def provenance(self) -> Provenance:
+        return self.checkpoint.provenance
+
+    def identity(self) -> dict[str, Any]:
+        """What of this backbone changes the numbers, for the run id; the device does not belong to it."""
+        return {
+            "class": self.family, **self.checkpoint.identity(), "dtype": str(self.dtype), "image_size": self._image_size,
+            "resize": self.resize, "position_resize": self.position_resize, "mean": self._mean, "std": self._std,
+            "labels": self._labels,
+        }  # fmt: skip
+
+    # ------------------------------------------------------------ what the checkpoint says
+
+    @property
+    @abstractmethod
+    def native_size(self) -> tuple[int, int]:
+        """(height, width) that the checkpoint was trained at."""
+
+    @property
+    @abstractmethod
+    def native_normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and standard deviation by colour."""
+
+    @property
+    @abstractmethod
+    def native_labels(self) -> Sequence[str] | None:
+        """Class names that the checkpoint comes with."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) that the model is shown."""
+        if self._image_size is None:
+            return self.native_size
+        size = (self._image_size,) * 2 if isinstance(self._image_size, int) else tuple(self._image_size)
+        if len(size) != 2:
+            raise ConfigError(f"extractor.backbone.image_size is {list(size)}; wanted one number or [height, width].")
+        return int(size[0]), int(size[1])
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Raises ConfigError where neither the checkpoint nor the config has any."""
+        if self._labels == "imagenet":
+            from open_clip import IMAGENET_CLASSNAMES
+
+            return tuple(IMAGENET_CLASSNAMES)
+        if self._labels == "scenes":
+            from conceptseg.data.drawings import OBJECTS
+
+            return OBJECTS
+        named = self._labels or self.native_labels
+        if not named:
+            raise ConfigError(
+                f'extractor.backbone.labels is empty and "{self.checkpoint.path}" names no classes, so nothing can be predicted '
+                f"or looked up: give a list of names, or one of {', '.join(LABEL_LISTS)}."
+            )
+        return tuple(named)
+
+    # ------------------------------------------------------------ the model
+
+    def check_tiling(self, rows: int, columns: int) -> None:
+        """Raises ConfigError where patches of rows x columns pixels don't tile the image."""
+        if self.image_size[0] % rows or self.image_size[1] % columns:
+            raise ConfigError(
+                f"extractor.backbone.image_size is {list(self.image_size)}; this model's patches are {rows} x {columns} pixels, "
+                f"so multiples of them are wanted."
+            )
+
+    @property
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The stock module that images go through."""
+
+    @property
+    @abstractmethod
+    def tower(self) -> Tower:
+        """Its parts. Raises TapError for a model that is no plain pre-norm transformer with a class token."""
+
+    @abstractmethod
+    def predicted(self, output: Float[Tensor, "B k"]) -> Explained:
+        """The model's own most probable label, from its output."""
+
+    @abstractmethod
+    def named(self, names: Sequence[str]) -> Explained:
+        """One name a sample. Raises DataError for a name the model has no output for."""
+
+    @abstractmethod
+    def score(self, output: Float[Tensor, "B k"], explained: Explained) -> Float[Tensor, " B"]:
+        """The explained output itself: a logit before softmax, or the cosine of image and text."""
+
+    def images(self, tasks: Sequence[Task]) -> Float[Tensor, "B 3 H W"]:
+        """What the model is shown, normalised."""
+        stacked = stack_images([task.image for task in tasks], self.image_size, self.resize)
+        native_mean, native_std = self.native_normalisation
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self._mean or native_mean, self._std or native_std))
+        return ((stacked - mean) / std).to(self.device, self.dtype)
+
+    def run(self, images: Float[Tensor, "B 3 H W"], taps: TapSet | None = None) -> Tensor:
+        """One forward pass. With taps that stop it early, the last thing it gave is lost and an empty tensor comes back."""
+        self.forward_passes += 1
+        if taps is None:
+            return self.model(images)
+        output = taps.run(lambda: self.model(images))
+        return images.new_zeros(len(images), 0) if output is None else output
+
+
+def checkpoint_file(checkpoint: Checkpoint, name: str) -> Path:
+    """A file of a checkpoint: in its folder, or downloaded at the pinned revision. Raises ConfigError if there is none."""
+    folder = checkpoint.folder()
+    if folder is not None:
+        if not (folder / name).exists():
+            there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+            raise ConfigError(f'extractor.backbone.path "{checkpoint.path}": wanted {name} in {folder}, which holds {there}.')
+        return folder / name
+    checkpoint.source()  # refuses a repository without a pinned revision
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(checkpoint.path, name, revision=checkpoint.revision))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f'extractor.backbone.path "{checkpoint.path}": reading {name} at {checkpoint.revision} from the hub failed: '
+            f"{str(error).splitlines()[0]}\n  Download the repository first and give its folder, or use a lab model."
+        ) from error
+
+
+def checkpoint_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """A JSON file of a checkpoint."""
+    path = checkpoint_file(checkpoint, name)
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ConfigError(f'extractor.backbone.path "{checkpoint.path}": {path} is not JSON ({error}).') from error
+
+
+def checkpoint_weights(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    """A state dict: safetensors, or a pickled one (.pth, .bin) read without running code.
+
+    Of a pickled checkpoint, the teacher of a self-distilled pair is taken, and the prefixes of wrappers are dropped.
+    """
+    path = checkpoint_file(checkpoint, name)
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError) as error:
+        raise ConfigError(
+            f'extractor.backbone.path "{checkpoint.path}": {path} can\'t be read: {str(error).splitlines()[0]}'
+        ) from error
+    for wrapper in ("teacher", "state_dict"):
+        state = state.get(wrapper, state)
+    return {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()}
+
+
+def load_strictly(model: nn.Module, state: dict[str, Tensor], checkpoint: Checkpoint, config: str) -> None:
+    """Raises ConfigError when weights and model are not of one kind."""
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise ConfigError(
+            f'extractor.backbone.path "{checkpoint.path}": its weights are not those of the {type(model).__name__} that its '
+            f"{config} describes: {' '.join(lines[1:3])}"
+        ) from error

@@ -1,0 +1,112 @@
+"""Models of transformers that find what a text names: GroupViT, CLIPSeg, Grounding DINO, and SAM 2, which is told boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from conceptseg.backbones.base import RESIZES, Checkpoint, Provenance, stack_images
+from conceptseg.backbones.encoders.image_encoder import checkpoint_file
+from conceptseg.backbones.settings import chosen, device_of, dtype_of
+from conceptseg.errors import ConfigError, DataError, did_you_mean
+from conceptseg.types import Task, TrainedOn
+
+ARCHITECTURES = ("GroupViTModel", "CLIPSegForImageSegmentation", "GroundingDinoForObjectDetection", "Sam2Model")
+
+
+class TransformersBackbone:
+    """A stock model of transformers in its hub layout, on images of one square size.
+
+    architecture: the class. text_tokens: padded length of a text. prompt: what a name is put into, "{}" standing for it.
+    mean, std: of the normalisation, by colour.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        architecture: str,
+        trained_on: str,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        resize: str = "bicubic",
+        text_tokens: int = 77,
+        prompt: str = "a photo of a {}.",
+        **about: Any,
+    ) -> None:
+        chosen("architecture", architecture, ARCHITECTURES)
+        chosen("trained_on", trained_on, get_args(TrainedOn))
+        chosen("resize", resize, RESIZES)
+        if "{}" not in prompt:
+            raise ConfigError(f'extractor.backbone.prompt is "{prompt}"; wanted a text with "{{}}" for the name.')
+        self.checkpoint = Checkpoint(path, revision)
+        self.architecture, self.image_size, self.resize = architecture, image_size, resize
+        self.trained_on: TrainedOn = trained_on  # type: ignore[assignment]
+        self.mean, self.std, self.text_tokens, self.prompt = tuple(mean), tuple(std), text_tokens, prompt
+        self.dtype, self.device = dtype_of(dtype, "dtype"), device_of(device)
+        self.about = about  # licence, memory need, provenance notes: printed, never read
+        self.forward_passes = 0
+
+    @property
+    def provenance(self) -> Provenance:
+        return self.checkpoint.provenance
+
+    def identity(self) -> dict[str, Any]:
+        """What of this backbone changes the numbers, for the run id; the device does not belong to it."""
+        return {
+            "class": self.architecture, **self.checkpoint.identity(), "dtype": str(self.dtype), "image_size": self.image_size,
+            "resize": self.resize, "mean": list(self.mean), "std": list(self.std), "text_tokens": self.text_tokens,
+            "prompt": self.prompt,
+        }  # fmt: skip
+
+    @cached_property
+    def model(self) -> nn.Module:
+        import transformers
+
+        checkpoint_file(self.checkpoint, "config.json")
+        kind = getattr(transformers, self.architecture)
+        # GroupViT's masks are its attention, which fused attention does not give back.
+        how = {"attn_implementation": "eager"} if self.architecture == "GroupViTModel" else {}
+        with self.checkpoint.loading("model"):
+            model = kind.from_pretrained(torch_dtype=self.dtype, use_safetensors=True, **how, **self.checkpoint.source())
+        return model.to(self.device).eval().requires_grad_(False)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        checkpoint_file(self.checkpoint, "tokenizer_config.json")
+        with self.checkpoint.loading("tokenizer"):
+            return AutoTokenizer.from_pretrained(**self.checkpoint.source())
+
+    def token_ids(self, names: Sequence[str]) -> tuple[Int[Tensor, "n N"], Int[Tensor, "n N"]]:
+        """Ids of the prompts, padded to one length, and their masks. Raises DataError for a word that is unknown."""
+        texts = [self.prompt.replace("{}", name) for name in names]
+        length = {"padding": "max_length", "truncation": True, "max_length": self.text_tokens, "return_tensors": "pt"}
+        found = self.tokenizer(texts, **length)
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown != self.tokenizer.eos_token_id and bool((found.input_ids == unknown).any()):
+            words = [w for w in self.tokenizer.get_vocab() if w.isalpha()]
+            word = next(w for text in texts for w in text.split() if unknown in self.tokenizer(w).input_ids)
+            raise DataError(f'the word "{word}" is unknown to this backbone\'s tokenizer. {did_you_mean(word, words)}')
+        return found.input_ids.to(self.device), found.attention_mask.to(self.device)
+
+    def images(self, tasks: Sequence[Task]) -> Float[Tensor, "B 3 H W"]:
+        """What the model is shown, normalised."""
+        stacked = stack_images([task.image for task in tasks], (self.image_size, self.image_size), self.resize)
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return ((stacked - mean) / std).to(self.device, self.dtype)
+
+    def run(self, **inputs: Any) -> Any:
+        """One forward pass."""
+        self.forward_passes += 1
+        with torch.no_grad():
+            return self.model(**inputs)

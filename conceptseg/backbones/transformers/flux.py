@@ -1,0 +1,209 @@
+"""FLUX.1: a stock FluxTransformer2DModel with its T5 and CLIP encoders and autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from conceptseg.backbones.latents import image_ids, pack, unpack
+from conceptseg.backbones.settings import chosen
+from conceptseg.backbones.taps import TapSet
+from conceptseg.backbones.text_cache import TextRecord
+from conceptseg.backbones.transformers.concept_stream import ConceptStream
+from conceptseg.backbones.transformers.double_blocks import DoubleBlockCarrier
+from conceptseg.backbones.transformers.encode_only import EncodeOnlyFlux
+from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
+from conceptseg.backbones.transformers.prompts import Prompts
+from conceptseg.errors import ConfigError
+
+
+class FluxCarrier(DoubleBlockCarrier):
+    """Concepts in the double blocks: text weights, the modulation of (t, the concepts' pooled vector), position 0.
+
+    Source: Helbling et al. 2025, arXiv:2502.04320, section 4, as released; spec §1.3-1.6.
+    """
+
+    def attach(self, taps: TapSet) -> None:
+        taps.after("time_text_embed", self._condition)
+        taps.before("context_embedder", self.embed)
+        self.tap_blocks(taps)
+
+    def _condition(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        rows = self.stream.rows
+        assert self.stream.pooled is not None
+        # forward(), not a call: the module's own hooks (this one) must not run again.
+        self.state["temb"] = module.forward(*(a[rows] for a in args[:-1]), self.stream.pooled.to(output.dtype))
+
+    def before_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Concepts and text sit at position 0, where the rotary embedding is the identity; only image tokens are turned.
+        text = kwargs["encoder_hidden_states"].shape[1]
+        self.state["rotary"] = tuple(part[text:] for part in kwargs["image_rotary_emb"])
+
+    def rotate_image(self, x: Tensor) -> Tensor:
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        return apply_rotary_emb(x, self.state["rotary"], sequence_dim=1)
+
+    def modulation(self, block: Any) -> tuple[Tensor, ...]:
+        activated = block.norm1_context.silu(self.state["temb"])
+        return block.norm1_context.linear(activated)[:, None].chunk(6, dim=-1)
+
+    def norms(self, block: Any) -> tuple[Any, Any, Any]:
+        return block.norm1_context.norm, block.norm2_context, block.ff_context
+
+
+class FluxBackbone(MultiModalBackbone):
+    """FLUX.1 (schnell, dev, or the lab's).
+
+    text_tokens: 256 for schnell, 512 for dev. pooled: what modulates image and text when a real image is read: "zeros", as
+    released, or "caption", the caption's CLIP vector, as the model was trained; concepts keep zeros either way (spec §1.4).
+    """
+
+    kind = "flux"
+    transformer_class = "FluxTransformer2DModel"
+    carrier = FluxCarrier
+    text_parts = ("text_encoder", "clip")
+
+    def __init__(
+        self, path: str, revision: str | None = None, pooled: str = "zeros", load: str = "whole", **settings: Any
+    ) -> None:
+        super().__init__(path, revision, **settings)
+        chosen("pooled", pooled, ("zeros", "caption"))
+        chosen("load", load, ("whole", "encode_only"))
+        if load == "encode_only" and pooled == "caption":
+            raise ConfigError(
+                "extractor.backbone.load is encode_only, which makes constants of the modulation, but extractor.backbone.pooled "
+                "is caption, which makes it another for every caption. Use pooled=zeros or load=whole."
+            )
+        self.pooled, self.load = pooled, load
+
+    @cached_property
+    def cut(self) -> EncodeOnlyFlux:
+        """Reads and holds the cut transformer of load=encode_only."""
+        return EncodeOnlyFlux(self.checkpoint, self.config, self.dtype, self.device, self.weights)
+
+    def release(self, *parts: str) -> None:
+        super().release(*parts, *(["cut"] if "transformer" in parts else []))
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), **({} if self.pooled == "zeros" else {"pooled": self.pooled})}
+
+    # ------------------------------------------------------------ text
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return self.part("tokenizer_2", AutoTokenizer)
+
+    @cached_property
+    def text_encoder(self) -> Any:
+        from transformers import T5EncoderModel
+
+        return self.placed(self.part("text_encoder_2", T5EncoderModel, torch_dtype=self.dtype))
+
+    @cached_property
+    def clip_tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return self.part("tokenizer", AutoTokenizer)
+
+    @cached_property
+    def clip(self) -> Any:
+        from transformers import CLIPTextModel
+
+        return self.placed(self.part("text_encoder", CLIPTextModel, torch_dtype=self.dtype))
+
+    def encode(self, strings: Sequence[str]) -> Iterable[TextRecord]:
+        tokens = self.tokenizer(
+            list(strings), padding="max_length", truncation=True, max_length=self.text_tokens, return_tensors="pt"
+        )
+        # The mask is left out on purpose: Flux attends to the padding as if it were text.
+        hidden = self.text_encoder(input_ids=tokens.input_ids.to(self.device)).last_hidden_state
+        end = self.tokenizer.eos_token_id
+        for one, ids in zip(hidden, tokens.input_ids.tolist(), strict=True):
+            yield {"tokens": one, "length": torch.tensor(ids.index(end) if end in ids else len(ids))}
+
+    def encode_pooled(self, strings: Sequence[str]) -> Iterable[TextRecord]:
+        """One record a string with its CLIP vector, "pooled" [p]."""
+        length = self.clip.config.max_position_embeddings
+        ids = self.clip_tokenizer(list(strings), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        for vector in self.clip(input_ids=ids.input_ids.to(self.device)).pooler_output:
+            yield {"pooled": vector}
+
+    def caption_vectors(self, captions: Sequence[str]) -> Float[Tensor, "B p"]:
+        """The captions' pooled CLIP vectors; each string is encoded once."""
+        self.fill({f"pooled: {c}": c for c in captions}, self.encode_pooled)
+        return self._stacked("pooled", [f"pooled: {c}" for c in captions])
+
+    def encode_all(self, strings: Iterable[str]) -> None:
+        strings = sorted(strings)
+        super().encode_all(strings)
+        if self.pooled == "caption":  # of words too: which of these are captions is not known here
+            self.caption_vectors(strings)
+
+    def prompts(self, captions: Sequence[str]) -> Prompts:
+        hidden = super().prompts(captions).hidden
+        return Prompts(hidden, self.caption_vectors(captions) if self.pooled == "caption" else None)
+
+    def generation_prompts(self, captions: Sequence[str]) -> Prompts:
+        """As the model was trained: with the captions' CLIP vectors where the checkpoint has a CLIP, zeros where it has none."""
+        has_clip = self.checkpoint.folder() is None or (self.checkpoint.folder() / "text_encoder").exists()  # type: ignore[operator]
+        return Prompts(super().prompts(captions).hidden, self.caption_vectors(captions) if has_clip else None)
+
+    def zero_pooled(self, rows: int) -> Float[Tensor, "R p"]:
+        """The pooled vector of the reference when it encodes a real image: zeros, for image, text and concepts."""
+        return torch.zeros(rows, int(self.config["pooled_projection_dim"]), device=self.device, dtype=self.dtype)
+
+    def concept_pooled(self, rows: int) -> Float[Tensor, "R p"]:
+        return self.zero_pooled(rows)
+
+    # ------------------------------------------------------------ the denoiser
+
+    def denoise(
+        self,
+        noisy: Float[Tensor, "R *c H W"],
+        level: float | Float[Tensor, " R"],
+        prompts: Prompts,
+        stream: ConceptStream | None = None,
+        guidance: float = 0.0,
+    ) -> Tensor | None:
+        if self.load == "encode_only":
+            if stream is None or not stream.stop or isinstance(level, Tensor):
+                raise ConfigError(
+                    "extractor.backbone.load is encode_only, so there is no output to make an image of. "
+                    "Use load=whole to generate."
+                )
+            conditions = (float(level), guidance, len(noisy))
+            self.transformer = self.cut.at(stream.last_layer, conditions, lambda model: self._conditioning(model, *conditions))
+        return super().denoise(noisy, level, prompts, stream, guidance)
+
+    @torch.inference_mode()
+    def _conditioning(self, model: Any, level: float, guidance: float, rows: int) -> Float[Tensor, "R d"]:
+        """What every modulation of one forward pass is made of, as the stock model forms it."""
+        told = [level, guidance] if self.config.get("guidance_embeds") else [level]
+        scaled = [torch.full((rows,), value, dtype=torch.float64, device=self.device).to(self.dtype) * 1000 for value in told]
+        return model.time_text_embed(*scaled, self.zero_pooled(rows))
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.config["in_channels"]) // 4
+
+    def call(self, noisy: Tensor, level: Float[Tensor, " R"], prompts: Prompts, guidance: float) -> Tensor:
+        rows, (h, w) = len(noisy), self.grid(noisy)
+        pooled = self.zero_pooled(rows) if prompts.pooled is None else prompts.pooled.to(self.dtype)
+        return self.transformer(
+            hidden_states=pack(noisy), encoder_hidden_states=prompts.hidden.to(self.dtype), pooled_projections=pooled,
+            timestep=level.to(self.dtype), img_ids=image_ids(h, w, self.device),
+            txt_ids=torch.zeros(prompts.hidden.shape[1], 3, device=self.device),
+            guidance=torch.full((rows,), guidance, device=self.device) if self.config.get("guidance_embeds") else None,
+            return_dict=False,
+        )[0]  # fmt: skip
+
+    def as_latents(self, velocity: Tensor, grid: tuple[int, ...]) -> Tensor:
+        return unpack(velocity, (grid[0], grid[1]))

@@ -1,0 +1,176 @@
+"""FLUX.2: a stock Flux2Transformer2DModel; modulation is shared by all blocks, and there is no pooled vector."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from conceptseg.backbones.latents import spread_out
+from conceptseg.backbones.taps import TapSet
+from conceptseg.backbones.text_cache import TextRecord
+from conceptseg.backbones.transformers.concept_stream import ConceptStream, ConceptTokens
+from conceptseg.backbones.transformers.double_blocks import DoubleBlockCarrier
+from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
+from conceptseg.backbones.transformers.prompts import Prompts
+from conceptseg.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class Flux2Carrier(DoubleBlockCarrier):
+    """Concepts in the double blocks: text weights and the text's own modulation; all at one text position.
+
+    Source: the released FLUX.2 code of Helbling et al. 2025, arXiv:2502.04320 (spec §3.2).
+    """
+
+    def __init__(self, stream: ConceptStream, position: int = 510) -> None:
+        super().__init__(stream)
+        self.position = position
+
+    def attach(self, taps: TapSet) -> None:
+        self.state["host"] = taps.model
+        taps.before("context_embedder", self.embed)
+        self.tap_blocks(taps)
+
+    def before_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        text = kwargs["encoder_hidden_states"].shape[1]
+        self.state["rotary"] = tuple(part[text:] for part in kwargs["image_rotary_emb"])
+        place = torch.tensor([[0, 0, 0, self.position]], device=kwargs["hidden_states"].device)
+        self.state["own_rotary"] = self.state["host"].pos_embed(place)
+        given = kwargs["temb_mod_txt"]
+        self.state["modulation"] = given[:, None] if given.ndim == 2 else given
+
+    def _rotate(self, x: Tensor, rotary: str) -> Tensor:
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        cosine, sine = (part.expand(x.shape[1], -1) for part in self.state[rotary])
+        return apply_rotary_emb(x, (cosine, sine), sequence_dim=1)
+
+    def rotate_image(self, x: Tensor) -> Tensor:
+        return self._rotate(x, "rotary")
+
+    def rotate_concepts(self, x: Tensor) -> Tensor:
+        return self._rotate(x, "own_rotary")
+
+    def modulation(self, block: Any) -> tuple[Tensor, ...]:
+        given = self.state["modulation"]
+        rows = given[self.stream.rows] if len(given) > 1 else given  # one row where all levels are equal
+        return rows.chunk(6, dim=-1)
+
+    def norms(self, block: Any) -> tuple[Any, Any, Any]:
+        return block.norm1_context, block.norm2_context, block.ff_context
+
+
+class Flux2Backbone(MultiModalBackbone):
+    """FLUX.2-dev.
+
+    concept_token: which of the `text_tokens` tokens of a word's chat message stands for it, and its position: 510 of 512 in the
+    released code, a word's last token where messages are padded on the left and end in one mark. Text goes through the
+    checkpoint's own pipeline (Mistral, layers 10, 20 and 30 side by side).
+    """
+
+    kind = "flux2"
+    transformer_class = "Flux2Transformer2DModel"
+    autoencoders = ("AutoencoderKLFlux2",)
+    text_parts = ("text_pipeline",)
+
+    def __init__(self, path: str, revision: str | None = None, concept_token: int = 510, **settings: Any) -> None:
+        super().__init__(path, revision, **settings)
+        if self.concept_pooling != "first":
+            raise ConfigError(
+                f"extractor.backbone.concept_pooling is {self.concept_pooling}, but on FLUX.2 a concept is the token at "
+                f"extractor.backbone.concept_token of its message: leave the pooling at first."
+            )
+        self.concept_token = concept_token
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "concept_token": self.concept_token}
+
+    def carrier(self, stream: ConceptStream) -> Flux2Carrier:  # type: ignore[override]
+        return Flux2Carrier(stream, self.concept_token)
+
+    def encode(self, strings: Sequence[str]) -> Iterable[TextRecord]:
+        for string in strings:
+            tokens, _ = self.text_pipeline.encode_prompt([string], max_sequence_length=self.text_tokens)
+            start, length = self._place(string)
+            yield {"tokens": tokens[0], "start": torch.tensor(start), "length": torch.tensor(length)}
+
+    def _place(self, string: str) -> tuple[int, int]:
+        """(start, length) of a string's own tokens in its padded chat message; (0, 0) if it was cut."""
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+        pipeline = self.text_pipeline
+        message = pipeline.tokenizer.apply_chat_template(
+            format_input([string], pipeline.system_message), add_generation_prompt=False, tokenize=True, return_dict=True,
+            padding="max_length", truncation=True, max_length=self.text_tokens,
+        )  # fmt: skip
+        ids, own = list(message["input_ids"][0]), self.tokenizer(string, add_special_tokens=False).input_ids
+        places = [k for k in range(len(ids) - len(own) + 1) if ids[k : k + len(own)] == own]
+        return (places[-1], len(own)) if places else (0, 0)
+
+    def concepts(self, names: Sequence[Sequence[str]]) -> ConceptTokens:
+        words = [word for row in names for word in row]
+        self.encode_text(words)
+        for word in words:
+            last = self._start(word) + int(self.texts[word]["length"]) - 1
+            if last != self.concept_token and word not in self._warned:
+                self._warned.add(word)
+                log.warning(
+                    'the last token of "%s" is at %d of the %d of its message, but extractor.backbone.concept_token is %d',
+                    word, last, self.text_tokens, self.concept_token,
+                )  # fmt: skip
+        rows = [torch.stack([self.texts[word]["tokens"][self.concept_token] for word in row]) for row in names]
+        return ConceptTokens(torch.stack(rows).to(self.device))
+
+    def latents(self, images: Float[Tensor, "B 3 H W"], generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Images in 0..1 -> latents [B 4c h w], a token a pixel, whitened by the autoencoder's running statistics."""
+        self.check_size(images.shape[-2], images.shape[-1])
+        with torch.inference_mode():
+            z = spread_out(self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)).latent_dist, generators)
+        mean, spread = self._whitening(z)
+        return (rearrange(z, "B c (h a) (w b) -> B (c a b) h w", a=2, b=2) - mean) / spread
+
+    def images(self, latents: Tensor) -> Tensor:
+        mean, spread = self._whitening(latents)
+        z = rearrange(latents.float() * spread + mean, "B (c a b) h w -> B c (h a) (w b)", a=2, b=2)
+        with torch.inference_mode():
+            return (self.vae.decode(z.to(self.vae_dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    def _whitening(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        norm = self.vae.bn
+        spread = torch.sqrt(norm.running_var + self.vae.config["batch_norm_eps"])
+        return norm.running_mean.view(-1, 1, 1).to(like), spread.view(-1, 1, 1).to(like)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        self.check_size(height, width)
+        return int(self.config["in_channels"]), height // self.pixels_per_token, width // self.pixels_per_token
+
+    def grid(self, latents: Tensor) -> tuple[int, ...]:
+        return latents.shape[-2], latents.shape[-1]
+
+    def levels(self, steps: int, tokens: int) -> list[float]:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        self.scheduler.set_timesteps(**self.sigmas(steps), mu=compute_empirical_mu(image_seq_len=tokens, num_steps=steps))
+        return [float(sigma) for sigma in self.scheduler.sigmas]
+
+    def call(self, noisy: Tensor, level: Float[Tensor, " R"], prompts: Prompts, guidance: float) -> Tensor:
+        rows, (h, w) = len(noisy), self.grid(noisy)
+        steps = [torch.arange(1), torch.arange(h), torch.arange(w), torch.arange(1)]
+        text = [torch.arange(1)] * 3 + [torch.arange(prompts.hidden.shape[1])]
+        return self.transformer(
+            hidden_states=rearrange(noisy, "B c h w -> B (h w) c"), encoder_hidden_states=prompts.hidden.to(self.dtype),
+            timestep=level.to(self.dtype), img_ids=torch.cartesian_prod(*steps).to(self.device),
+            txt_ids=torch.cartesian_prod(*text).to(self.device),
+            guidance=torch.full((rows,), guidance, device=self.device) if self.config.get("guidance_embeds", True) else None,
+            return_dict=False,
+        )[0]  # fmt: skip
+
+    def as_latents(self, velocity: Tensor, grid: tuple[int, ...]) -> Tensor:
+        return rearrange(velocity, "B (h w) c -> B c h w", h=grid[0], w=grid[1])

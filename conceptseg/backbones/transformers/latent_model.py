@@ -1,0 +1,163 @@
+"""A latent diffusion transformer as a checkpoint holds it: parts read on first use, images as latents, levels of its schedule."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from conceptseg.backbones.latent_checkpoint import LatentCheckpoint
+from conceptseg.backbones.latents import spread_out
+from conceptseg.backbones.settings import chosen
+from conceptseg.backbones.transformers.quantized_weights import WEIGHTS, to_eight_bits
+from conceptseg.errors import ConfigError
+
+
+class LatentModel(LatentCheckpoint, ABC):
+    """What does not depend on text.
+
+    image_size: multiples of `pixels_per_token`. weights: "full", in dtype, or "int8": the blocks' matrices rounded to eight
+    bits (torchao), a variant with rows of its own.
+    """
+
+    transformer_class: ClassVar[str]
+    """The stock diffusers class."""
+    classifier_free: ClassVar[bool] = False
+    """Whether the family is guided by a second pass without a caption, rather than told a strength."""
+
+    def __init__(
+        self,
+        path: str,
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        image_size: int | Sequence[int] = 1024,
+        resize: str = "nearest",
+        vae_dtype: str = "float32",
+        weights: str = "full",
+    ) -> None:
+        super().__init__(path, revision, dtype, device, image_size, resize, vae_dtype)
+        chosen("weights", weights, WEIGHTS)
+        self.weights = weights
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The transformer's config.json; read without loading weights."""
+        return self.config_of("transformer")
+
+    # ------------------------------------------------------------ parts, loaded on first use
+
+    @cached_property
+    def transformer(self) -> nn.Module:
+        import diffusers
+
+        model = self.part("transformer", getattr(diffusers, self.transformer_class), torch_dtype=self.dtype)
+        return self.placed(model if self.weights == "full" else to_eight_bits(model))
+
+    @cached_property
+    def scheduler(self) -> Any:
+        """The checkpoint's own schedule of noise levels, for making images."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        return self.part("scheduler", FlowMatchEulerDiscreteScheduler)
+
+    # ------------------------------------------------------------ images
+
+    def latents(self, images: Float[Tensor, "B 3 H W"], generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Images in 0..1 -> scaled latents [B c 2h 2w]: the posterior's mean, or a sample per image with its generator."""
+        self.check_size(images.shape[-2], images.shape[-1])
+        with torch.inference_mode():
+            z = spread_out(self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)).latent_dist, generators)
+        return (z - (self.vae.config["shift_factor"] or 0.0)) * self.vae.config["scaling_factor"]
+
+    def images(self, latents: Float[Tensor, "B *c h w"]) -> Float[Tensor, "B *f 3 H W"]:
+        """Scaled latents -> images in 0..1."""
+        with torch.inference_mode():
+            z = latents.to(self.vae_dtype) / self.vae.config["scaling_factor"] + (self.vae.config["shift_factor"] or 0.0)
+            return (self.vae.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises ConfigError for a size that tokens do not tile."""
+        step = self.pixels_per_token
+        for side in (height, width):
+            if side % step:
+                raise ConfigError(
+                    f"extractor.backbone.image_size is {side}; this model's tokens are {step} pixels wide, so a multiple "
+                    f"of {step} is wanted, for example {max(step, round(side / step) * step)}."
+                )
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Side of an image token: the autoencoder's factor times the 2 x 2 patches of the transformer."""
+        return 2 * self.pixels_per_latent
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of the latents of one image of this many pixels."""
+        self.check_size(height, width)
+        return (self.latent_channels, height // self.pixels_per_latent, width // self.pixels_per_latent)
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.config["in_channels"])
+
+    def grid(self, latents: Tensor) -> tuple[int, ...]:
+        """Image tokens as the maps lay them out: (h, w), or (f, h, w) for video."""
+        return latents.shape[-2] // 2, latents.shape[-1] // 2
+
+    def fitting_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of these proportions that tokens tile, at about the area of `size`."""
+        step = self.pixels_per_token
+        scale = (self.size[0] * self.size[1] / (height * width)) ** 0.5
+        if self.largest_grid is not None:
+            scale = min(scale, step * self.largest_grid / max(height, width))
+        return max(step, round(height * scale / step) * step), max(step, round(width * scale / step) * step)
+
+    @property
+    def largest_grid(self) -> int | None:
+        """Tokens a side above which the model has no positions; None where it has for any."""
+        return None
+
+    # ------------------------------------------------------------ making images
+
+    def levels(self, steps: int, tokens: int) -> list[float]:
+        """Noise levels of the checkpoint's own schedule, from its first to 0, steps + 1 of them."""
+        scheduler = self.scheduler
+        shift = {"mu": shift_of(tokens, scheduler.config)} if scheduler.config.get("use_dynamic_shifting") else {}
+        scheduler.set_timesteps(steps, **self.sigmas(steps), **shift)
+        return [float(sigma) for sigma in scheduler.sigmas]
+
+    def sigmas(self, steps: int) -> dict[str, Any]:
+        """What the family's pipeline asks of its scheduler beyond the number of steps: levels evenly spaced before any shift."""
+        return {"sigmas": torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()}
+
+    def guided(self, without: Tensor, with_caption: Tensor, guidance: float) -> Tensor:
+        """The answer that classifier-free guidance of this strength makes of the model's two."""
+        return without + guidance * (with_caption - without)
+
+    def stepped(
+        self, latents: Tensor, answer: Tensor, levels: Sequence[float], step: int, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Latents one step nearer to the image: Euler's step along the velocity of flow matching.
+
+        generators: each image's own, for solvers that draw noise on the way.
+        """
+        return latents + (levels[step + 1] - levels[step]) * answer
+
+    def mix(self, noise: Tensor, latents: Tensor, level: float) -> Tensor:
+        """Latents at a noise level in 0..1, on the straight line from image to noise that flow matching takes."""
+        return level * noise + (1 - level) * latents
+
+
+def shift_of(tokens: int, config: Mapping[str, Any]) -> float:
+    """mu of a schedule that is shifted by the number of image tokens: linear through two points of its config.
+
+    Source: spec §1.12; the points of diffusers' schedulers where the config lacks them.
+    """
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(low + (tokens - few) * (high - low) / (many - few))

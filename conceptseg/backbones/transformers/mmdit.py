@@ -1,0 +1,230 @@
+"""What the multi-modal diffusion transformers share beside latents: text once a string, and one denoiser call."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from inspect import signature
+from itertools import pairwise
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from conceptseg.backbones.settings import chosen
+from conceptseg.backbones.taps import TapSet
+from conceptseg.backbones.text_cache import TextCache, TextRecord
+from conceptseg.backbones.transformers.concept_stream import SPACES, ConceptCarrier, ConceptStream, ConceptTokens
+from conceptseg.backbones.transformers.latent_model import LatentModel
+from conceptseg.backbones.transformers.prompts import POOLINGS, Prompts, own_tokens, pooled_tokens
+from conceptseg.errors import ConfigError, DataError, did_you_mean
+
+TEXTS_AT_ONCE = 16
+"""How many texts go through an encoder together; a T5-XXL keeps 0.2 GB of activations a text."""
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """Where texts wait; a tensor without values (device "meta", for counting) stays what it is."""
+    return tensor if tensor.is_meta else tensor.cpu()
+
+
+class MultiModalBackbone(LatentModel):
+    """A transformer that reads text and image side by side. Weights are read on first use; text is encoded once a string.
+
+    text_tokens: padded text length (where pads are attended the length changes the numbers). concept_pooling: see POOLINGS.
+    text_cache: a folder that keeps embedded texts, by encoder and string. text_encoders: "keep", or "release" once new strings
+    are encoded: encoders and transformer are then never in memory together. model: the settings of `LatentModel`; licence and
+    memory: what a sheet tells its reader, never read.
+    """
+
+    family = "mmdit"
+    kind: ClassVar[str]
+    """Names the family in run ids."""
+    carrier: ClassVar[type[ConceptCarrier]]
+    spaces: ClassVar[tuple[str, ...]] = tuple(SPACES)
+    text_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    """Attributes that hold text encoders."""
+
+    def __init__(
+        self,
+        path: str,
+        revision: str | None = None,
+        text_tokens: int = 256,
+        concept_pooling: str = "first",
+        text_cache: str | None = None,
+        text_encoders: str = "keep",
+        licence: str | None = None,
+        memory: str | None = None,
+        **model: Any,
+    ) -> None:
+        if unknown := sorted(set(model) - set(signature(LatentModel).parameters)):
+            raise ConfigError(f"extractor.backbone.{unknown[0]}: no such setting. {did_you_mean(unknown[0], self.settings())}")
+        super().__init__(path, revision, **model)
+        chosen("concept_pooling", concept_pooling, POOLINGS)
+        chosen("text_encoders", text_encoders, ("keep", "release"))
+        self.text_tokens, self.concept_pooling = text_tokens, concept_pooling
+        self.releases_text_encoders = text_encoders == "release"
+        self.texts = TextCache(text_cache, self.text_identity)
+        self.forward_passes = 0
+
+    # ------------------------------------------------------------ what it is
+
+    @classmethod
+    def settings(cls) -> list[str]:
+        """Every setting this family takes."""
+        names = {name for kind in cls.__mro__ if issubclass(kind, LatentModel) for name in signature(kind).parameters}
+        return sorted(names - {"self", "model", "settings"})
+
+    def identity(self) -> dict[str, Any]:
+        """What of this backbone changes the numbers, for the run id; the device does not belong to it."""
+        return {
+            "class": self.kind, **self.settings_identity(),
+            "text_tokens": self.text_tokens, "concept_pooling": self.concept_pooling,
+            **({} if self.weights == "full" else {"weights": self.weights}),
+        }  # fmt: skip
+
+    def text_identity(self) -> dict[str, Any]:
+        """What embedded texts depend on."""
+        return {
+            "class": self.kind, **self.checkpoint.identity(), "dtype": str(self.dtype), "text_tokens": self.text_tokens,
+        }  # fmt: skip
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Blocks in which text and image have streams of their own."""
+        return tuple(range(int(self.config["num_layers"])))
+
+    # ------------------------------------------------------------ text
+
+    @abstractmethod
+    def encode(self, strings: Sequence[str]) -> Iterable[TextRecord]:
+        """One record a string: "tokens" [N d], and where its own are among them: "length" [] of them, up to the end mark, from
+        "start" [] on (from the first, where a record has none); "pooled" [p] if the family has it.
+        """
+
+    @cached_property
+    def text_pipeline(self) -> Any:
+        """The checkpoint's own pipeline with nothing but its text parts, in families whose text comes from a chat model."""
+        from diffusers import DiffusionPipeline
+
+        with self.checkpoint.loading("text_encoder"):
+            pipeline = DiffusionPipeline.from_pretrained(
+                transformer=None, vae=None, torch_dtype=self.dtype, **self.checkpoint.source()
+            )
+        return pipeline.to(self.device)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer whose tokens stand for concepts."""
+        from transformers import AutoTokenizer
+
+        return self.part("tokenizer", AutoTokenizer)
+
+    def encode_text(self, strings: Sequence[str]) -> None:
+        """Put every string that is new into the cache. Raises DataError for a word the tokenizer does not know."""
+        self.check_words([s for s in dict.fromkeys(strings) if s not in self.texts])
+        self.fill({s: s for s in strings}, self.encode)
+
+    def texts_of(self, caption: str, words: Sequence[str]) -> set[str]:
+        """What is encoded for one image that is said to show the caption and is asked for the words."""
+        return {caption, *words}
+
+    def encode_all(self, strings: Iterable[str]) -> None:
+        """Put the texts of a whole run into the cache, all but those that are refused: the batch that asks for one says why."""
+        readable = []
+        for string in sorted(s for s in strings if s not in self.texts):
+            with suppress(DataError):
+                self.check_words([string])
+                readable.append(string)
+        self.fill({s: s for s in readable}, self.encode)
+
+    def fill(self, names: Mapping[str, str], encode: Callable[[Sequence[str]], Iterable[TextRecord]]) -> None:
+        """Encode the strings whose names the cache lacks, with the transformer out of memory where encoders are released."""
+        new = {name: string for name, string in names.items() if name not in self.texts}
+        if not new:
+            return
+        if self.releases_text_encoders:
+            self.release("transformer", "vae")
+        waiting = list(new.items())
+        while waiting:
+            some, waiting = dict(waiting[:TEXTS_AT_ONCE]), waiting[TEXTS_AT_ONCE:]
+            with torch.inference_mode():
+                for name, record in zip(some, encode(list(some.values())), strict=True):
+                    self.texts[name] = {kind: _on_host(tensor) for kind, tensor in record.items()}
+        if self.releases_text_encoders:
+            self.release(*self.text_parts)
+
+    def release(self, *parts: str) -> None:
+        """Let go of parts; they are read again when they are needed."""
+        for name in parts:
+            self.__dict__.pop(name, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def prompts(self, captions: Sequence[str]) -> Prompts:
+        """Encoded captions, padded to `text_tokens`."""
+        self.encode_text(captions)
+        return Prompts(self._stacked("tokens", captions))
+
+    def generation_prompts(self, captions: Sequence[str]) -> Prompts:
+        """Encoded captions as the model was trained on them, for making images."""
+        return self.prompts(captions)
+
+    def concepts(self, names: Sequence[Sequence[str]]) -> ConceptTokens:
+        """Tokens of each row's words, every word encoded alone; of several tokens, what `concept_pooling` says."""
+        self.encode_text([word for row in names for word in row])
+        return pooled_tokens([[self._word_tokens(word) for word in row] for row in names], self.concept_pooling)
+
+    def concept_pooled(self, rows: int) -> Float[Tensor, "R p"] | None:
+        """The pooled vector that modulates concepts, in families that make a modulation of their own for them."""
+        return None
+
+    def word_places(self, words: Sequence[str]) -> list[range]:
+        """Where each word's tokens stand in the encoded prompt of all words joined by blanks."""
+        ends = [own_tokens(self.tokenizer, " ".join(words[:count])) for count in range(len(words) + 1)]
+        shift = self._start(" ".join(words))
+        return [range(shift + start, shift + end) for start, end in pairwise(ends)]
+
+    def _start(self, string: str) -> int:
+        return int(self.texts[string].get("start", torch.tensor(0))) if string in self.texts else 0
+
+    def _word_tokens(self, word: str) -> Float[Tensor, "n d"]:
+        record, start = self.texts[word], self._start(word)
+        return record["tokens"][start : start + max(1, int(record["length"]))].to(self.device)
+
+    def _stacked(self, name: str, strings: Sequence[str]) -> Tensor:
+        return torch.stack([self.texts[s][name] for s in strings]).to(self.device)
+
+    # ------------------------------------------------------------ one denoiser call
+
+    @abstractmethod
+    def call(self, noisy: Tensor, level: Float[Tensor, " R"], prompts: Prompts, guidance: float) -> Tensor:
+        """The stock model's answer to noisy latents [R c H W] at levels in 0..1, as it gives it."""
+
+    def as_latents(self, velocity: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """The answer in the shape of the latents."""
+        return velocity
+
+    def denoise(
+        self,
+        noisy: Float[Tensor, "R *c H W"],
+        level: float | Float[Tensor, " R"],
+        prompts: Prompts,
+        stream: ConceptStream | None = None,
+        guidance: float = 0.0,
+    ) -> Tensor | None:
+        """One forward pass at noise level t in 0..1. Returns the velocity, or None if the stream stopped it early."""
+        levels = torch.as_tensor(level, dtype=torch.float64, device=self.device).expand(len(noisy))
+        self.forward_passes += 1
+        with torch.inference_mode():
+            if stream is None:
+                return self.call(noisy.to(self.dtype), levels, prompts, guidance)
+            with TapSet(self.transformer) as taps:
+                carrier = self.carrier(stream)
+                carrier.image_tokens = prod(self.grid(noisy))
+                carrier.attach(taps)
+                return taps.run(lambda: self.call(noisy.to(self.dtype), levels, prompts, guidance))

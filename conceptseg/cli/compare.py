@@ -1,0 +1,178 @@
+"""conceptseg-compare: test finished runs against a baseline, image by image. Needs no model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from conceptseg.errors import guarded
+from conceptseg.metrics.breakdowns import Part, clusters_by_word, worst_images
+from conceptseg.metrics.comparisons import Comparison, compare
+from conceptseg.metrics.definitions import DEFINITIONS
+from conceptseg.metrics.intervals import Interval
+from conceptseg.metrics.seeds import Spread, seed_spread
+from conceptseg.metrics.thresholds import Sensitivity
+from conceptseg.tables.compared import (
+    Finished,
+    check_comparable,
+    cuts,
+    parts_of,
+    read,
+    same_but_for_seeds,
+    thresholds_of,
+    values_of,
+)
+
+METRICS = ("accuracy", "miou_dataset", "miou_image", "ap_image")
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="conceptseg-compare", description=__doc__)
+    found.add_argument("runs", nargs="+", metavar="run", help="run id or folder, with ::view and ::segmenter if it has several")
+    found.add_argument("--folder", type=Path, default=Path("runs"), help="where run ids are looked for (runtime.runs)")
+    found.add_argument("--baseline", help="the run that others are tested against; the first one unless said")
+    found.add_argument("--metric", action="append", choices=sorted(DEFINITIONS), help="may be given several times")
+    found.add_argument("--by", choices=("word", "class", "size"), help="numbers of parts of the data, for each run")
+    found.add_argument("--worst", type=float, metavar="PERCENT", help="mean over the worst images of each run")
+    found.add_argument("--thresholds", action="store_true", help="fixed, best and quantile cuts (experiment=thresholds)")
+    found.add_argument("--draw", choices=("images", "words"), default="images", help="what bootstrap and tests draw")
+    found.add_argument("--resamples", type=int, default=10_000)
+    found.add_argument("--level", type=float, default=0.95)
+    found.add_argument("--json", type=Path, metavar="FILE", help="write everything that was printed")
+    return found
+
+
+@guarded
+def main() -> int:
+    """Print tests against the baseline, spreads of seeds, and the breakdowns that were asked for."""
+    said = parser().parse_args()
+    definitions = [DEFINITIONS[name] for name in said.metric or METRICS]
+    specs = list(dict.fromkeys([*([said.baseline] if said.baseline else []), *said.runs]))
+    found = [read(spec, said.folder) for spec in specs]
+    check_comparable(found)
+    groups = same_but_for_seeds(found)
+    heads = [members[0] for members in groups.values()]
+    clusters = None
+    if said.draw == "words":
+        clusters = {sample: label for one in heads for sample, label in clusters_by_word(one.rows).items()}
+    body: dict[str, Any] = {"baseline": heads[0].name, "interval": _interval_words(said.level, said.resamples, said.draw)}
+    body["readings"] = values_of(heads, definitions, said.resamples, said.level, clusters)
+    if len(heads) > 1:
+        others = {one.name: one.rows for one in heads[1:]}
+        body["comparisons"] = compare(definitions, heads[0].rows, others, said.resamples, level=said.level, clusters=clusters)
+    several = {name: members for name, members in groups.items() if len(members) > 1}
+    body["seeds"] = {name: seed_spread(definitions, {m.name: m.rows for m in members}) for name, members in several.items()}
+    if said.by:
+        body["parts"] = {one.name: parts_of(one.rows, said.by, definitions, said.resamples, said.level) for one in heads}
+    if said.worst is not None:
+        body["worst"] = {one.name: {d.name: worst_images(one.rows, d, said.worst / 100) for d in definitions} for one in heads}
+    if said.thresholds:
+        body["thresholds"] = {
+            one.name: thresholds_of(cuts(spec, said.folder), definitions, said.resamples, said.level)
+            for one, spec in zip(found, specs, strict=True)
+            if one in heads
+        }
+    print_comparison(body, heads)
+    if said.json:
+        said.json.write_text(json.dumps(_plain(body), indent=1) + "\n", encoding="utf-8")
+        print(f"written: {said.json}")
+    return 0
+
+
+def _interval_words(level: float, resamples: int, draw: str) -> str:
+    drawn = {"images": "images", "words": "groups of images with the same words"}[draw]
+    return f"{100 * level:g} % percentile bootstrap over {drawn}, {resamples:,} resamples"
+
+
+def _plain(value: Any) -> Any:
+    """JSON of everything printed; undefined numbers become null."""
+    if isinstance(value, Comparison):
+        return {**_plain(asdict(value)), "win_rate": _plain(value.win_rate)}
+    if isinstance(value, Spread):
+        return {"values": _plain(value.values), "mean": value.mean, "standard_deviation": _plain(value.standard_deviation)}
+    if isinstance(value, (Interval, Part, Sensitivity)):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def print_comparison(body: Mapping[str, Any], heads: Sequence[Finished]) -> None:
+    """Everything in `body`, each part a table of its own, with what its numbers mean."""
+    from rich.console import Console
+
+    console = Console(width=None if Console().is_terminal else 140)
+    first = heads[0].manifest["identity"]
+    print(f"{first['dataset']['name']}, protocol {first['protocol']['name']} v{first['protocol']['version']}; {body['interval']}")
+    for one in heads:
+        print(
+            f"  {one.name}: {one.method}, view {one.view}, {one.segmenter}, {len(one.rows)} images, {one.manifest['provenance']}"
+        )
+    metrics = list(next(iter(body["readings"].values())))
+    labels = [f"{DEFINITIONS[m].label} %" for m in metrics]
+    _print(console, "values", ["run", *labels], [[name, *map(_number, v.values())] for name, v in body["readings"].items()])
+    if "comparisons" in body:
+        head = ["run", "metric", "difference", "p bootstrap", "p sign flip", "Holm (boot.)", "Holm (flip)", "win rate", "n"]
+        lines = [
+            [
+                name, DEFINITIONS[c.metric].label, _number(c.difference), _p(c.p_bootstrap), _p(c.p_sign_flip),
+                _p(c.p_bootstrap_holm), _p(c.p_sign_flip_holm), f"{c.win_rate:.2f}", str(c.difference.n),
+            ]
+            for name, comparisons in body["comparisons"].items()
+            for c in comparisons
+        ]  # fmt: skip
+        _print(console, f"minus {body['baseline']}, paired image by image (points)", head, lines)
+    for name, spreads in body["seeds"].items():
+        lines = [
+            [DEFINITIONS[m].label, f"{100 * s.mean:.2f}", f"{100 * s.standard_deviation:.2f}", f"{100 * s.range:.2f}"]
+            for m, s in spreads.items()
+        ]
+        title = f"{len(next(iter(spreads.values())).values)} seeds of {name}"
+        _print(console, title, ["metric", "mean %", "SD between seeds", "range"], lines)
+    for name, parts in body.get("parts", {}).items():
+        columns = list(dict.fromkeys(metric for part in parts for metric in part.values))
+        head = ["part", "n", *(f"{DEFINITIONS[c].label if c in DEFINITIONS else 'IoU'} %" for c in columns)]
+        lines = [[p.name, str(p.n), *(_number(p.values[c]) if c in p.values else "–" for c in columns)] for p in parts]
+        _print(console, f"parts of {name}", head, lines)
+    if "worst" in body:
+        lines = [[name, *(f"{100 * v:.1f} (n={n})" for v, n in worst.values())] for name, worst in body["worst"].items()]
+        _print(console, "mean over the worst images", ["run", *labels], lines)
+    for name, studies in body.get("thresholds", {}).items():
+        for metric, (rules, points) in studies.items():
+            label = DEFINITIONS[metric].label
+            lines = [[r.rule, _number(r.value), r.cut or "its own for each image"] for r in rules]
+            _print(console, f"{label} of {name} by cut (the best ones have seen the truth)", ["rule", f"{label} %", "cut"], lines)
+            shown = ", ".join(f"{q:g}: {100 * v.value:.1f}" for q, v in points)
+            if shown:
+                print(f"{label} % by quantile: {shown}")
+
+
+def _print(console: Any, title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)
+    for place, heading in enumerate(head):
+        table.add_column(Text(heading), justify="left" if place == 0 else "right", overflow="fold")
+    for line in lines:
+        table.add_row(*map(Text, line))
+    console.print(table)
+
+
+def _number(interval: Interval) -> str:
+    if math.isnan(interval.value):
+        return "–"
+    bounds = "" if math.isnan(interval.low) else f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    return f"{100 * interval.value:.1f}{bounds}"
+
+
+def _p(p: float) -> str:
+    return "–" if math.isnan(p) else f"{p:.4f}"

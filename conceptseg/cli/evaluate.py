@@ -1,0 +1,92 @@
+"""conceptseg: one evaluation, or a table. Nothing heavy is imported before the command is known."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from omegaconf import DictConfig
+
+from conceptseg.cli.composing import quiet_libraries, run_hydra
+from conceptseg.cli.table import QUIET, print_table_of
+from conceptseg.config import plain, register
+from conceptseg.errors import guarded
+
+LAB_FILL = {"backbone=lab/*": "table.backbones=lab"}
+"""Another way to say that the lab fills a paper's table."""
+
+
+@guarded
+def evaluate() -> int:
+    """conceptseg [overrides]: one evaluation, or table=<name>; alone it means table=lab."""
+    quiet_libraries()
+    register()
+    sys.argv[1:] = [LAB_FILL.get(a, a) for a in sys.argv[1:]]
+    said = [a for a in sys.argv[1:] if not a.startswith("-")]
+    asks = [a for a in sys.argv[1:] if a in ("--help", "-h", "--hydra-help", "--version", "--info", "--cfg", "-c", "--resolve")]
+    if not asks and all(a.lstrip("+~").startswith(QUIET) for a in said):
+        sys.argv.append("table=lab")
+    if "--version" in asks:
+        from conceptseg import __version__
+
+        print(f"conceptseg {__version__}")
+        return 0
+    return run_hydra(_evaluate, "evaluate")
+
+
+def _evaluate(config: DictConfig) -> int:
+    from hydra.core.hydra_config import HydraConfig
+
+    overrides = list(HydraConfig.get().overrides.task)
+    if config.get("launcher"):
+        _launch(config, overrides)
+    if config.get("table"):
+        return print_table_of(config, overrides)
+    from conceptseg.evaluation.assemble import assemble
+    from conceptseg.evaluation.carry_out import carry_out, check_decisions
+    from conceptseg.evaluation.readings import readings, write_results
+    from conceptseg.report.results import save
+    from conceptseg.report.terminal import print_table
+    from conceptseg.report.trackers import check_trackers, track
+    from conceptseg.tables.pictures import draw_sheet
+    from conceptseg.tables.table import single_table
+
+    whole = plain(config)
+    check_trackers(whole["report"]["trackers"])
+    evaluation = assemble(whole)
+    check_decisions(evaluation)
+    carry_out(evaluation)
+    found = readings(evaluation, whole["report"]["columns"])
+    write_results(evaluation, found)
+    if evaluation.shard.index != 0:
+        return 0
+    if not any(r.n or r.failed or r.waiting for r in found):
+        reason = next(row["error"] for row in evaluation.store.rows().values() if row["status"] == "excluded")
+        print(f"protocol {evaluation.protocol.label} left out all {found[0].excluded} samples; the first because: {reason}")
+        return 0
+    table = single_table(evaluation, found, shlex.join(["conceptseg", *overrides]))
+    save(evaluation.store.folder / "table.json", table)
+    track(table, whole["report"]["trackers"], evaluation.store.folder / "trackers")
+    name = next(iter(evaluation.views))
+    segmenter = next(r.segmenter for r in found if r.n)
+    sheet = draw_sheet(
+        evaluation.store.folder / "sheet.png",
+        [(name, evaluation, evaluation.views[name].key, segmenter)],
+        whole["report"]["pictures"],
+    )
+    print_table(table)
+    print(f"rows, results.json and manifest: {evaluation.store.folder}")
+    if sheet:
+        print(f"pictures: {sheet}")
+    return 0
+
+
+def _launch(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Has everything computed elsewhere; what follows finds it done."""
+    from conceptseg.config import check_targets, instantiate
+    from conceptseg.evaluation.launchers import launch
+
+    whole = plain(config)
+    check_targets(whole, whole["runtime"]["allow_targets"])
+    launch(instantiate(whole["launcher"], "launcher"), [o for o in overrides if not o.lstrip("+~").startswith("launcher")])

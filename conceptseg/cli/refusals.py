@@ -1,0 +1,97 @@
+"""Explain refused settings: name the first override that does not fit, and the nearest choice."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conceptseg.errors import did_you_mean
+
+
+def explain_refusal(overrides: Sequence[str]) -> str | None:
+    """The first override that can't be read, or does not fit the configuration, with the nearest choice; None if all seem to."""
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    if unreadable := next(filter(None, map(_unreadable, overrides)), None):
+        return unreadable
+    GlobalHydra.instance().clear()
+    with initialize_config_module("conceptseg.conf", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        groups = {name: list(_options(loader, name)) for name in loader.list_groups("") if name != "hydra"}
+        chosen, options = [], []
+        for override in overrides:
+            key, _, value = override.lstrip("+~").partition("=")
+            if (group := key.partition("@")[0]) in groups:
+                chosen.append(override)
+                if value in groups[group]:
+                    options.append(override)
+                elif value not in ("null", "") and "," not in value:
+                    return f'{key}: unknown option "{value}". {did_you_mean(value, groups[group])}'
+        known = _keys_of(options)  # what a key may be depends on the options
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if override in chosen or override[0] in "+~" or key.startswith("hydra"):
+            continue
+        if refused := _unknown_key(key, known, groups):
+            return f"{refused} To add one, write +{key}=..."
+    return None
+
+
+def _keys_of(options: Sequence[str]) -> dict[Any, Any]:
+    """The configuration with these options chosen, or the default one where they don't go together."""
+    from hydra import compose
+    from hydra.errors import HydraException
+
+    try:
+        config = compose("evaluate", overrides=list(options))
+    except (HydraException, OmegaConfBaseException, ValueError):
+        config = compose("evaluate")
+    found: dict[Any, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
+    return found
+
+
+def _unreadable(override: str) -> str | None:
+    """What Hydra's grammar has against an override, and how it is written instead; None where it can be read."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    parser = OverridesParser.create()
+    key, _, value = override.partition("=")
+    quoted = f'{key}="{value}"' if '"' not in value else f"{key}='{value}'"
+    try:
+        parser.parse_overrides([override])
+    except OverrideParseException as error:
+        reason = str(error).splitlines()[0]
+    else:
+        return None
+    try:
+        parser.parse_overrides([quoted])
+    except OverrideParseException:
+        quoted = ""
+    advice = f" Braces, brackets, commas, colons and quotes want quotes of their own: {shlex.quote(quoted)}" if quoted else ""
+    return f"{override}: the value of {key.lstrip('+~')} can't be read ({reason}).{advice}"
+
+
+def _options(loader: Any, group: str, prefix: str = "") -> Iterator[str]:
+    """Options of a group, those in folders below it as folder/option."""
+    from hydra.core.object_type import ObjectType
+
+    yield from (prefix + option for option in loader.get_group_options(group, ObjectType.CONFIG))
+    for folder in loader.get_group_options(group, ObjectType.GROUP):
+        yield from _options(loader, f"{group}/{folder}", f"{prefix}{folder}/")
+
+
+def _unknown_key(key: str, known: Mapping[Any, Any], groups: Iterable[str]) -> str | None:
+    at: Any = known
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        choices = {*map(str, at), *(groups if depth == 0 else ())} if isinstance(at, Mapping) else set()
+        if part not in choices:
+            return f"{'.'.join(parts[: depth + 1])}: there is no such key. {did_you_mean(part, choices) if choices else ''}"
+        at = at.get(part) if isinstance(at, Mapping) else None
+    return None

@@ -1,0 +1,102 @@
+"""conceptseg table=<name>: compute what a table lacks and print it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from conceptseg.config import plain
+
+if TYPE_CHECKING:
+    from conceptseg.report.results import Results
+
+log = logging.getLogger(__name__)
+
+
+QUIET = ("runtime.", "report.", "hydra.", "hydra/", "launcher=", "launcher.")
+"""Overrides that say how a run is done, not what is run."""
+
+
+def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
+    from hydra import compose
+    from hydra.core.hydra_config import HydraConfig
+
+    from conceptseg.config import composing_source
+    from conceptseg.keys import digest
+    from conceptseg.report.trackers import check_trackers
+    from conceptseg.tables.composed_cache import Compositions
+    from conceptseg.tables.stamp import FinishedTable
+
+    name = str(HydraConfig.get().runtime.choices["table"])
+    whole = plain(config)
+    report = whole["report"]
+    check_trackers(report["trackers"])
+    extra = [o for o in overrides if not o.lstrip("+~").startswith("table")]
+    of_table = [o for o in overrides if o.lstrip("+~").startswith("table.")]
+    meaningful = [o for o in extra if not o.lstrip("+~").startswith(QUIET)]
+    meaningful += [o for o in of_table if not o.startswith("table.backbones=")]
+    publish = report["publish"] == "yes" or (report["publish"] == "auto" and not meaningful)
+    on_lab = whole["table"].get("backbones") == "lab"
+    place = name.replace("/", "-") + ("-lab" if on_lab else "")
+    if publish:
+        folder = Path(report["benchmarks"]) / place
+    else:
+        folder = Path(whole["runtime"]["runs"]) / "tables" / f"{place}-{digest(sorted(meaningful), 6)}"
+
+    tables, source = Path(whole["runtime"]["runs"]) / "tables", composing_source()
+    share = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]  # only the first of several processes prints
+    written = [folder / "sheet.png", *([Path(report["results_md"])] if publish else [])]
+    finished = FinishedTable(
+        tables / "finished" / f"{place}-{digest(sorted(overrides), 6)}.json", folder / "results.json", written,
+        Path(whole["runtime"]["runs"]), None if source is None or report["trackers"] else [source, whole, overrides, share],
+    )  # fmt: skip
+    if (results := finished.read()) is not None:
+        log.info("nothing that %s was made from has changed: it is printed as it stands", folder / "results.json")
+        _show_table(results, folder, report["results_md"] if publish else None)
+        return 0
+
+    from conceptseg.evaluation.assemble import shard_of
+    from conceptseg.report.results import save
+    from conceptseg.report.results_md import update
+    from conceptseg.report.trackers import track
+    from conceptseg.tables.paper import compute_paper_table
+    from conceptseg.tables.table import compute_table
+
+    def compose_anew(overrides: Sequence[str]) -> dict[str, Any]:
+        found: dict[str, Any] = plain(compose(config_name="evaluate", overrides=[*overrides]))
+        return found
+
+    composed = Compositions(tables / f"{place}.configs.json", source, compose_anew)
+
+    def with_runtime(more: Sequence[str]) -> dict[str, Any]:
+        return composed(*more, *(o for o in extra if o.startswith(("runtime.", "report."))))
+
+    settings = [o for o in extra if not o.lstrip("+~").startswith(QUIET)]
+    command = shlex.join(["conceptseg", f"table={name}", *of_table, *settings])
+    compute = compute_paper_table if "published" in whole["table"] else compute_table
+    results = compute(place, whole["table"], with_runtime, settings, folder, command)
+    composed.keep()
+    if shard_of(whole["runtime"]).index != 0:
+        return 0
+    save(folder / "results.json", results)
+    track(results, report["trackers"], Path(whole["runtime"]["runs"]) / "trackers" / place)
+    if publish:
+        update(Path(report["results_md"]), results)
+    finished.keep(results, composed.asked())
+    _show_table(results, folder, report["results_md"] if publish else None)
+    return 0
+
+
+def _show_table(results: Results, folder: Path, published: str | None) -> None:
+    from conceptseg.report.terminal import print_table
+
+    print_table(results)
+    print(f"results: {folder / 'results.json'}" + (f", {published}" if published else ""))
+    if (folder / "sheet.png").exists():
+        print(f"pictures: {folder / 'sheet.png'}")

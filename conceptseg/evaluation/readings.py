@@ -1,0 +1,93 @@
+"""Read the numbers of a run off its rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conceptseg.evaluation.assemble import Evaluation
+from conceptseg.files import write_atomically
+from conceptseg.metrics.definitions import Rows
+from conceptseg.metrics.intervals import Interval
+from conceptseg.metrics.summary import summarise
+from conceptseg.store.schema import RowKey
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The numbers of one view under one segmenter."""
+
+    name: str
+    view: str
+    segmenter: str
+    n: int
+    excluded: int
+    failed: int
+    waiting: int
+    """Samples that no process has finished yet."""
+    values: Mapping[str, Interval]
+
+
+def readings(evaluation: Evaluation, metrics: Sequence[str], segmenters: Iterable[str] | None = None) -> list[Reading]:
+    """Numbers of every view and segmenter, over the samples that the config asks for now."""
+    store, report = evaluation.store, evaluation.config["report"]
+    store.refresh()
+    rows = store.rows()
+    keys = evaluation.dataset.keys()
+    found = []
+    for name, view in evaluation.views.items():
+        for segmenter in [s.key for s in evaluation.protocol.segmenters]:
+            if segmenters is not None and segmenter not in segmenters:
+                continue
+            mine = [rows.get(RowKey(k, view.key, segmenter)) or rows.get(RowKey(k, "*", "*")) for k in keys]
+            by_status = {s: [r for r in mine if r is not None and r["status"] == s] for s in ("ok", "failed", "excluded")}
+            values = {}
+            if by_status["ok"]:
+                values = summarise(by_status["ok"], metrics, report["resamples"], report["level"], report["draw"])
+            found.append(
+                Reading(
+                    name, view.key, segmenter, len(by_status["ok"]), len(by_status["excluded"]), len(by_status["failed"]),
+                    sum(r is None for r in mine), values,
+                )
+            )  # fmt: skip
+    return found
+
+
+def scored(evaluation: Evaluation, reading: Reading) -> Rows:
+    """The scored rows behind a reading, of the samples that the config asks for now."""
+    rows, keys = evaluation.store.rows(), evaluation.dataset.keys()
+    mine = (rows.get(RowKey(key, reading.view, reading.segmenter)) for key in keys)
+    return Rows.from_records(row for row in mine if row is not None and row["status"] == "ok")
+
+
+def write_results(evaluation: Evaluation, found: Sequence[Reading]) -> Path:
+    """results.json of the run folder: every reading, with what it rests on."""
+    path = evaluation.store.folder / "results.json"
+    body = {
+        "run_id": evaluation.run_id, "provenance": evaluation.extractor.provenance, "protocol": evaluation.protocol.label,
+        "dataset": evaluation.dataset.name, "interval": interval_text(evaluation.config["report"]),
+        "readings": [
+            {**{k: v for k, v in asdict(r).items() if k != "values"}, "values": {m: _finite(i) for m, i in r.values.items()}}
+            for r in found
+        ],
+    }  # fmt: skip
+    write_atomically(path, (json.dumps(body, indent=1) + "\n").encode())
+    return path
+
+
+def _finite(interval: Interval) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in asdict(interval).items()}
+
+
+DRAWN_IN_WORDS = {"images": "images", "words": "groups of images with the same words"}
+
+
+def interval_text(report: Mapping[str, Any]) -> str:
+    """What every interval is."""
+    drawn = DRAWN_IN_WORDS[report["draw"]]
+    return f"{100 * report['level']:g} % percentile bootstrap over {drawn}, {report['resamples']:,} resamples"

@@ -1,0 +1,1 @@
+"""Compute tables of evaluations, and draw what goes beside them."""

@@ -1,0 +1,113 @@
+"""Compute one row of a table: compose its settings, evaluate, choose the reading, state its costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.evaluation.assemble import Evaluation, assemble
+from conceptseg.evaluation.carry_out import carry_out
+from conceptseg.evaluation.readings import Reading, readings, write_results
+from conceptseg.extractors.base import Extractor
+from conceptseg.keys import canonical_json
+from conceptseg.metrics.intervals import Interval
+from conceptseg.report.results import Column, Value
+from conceptseg.store.cost import read_cost
+
+Compose = Callable[[Sequence[str]], dict[str, Any]]
+"""Overrides -> a plain, resolved config."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """An evaluation that was carried out."""
+
+    evaluation: Evaluation
+    readings: tuple[Reading, ...]
+
+
+def composed(overrides: Sequence[str], extra: Sequence[str], compose: Compose) -> dict[str, Any]:
+    """A row's config with those of the user's overrides that concern it."""
+    if not any(o.lstrip("+~").startswith(("backbone@", "extractor.")) for o in extra):  # these concern every row
+        return compose([*overrides, *extra])
+    config = compose(overrides)
+    mine = [o for o in extra if concerns(o, config)]
+    return compose([*overrides, *mine]) if mine else config
+
+
+def evaluated(config: dict[str, Any], metrics: Sequence[str], done: dict[str, Done], title: str) -> Done:
+    """Compute what is missing, once for every config of a table."""
+    place = canonical_json(config)
+    if place not in done:
+        evaluation = assemble(config)
+        carry_out(evaluation, title)
+        found = readings(evaluation, metrics)
+        write_results(evaluation, found)
+        done[place] = Done(evaluation, tuple(found))
+    return done[place]
+
+
+def concerns(override: str, config: Mapping[str, Any]) -> bool:
+    key = override.lstrip("+~").split("=", 1)[0]
+    if key.startswith("backbone@"):
+        return "backbone" in config["extractor"]
+    if key.startswith("extractor."):
+        at: Any = config
+        for part in key.split("."):
+            if not isinstance(at, Mapping) or part not in at:
+                return False
+            at = at[part]
+    return True
+
+
+def chosen(finished: Done, view: str | None, segmenter: str, row: str) -> Reading:
+    names = list(dict.fromkeys(r.name for r in finished.readings))
+    wanted = view or names[0]
+    for reading in finished.readings:
+        if reading.name == wanted and reading.segmenter == segmenter:
+            return reading
+    if wanted not in names:
+        raise ConfigError(f'table row "{row}": unknown view "{wanted}". {did_you_mean(wanted, names)}')
+    raise ConfigError(
+        f'table row "{row}": unknown segmenter "{segmenter}". {did_you_mean(segmenter, {r.segmenter for r in finished.readings})}'
+    )
+
+
+def declared(extractor: Extractor) -> dict[str, Any]:
+    """What a method says of itself, as columns of its row."""
+    return {"told": extractor.told, "trained_on": extractor.trained_on, "argmax": "yes" if extractor.comparable else "no"}
+
+
+COSTS = (
+    Column(
+        "cost_seconds", "s/image", False, "Wall time of an image, model and scoring, of the process that computed it.", "", "cost"
+    ),
+    Column("cost_memory", "peak GB", False, "Most memory a process held: of the accelerator, else resident.", "", "cost"),
+    Column(
+        "cost_passes",
+        "passes/image",
+        False,
+        "Calls of the backbone's network over images; several images share a call.",
+        "",
+        "cost",
+    ),
+)
+
+
+def costs_of(evaluation: Evaluation) -> dict[str, Value]:
+    """What the run recorded of its cost, where report.costs asks for it; all views of a run share it."""
+    cost = read_cost(evaluation.store.folder) if evaluation.config["report"]["costs"] else None
+    if cost is None or not cost.images:
+        return {}
+    passes = cost.passes_per_image
+    found = {"cost_seconds": cost.seconds / cost.images, "cost_memory": cost.peak_bytes / 1e9}
+    found |= {} if passes is None else {"cost_passes": passes}
+    return {name: Value(number, None, None, None) for name, number in found.items()}
+
+
+def value_of(interval: Interval) -> Value:
+    """A printable number; with one image there is no interval."""
+    alone = interval.n < 2
+    return Value(interval.value, None if alone else interval.low, None if alone else interval.high, interval.n)

@@ -1,0 +1,168 @@
+"""Compute tables: rows are evaluations, columns are metrics; only missing rows are computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from conceptseg import __version__
+from conceptseg.errors import ConfigError, DataError, did_you_mean
+from conceptseg.evaluation.assemble import Evaluation
+from conceptseg.evaluation.readings import Reading, interval_text, scored
+from conceptseg.metrics.breakdowns import clusters_by_word
+from conceptseg.metrics.comparisons import compare
+from conceptseg.metrics.definitions import Rows, definition_of
+from conceptseg.report.results import Block, Column, Results, Row, Value
+from conceptseg.tables.pictures import draw_sheet
+from conceptseg.tables.row import COSTS, Compose, Done, chosen, composed, costs_of, declared, evaluated, value_of
+
+
+def columns_of(names: Sequence[str]) -> tuple[Column, ...]:
+    """Raises ConfigError for a metric that is not defined."""
+    return tuple(
+        Column(d.name, d.label, d.percent, d.text, d.source, "released" if d.name.startswith("published_") else "standard")
+        for d in (definition_of(name, "columns") for name in names)
+    )
+
+
+def compute_table(
+    name: str, table: Mapping[str, Any], compose: Compose, extra: Sequence[str], folder: Path, command: str
+) -> Results:
+    """Compute the table's missing rows and return it, with a picture sheet at folder/sheet.png.
+
+    `extra` are the user's own overrides, put after each row's; those of `extractor.` and `backbone@` concern only rows
+    that have such a key.
+    """
+    columns: tuple[Column, ...] = columns_of(table["columns"])
+    against: Sequence[Mapping[str, str]] = table.get("against", ())
+    columns += tuple(difference_column(other, table["columns"]) for other in against)
+    done: dict[str, Done] = {}
+    blocks = []
+    pictures: list[tuple[str, Evaluation, str, str]] = []
+    report: Mapping[str, Any] = {}
+    for block in table["blocks"]:
+        rows = []
+        read: dict[str, tuple[Evaluation, Reading]] = {}
+        first: Evaluation | None = None
+        for row in block["rows"]:
+            config = composed([*block.get("overrides", []), *row["overrides"]], extra, compose)
+            finished = evaluated(config, table["columns"], done, row["name"])
+            evaluation = finished.evaluation
+            report = evaluation.config["report"]
+            first = first or evaluation
+            reading = chosen(finished, row.get("view"), row.get("segmenter", block["segmenter"]), row["name"])
+            rows.append(_row(row, evaluation, reading, row["overrides"]))
+            read[row["name"]] = evaluation, reading
+            if row.get("picture") and block.get("pictures", False) and reading.n:
+                pictures.append((row["name"], evaluation, reading.view, reading.segmenter))
+        assert first is not None, "a block has at least one row"
+        held = {name: scored(e, r) for name, (e, r) in read.items() if r.n} if against else {}
+        for other in against:
+            if other["row"] not in read:
+                nearest = did_you_mean(other["row"], read)
+                raise ConfigError(f'table.against.row: block "{block["name"]}" has no row "{other["row"]}". {nearest}')
+            found = differences(held, other, report)
+            rows = [replace(row, values={**row.values, **found.get(row.name, {})}) for row in rows]
+        count = len(first.dataset.keys())
+        blocks.append(Block(block["name"], f"{block['data']}, {count} samples", first.protocol.label, block["text"], tuple(rows)))
+    sheet = None
+    if pictures:
+        sheet = draw_sheet(folder / "sheet.png", pictures, report["pictures"])
+    if report["costs"]:
+        columns += COSTS
+    return Results(
+        name, table["title"], command, __version__, columns, tuple(blocks), tuple(table.get("notes", ())), interval_text(report),
+        None if sheet is None or sheet.is_absolute() or ".." in sheet.parts else sheet.as_posix(),
+    )  # fmt: skip
+
+
+def difference_column(against: Mapping[str, str], columns: Sequence[str]) -> Column:
+    """The column for an entry (row, metric) of a sheet's `against`. Raises ConfigError for a metric the table does not print."""
+    metric = against["metric"]
+    if metric not in columns:
+        raise ConfigError(f'table.against.metric: the table has no column "{metric}". {did_you_mean(metric, columns)}')
+    of = definition_of(metric, "table.against.metric")
+    text = (
+        f"{of.label} less that of {against['row']}, image by image: an interval without 0 says that the two differ measurably "
+        "(each row for itself, no correction for many rows)."
+    )
+    return Column(
+        _difference(against), f"{of.label} over {against['row']}", of.percent, text,
+        "paired bootstrap, Efron and Tibshirani 1993", "difference",
+    )  # fmt: skip
+
+
+def differences(held: Mapping[str, Rows], against: Mapping[str, str], report: Mapping[str, Any]) -> dict[str, dict[str, Value]]:
+    """Row name -> its paired difference to the row that the entry `against` names, under the difference's column.
+
+    held: scored rows behind every row of a block that has some. Rows that share no sample with that row have no difference.
+    """
+    if (baseline := held.get(against["row"])) is None:
+        return {}
+    rows = {
+        name: mine
+        for name, mine in held.items()
+        if name != against["row"] and not set(mine.samples).isdisjoint(baseline.samples)
+    }  # fmt: skip
+    clusters = clusters_by_word(baseline) if report["draw"] == "words" else None
+    of = definition_of(against["metric"], "table.against.metric")
+    compared = compare([of], baseline, rows, report["resamples"], level=report["level"], clusters=clusters)
+    return {
+        name: {_difference(against): value_of(comparison.difference)}
+        for name, (comparison,) in compared.items()
+        if math.isfinite(comparison.difference.value)
+    }
+
+
+def _difference(against: Mapping[str, str]) -> str:
+    return f"{against['metric']} over {against['row']}"
+
+
+def _row(row: Mapping[str, Any], evaluation: Evaluation, reading: Reading, overrides: Sequence[str]) -> Row:
+    named = dict(o.split("=", 1) for o in overrides if "=" in o)
+    backbone = getattr(getattr(evaluation.extractor, "backbone", None), "checkpoint", None)
+    note = row.get("note", "")
+    if reading.waiting:
+        note = (note + " " if note else "") + f"{reading.waiting} samples are not computed yet"
+    extractor = named.get("extractor", type(evaluation.extractor).__name__)
+    return Row(
+        name=row["name"], group=row.get("group", "methods"), extractor=extractor,
+        backbone=backbone.path if backbone else None, provenance=evaluation.extractor.provenance, run_id=evaluation.run_id,
+        view=reading.view, segmenter=reading.segmenter, n=reading.n, excluded=reading.excluded, failed=reading.failed,
+        values={m: value_of(i) for m, i in reading.values.items()} | costs_of(evaluation), status="ok" if reading.n else "failed",
+        note=note or ("" if reading.n else "no sample could be scored: see the rows of its run"),
+        **declared(evaluation.extractor),
+    )  # fmt: skip
+
+
+def single_table(evaluation: Evaluation, found: Sequence[Reading], command: str) -> Results:
+    """One evaluation as a table: a row for each view and segmenter."""
+    if not any(r.n for r in found):
+        failed = max(r.failed for r in found)
+        rows = [r for r in evaluation.store.rows().values() if r["status"] in ("failed", "excluded")]
+        last = f" The last: {rows[-1]['sample']}: {rows[-1]['error']}" if rows else ""
+        raise DataError(
+            f"no sample could be scored: {failed} failed, {max(r.excluded for r in found)} were left out by the protocol.{last}"
+        )
+    many = len({r.segmenter for r in found}) > 1
+    rows_ = tuple(
+        Row(
+            name=f"{r.name}, {r.segmenter}" if many else r.name,
+            group="methods" if evaluation.extractor.provenance != "control" else "controls",
+            extractor=type(evaluation.extractor).__name__, backbone=None, provenance=evaluation.extractor.provenance,
+            run_id=evaluation.run_id, view=r.view, segmenter=r.segmenter, n=r.n, excluded=r.excluded, failed=r.failed,
+            values={m: value_of(i) for m, i in r.values.items()} | costs_of(evaluation), status="ok" if r.n else "failed",
+            note=f"{r.waiting} samples are not computed yet" if r.waiting else "", **declared(evaluation.extractor),
+        )
+        for r in found
+    )  # fmt: skip
+    data = f"{evaluation.dataset.name}, {len(evaluation.dataset.keys())} samples"
+    block = Block(type(evaluation.extractor).__name__, data, evaluation.protocol.label, "", rows_)
+    report = evaluation.config["report"]
+    columns = columns_of(report["columns"]) + (COSTS if report["costs"] else ())
+    return Results(
+        "evaluation", f"Run {evaluation.run_id}", command, __version__, columns, (block,), (), interval_text(report)
+    )  # fmt: skip
