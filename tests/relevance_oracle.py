@@ -1,7 +1,8 @@
 """Relevance, rule by rule: a forward pass that keeps every activation, then each layer's rule by hand, for one image.
 
-A literal restatement of the baselines note, sections 3 to 4.6: the general rule is alpha - beta with alpha 1 and beta 0, each
-rule is the gradient of its layer's own products applied to a quotient, and no step knows of any other. Slow on purpose.
+A literal restatement of hila-chefer/Transformer-Explainability at c3e578f, modules/layers_ours.py and
+baselines/ViT/ViT_explanation_generator.py: the general rule is alpha - beta with alpha 1 and beta 0, each rule
+is the gradient of its layer's own products applied to a quotient, and no step knows of any other. Slow on purpose.
 """
 
 import torch
@@ -9,7 +10,7 @@ from torch.nn.functional import conv2d, conv_transpose2d, linear
 
 
 def quotient(top, bottom):
-    """§3, safe division."""
+    """Division that gives 0 where the divisor is 0 (safe_divide)."""
     shifted = bottom.clamp(min=1e-9) + bottom.clamp(max=1e-9)
     shifted = shifted + shifted.eq(0).to(shifted) * 1e-9
     return top / shifted * bottom.ne(0).to(top)
@@ -139,12 +140,12 @@ class RuleByRule:
         return whole
 
     def last_block(self, rules):
-        """§4.2."""
+        """Partial LRP (generate_LRP, method "last_layer")."""
         self.relevance(rules, len(self.blocks) - 1)
         return self.blocks[-1].of_attention.clamp(min=0)[0].mean(0)[0, 1:]
 
     def pixels(self, rules):
-        """§3.2 and §4.1."""
+        """LRP down to the pixels (generate_LRP, method "full")."""
         of_tokens, _ = self.positions.relevance(self.relevance(rules), rules)
         weight, grid = self.tower.patch.weight, self.tower.grid
         arriving = of_tokens[:, 1:].transpose(1, 2).reshape(1, -1, *grid)
@@ -178,7 +179,7 @@ class RuleByRule:
         return torch.autograd.grad(score.sum(), maps)
 
     def transinterp(self, of_cosine, start):
-        """§4.6."""
+        """TransInterp (generate_LRP, method "transformer_attribution")."""
         gradients = self.gradients(of_cosine)
         self.relevance("new")
         product = torch.eye(len(self.tower.positions)).to(self.image)

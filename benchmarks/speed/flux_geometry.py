@@ -44,7 +44,7 @@ class Geometry:
 
 
 GEOMETRIES = {
-    # FLUX.1-schnell with T5-XXL and its autoencoder, read where the paper's run reads (spec §1.16: layers 14 to 17).
+    # FLUX.1-schnell with T5-XXL and its autoencoder, read where the paper's run reads (layers 14 to 17).
     "full": Geometry(19, 38, 24, (16, 56, 56), 24, 4096, 64, 10240, 256, 1024, (128, 256, 512, 512), (14, 15, 16, 17)),
     # A tenth of the blocks of both transformers at their own widths, and a tenth of the autoencoder's work; 144 image and 9 text
     # tokens, in the proportion of 4096 and 256. Both blocks are read, the last as far as its attention.

@@ -1,6 +1,6 @@
 """The original's computing plan and ours on the same stock FluxTransformer2DModel: time of an image from pixels to maps.
 
-The plan, restated from a description of the released code (arXiv 2502.04320, spec §1.1-1.11 and §5): one image and one noise
+The plan, restated from a description of the released code (arXiv:2502.04320): one image and one noise
 draw at a time; in every draw a pass of the text encoder for the caption and one for each word; in every double block an
 attention of concepts and image in which every query takes part and the image's rows are thrown away; keys, queries, values and
 attention outputs of concepts, image and text copied to the host in every block; maps made there in the end. No early exit:
@@ -115,7 +115,7 @@ class OriginalPlan:
 def double_block(
     block: Any, x: Tensor, p: Tensor, c: Tensor, temb: Tensor, concept_temb: Tensor, rotary: Any, concept_rotary: Any
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Image x, text p and concepts c through one double block; spec §1.5."""
+    """Image x, text p and concepts c through one double block."""
     a = block.attn
     x_in, *x_mod = block.norm1(x, emb=temb)
     p_in, *p_mod = block.norm1_context(p, emb=temb)

@@ -159,7 +159,8 @@ def shared_noise(
 def schedule(steps: int, tokens: int, shifted: bool) -> tuple[float, ...]:
     """Noise levels from 1 to 0 in steps + 1 values; shifted towards noise by the number of image tokens, as Flux-dev does.
 
-    Source: spec §1.12 of the reference: t' = e^mu / (e^mu + 1/t - 1), mu linear through (256, 0.5) and (4096, 1.15).
+    Source: black-forest-labs/flux, src/flux/sampling.py, time_shift and get_lin_function:
+    t' = e^mu / (e^mu + 1/t - 1), mu linear through (256, 0.5) and (4096, 1.15).
 
     >>> [round(t, 6) for t in schedule(4, 4096, shifted=True)]
     [1.0, 0.904531, 0.759511, 0.512844, 0.0]

@@ -1,4 +1,4 @@
-"""GradCAM on the last block's attention, as Chefer et al. 2021 (arXiv:2012.09838) evaluate it; baselines note, section 4.4."""
+"""GradCAM on the last block's attention, as Chefer et al. 2021 (arXiv:2012.09838) evaluate it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """CLIPasRNN (Sun et al. 2024, arXiv:2312.07661): one CLIP proposes masks, another strikes words off, until none goes.
 
-As restated in the baselines note, section 6.4; SAM matching, an option of its, is left out. ConceptAttention's set-up for its
-row is unknown.
+Source: google-research/google-research, clip_as_rnn; SAM matching, an option of its, is left out. ConceptAttention's set-up
+for its row is unknown.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROPOSAL_PROMPTS = ("a clean origami {}.",)
 CRF = DenseCRF(
     appearance_weight=4.0, appearance_xy=67.0, appearance_rgb=3.0, smoothness_weight=3.0, smoothness_xy=1.0, iterations=10
 )  # fmt: skip
-"""Source: baselines note, section 6.4, step 5."""
+"""Source: google-research/google-research, clip_as_rnn/configs/default.yaml."""
 
 
 class CLIPasRNN(ImageModelMethod):

@@ -161,7 +161,8 @@ class ConceptAttention(Extractor):
         A view's own timesteps are replaced by the levels of the steps that are read. Image b starts from noise of seed + b, on
         the CPU in float32. guidance: what a guidance-distilled model is told, or, in families with classifier-free guidance, its
         strength (on above 1; concepts accompany the conditional half). Raises ConfigError for a size that tokens do not tile.
-        Source: Helbling et al. 2025, arXiv:2502.04320, section 4; released pipeline (spec §1.13).
+        Source: Helbling et al. 2025, arXiv:2502.04320, section 4; helblazer811/ConceptAttention at db30c4d,
+        concept_attention/flux/pipeline.py.
         """
         backbone, cells = self.backbone, CellStore()
         prompts, tokens = backbone.generation_prompts(captions), backbone.concepts(concepts)

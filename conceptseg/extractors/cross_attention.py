@@ -29,8 +29,9 @@ class PromptCrossAttention(ConceptAttention):
     """The words asked for are the prompt, joined by blanks; a word's score is the mean over its tokens.
 
     noise, posterior, guidance, seed: as for ConceptAttention, with which it shares everything but what is scored.
-    Source: the baseline "cross attention" on SD3.5 of Helbling et al. 2025, arXiv:2502.04320, as released (spec §3.1), which
-    reads one word of "a {word}" and repeats its map; here every word of the prompt has its own.
+    Source: the baseline "cross attention" on SD3.5 of Helbling et al. 2025, arXiv:2502.04320;
+    helblazer811/ConceptAttention at db30c4d, concept_attention/sd3, which reads one word
+    of "a {word}" and repeats its map; here every word of the prompt has its own.
     """
 
     version = 1

@@ -1,6 +1,6 @@
 """Layer-wise relevance propagation down to the pixels, as Chefer et al. 2021 (arXiv:2012.09838) evaluate it as "LRP".
 
-Baselines note, sections 3.2 and 4.1.
+Source: hila-chefer/Transformer-Explainability at c3e578f, baselines/ViT/ViT_orig_LRP.py.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ SELF = Kind(softmax=True, head=-1)
 CRF = DenseCRF(
     appearance_weight=10.0, appearance_xy=80.0, appearance_rgb=13.0, smoothness_weight=3.0, smoothness_xy=3.0, iterations=5
 )  # fmt: skip
-"""Source: spec §6."""
+"""Source: vpulab/ovam at 12afd87, ovam/base/daam_module.py."""
 SURE = 0.99
 """What the CRF takes a mask to be worth: SimpleCRF, which the released code calls, keeps probabilities within 0.01 .. 0.99."""
 
@@ -102,7 +102,7 @@ class OVAM(UNetMaps):
         optimised tokens), goes through the dense CRF at the size that the model is shown, and the map is its probability; null:
         not. Every word is cut out alone, so words can't be compared.
     tokens: a file of optimised tokens; a word in it has these two for its attribution text, others have their own.
-    Source: arXiv:2403.14291 and vpulab/ovam at 12afd87, by spec §6.
+    Source: arXiv:2403.14291 and vpulab/ovam at 12afd87, ovam/base/daam_module.py.
     """
 
     version = 2
@@ -255,9 +255,9 @@ class OVAM(UNetMaps):
 def refined(maps: Float[Tensor, "B C X Y"], self_attention: Float[Tensor, "B X Y"], floor: float) -> Float[Tensor, "B C X Y"]:
     """Maps times an image's self-attention map, which is scaled to floor .. 1 (paper: 0.85, 0.95 to 0.99 with optimised tokens).
 
-    self_attention: attention that each position receives, mean over heads and layers, bilinear. The spec (§6) names an aggregate
-    self-attention map without saying which; the released code adds each query's softmax up over keys, which is 1 everywhere
-    but for rounding, so its numbers can't be had again.
+    self_attention: attention that each position receives, mean over heads and layers, bilinear. arXiv:2403.14291 names an
+    aggregate self-attention map without saying which; the released code sums each query's softmax over keys, which is 1
+    everywhere but for rounding, so its numbers can't be had again.
     """
     low, high = self_attention.amin((-2, -1), keepdim=True), self_attention.amax((-2, -1), keepdim=True)
     scaled = (self_attention - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)

@@ -1,6 +1,6 @@
 """Relevance stopped at the last block's attention: "partial LRP" (Voita et al. 2019) as Chefer et al. 2021 evaluate it.
 
-Baselines note, section 4.2.
+Source: hila-chefer/Transformer-Explainability at c3e578f, baselines/ViT/ViT_explanation_generator.py.
 """
 
 from __future__ import annotations

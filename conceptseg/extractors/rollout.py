@@ -1,6 +1,7 @@
 """Attention rollout (Abnar & Zuidema 2020, arXiv:2005.00928), as Chefer et al. 2021 evaluate it.
 
-Baselines note, section 4.5: rows of (mean over heads + I) divided by their sums, later blocks on the left.
+Rows of (mean over heads + I) divided by their sums, later blocks on the left.
+Source: hila-chefer/Transformer-Explainability at c3e578f, baselines/ViT/ViT_explanation_generator.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Attention of the class token in the last block: Chefer's "raw attention" on a classifier, and the DINO family's maps.
 
 Sources: Chefer et al. 2021 (arXiv:2012.09838), baseline "raw attention"; Caron et al. 2021 (arXiv:2104.14294), Fig. 1;
-baselines note, sections 4.3 and 6.1 to 6.3.
+hila-chefer/Transformer-Explainability at c3e578f; facebookresearch/dino at 7c446df, visualize_attention.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Transformer interpretability beyond attention visualisation (Chefer et al. 2021, arXiv:2012.09838): "TransInterp".
 
-Baselines note, section 4.6: per block I + mean over heads of (gradient · relevance)+, not row-normalised, later blocks left.
+Per block I + mean over heads of (gradient · relevance)+, not row-normalised, later blocks left.
+Source: hila-chefer/Transformer-Explainability at c3e578f, baselines/ViT/ViT_explanation_generator.py.
 """
 
 from __future__ import annotations

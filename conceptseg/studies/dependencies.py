@@ -3,7 +3,7 @@
     IoD = |D ∩ H| / |D|    IoH = |D ∩ H| / |H|    IoU = |D ∩ H| / |D ∪ H|,    D, H: where the dependent's, the head's map is on
 
 Means are over pairs; Δ = |mIoD - mIoH|. Parses come from CoNLL-U, words are found by their place in the sentence.
-Source: spec daam.md §4.1.
+Source: Tang et al. 2023, arXiv:2210.04885, section 4 (visuosyntactic analysis).
 """
 
 from __future__ import annotations

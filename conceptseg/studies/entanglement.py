@@ -1,6 +1,7 @@
 """Entanglement: two nouns of one kind that share a place, and an adjective that colours more than its noun (DAAM paper).
 
-Source: spec daam.md §4.2. Presence of both nouns is judged by people; the overlap of maps is measured.
+Source: Tang et al. 2023, arXiv:2210.04885, section 5 (visuosemantic analysis). People judge whether both
+nouns are present; the overlap of maps is measured.
 """
 
 from __future__ import annotations

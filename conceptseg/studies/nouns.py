@@ -1,7 +1,8 @@
 """Noun segmentation of generated images: predictions at several cuts against truth masks (DAAM paper, section on attribution).
 
 Every (image, noun) pair is one sample: the mean IoU is over pairs, not classes, with an interval of 1.96 standard errors.
-Source: spec daam.md §3.1; the truth masks of the paper are no longer on the web, so a set can be built from captions.
+Source: Tang et al. 2023, arXiv:2210.04885, section 3; the ground truth masks of the paper are no longer on
+the web, so a set can be built from captions.
 """
 
 from __future__ import annotations

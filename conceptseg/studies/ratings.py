@@ -1,7 +1,8 @@
 """Word attribution by part of speech, judged by people: sheets for raters, and what their scores say.
 
 Every item is one word of one prompt: the image, the word's map over it, and a scale from 1 (bad) to 5 (excellent).
-Source: spec daam.md §3.2 (14 most common tags of COCO, 200 words each, three raters an item; means per part of speech).
+Source: Tang et al. 2023, arXiv:2210.04885, section 3 (14 most common tags of COCO, 200 words each, three raters
+per item; means per part of speech).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The stock attention runs as ever; before a layer's output projection its result is replaced by the recorded probabilities times
 the values of the new prompt. Nothing else of the model is touched, and everything comes off again.
-Source: castorini/daam 0.2.0 (save_heads, load_heads), by spec daam.md §1.10; the mid block is included, as there.
+Source: castorini/daam at 09564e0, daam/trace.py (save_heads, load_heads); the mid block is included, as there.
 """
 
 from __future__ import annotations

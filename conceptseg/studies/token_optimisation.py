@@ -2,7 +2,7 @@
 
 The U-Net runs once, with its queries kept. The states of "everything else" and of the object are then changed by gradient descent
 so that their maps, a softmax over the two, come close to the annotation.
-Source: Marcos-Manchón et al. 2024 (arXiv:2403.14291) and vpulab/ovam at 12afd87, by spec daam.md §6.
+Source: Marcos-Manchón et al. 2024 (arXiv:2403.14291) and vpulab/ovam at 12afd87, ovam/optimize/optimize.py.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ class WordMap:
     def expanded(self, size: tuple[int, int], absolute: bool = False, threshold: float | None = None) -> Float[Tensor, "H W"]:
         """The map at another size (rows, columns), bicubic and not cut at 0; scaled to 0..1 unless `absolute`; 0 or 1 with a cut.
 
-        Source: castorini/daam 0.2.0, by spec §1.7, which hands (width, height) to (rows, columns); a cut of 0 is no cut there.
+        Source: castorini/daam at 09564e0, daam/heatmap.py, which hands (width, height) to (rows, columns);
+        a cut of 0 is no cut there.
         """
         flat = self.values[None, None].float()
         wide = torch.nn.functional.interpolate(flat, size=size, mode="bicubic")[0, 0]

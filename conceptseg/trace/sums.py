@@ -44,7 +44,7 @@ class RunningSums:
     ) -> Float[Tensor, "K X Y"]:
         """Every chosen pair's map at one size, averaged over the pairs, or over each grid's pairs and then over grids.
 
-        One pair is enlarged at a time. Raises ViewError if none is chosen. Source: castorini/daam 0.2.0, by spec §1.5.
+        One pair is enlarged at a time. Raises ViewError if none is chosen. Source: castorini/daam at 09564e0, daam/trace.py.
         """
         grids: dict[int, list[tuple[int, int]]] = {}
         for layer, head, positions in self._chosen(size, layers, heads, factors):

@@ -1,7 +1,7 @@
 """The double blocks of FLUX.1 with concepts beside them, written out pair by pair in float64, and tiny models to hold against it.
 
 The oracle knows nothing of diffusers' modules: it takes weights by name and follows the equations of the reference
-(spec §1.2-1.10; Helbling et al. 2025, arXiv:2502.04320, section 4). Text, image and concepts are kept apart throughout,
+(Helbling et al. 2025, arXiv:2502.04320, section 4). Text, image and concepts are kept apart throughout,
 softmax is a quotient of sums, rotation turns one pair of features at a time.
 """
 
@@ -66,7 +66,7 @@ def layer_norm(x):
 
 
 def sinus(value):
-    """[cos, sin] of 1000·t at 128 frequencies, in float32 as the spec says: at phase 500 float64 differs by 1e-5."""
+    """[cos, sin] of 1000·t at 128 frequencies, in float32 as released: at phase 500 float64 differs by 1e-5."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
     phases = torch.tensor(1000 * value, dtype=torch.float32) * frequencies
     return torch.cat([torch.cos(phases), torch.sin(phases)]).double()

@@ -135,7 +135,7 @@ def test_legrad_is_positive_gradients_of_each_blocks_own_score(clip):
 
 
 def test_textspans_patches_are_the_sum_over_layers_and_heads_term_by_term(clip):
-    """Spec §5.2, with every bias shared out as the note says; all terms together are the unit image vector (§9.4, check 4)."""
+    """The decomposition of Gandelsman et al. 2024, section 3, with biases shared out; all terms sum to the image vector."""
     shown = batch(1)
     stream = residuals(clip, clip.images(shown.tasks))
     depth, count, tokens = 4, 3, 10

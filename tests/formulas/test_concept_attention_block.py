@@ -1,4 +1,4 @@
-"""The concept stream against the three-stream block of the spec, written out in flux_oracle.py."""
+"""The concept stream against the three-stream block of the paper, written out in flux_oracle.py."""
 
 from itertools import pairwise
 

@@ -206,7 +206,7 @@ def test_ovam_multiplies_by_the_attention_that_positions_receive_from_the_image(
 
 
 def test_ovam_cuts_a_word_out_above_a_share_of_its_maximum_by_a_dense_crf(backbone, task):
-    """The maximum is the unrefined map's; the CRF's letters are the paper's (spec §6), on the image that the model is shown."""
+    """The maximum is the unrefined map's; the CRF's settings are those of arXiv:2403.14291, on the image shown."""
     small = UNetBackbone(backbone.checkpoint.path, image_size=12)
     floor, level = {"self_attention_floor": 0.85}, 0.9
     methods = [OVAM(small), OVAM(small, **floor), OVAM(small, **floor, crf_level=level)]

@@ -1,6 +1,6 @@
 """Relevance rules and the vision-transformer methods against slow literal versions of their formulas, in float64.
 
-Numbers printed in the baselines note (§3.3, §4.7) and its acceptance checks (§9.4) are here too.
+Numbers that the released code gave for small inputs, and laws that the rules must keep, are here too.
 """
 
 import pytest
@@ -79,7 +79,7 @@ def test_the_patch_rule_gives_the_printed_relevance():
 
 
 def test_a_matrix_product_halves_the_relevance_between_its_factors():
-    """Spec §3.3, conservation: each branch carries half of what arrives."""
+    """Conservation: each branch carries half of what arrives."""
     a, b = (torch.rand(1, 3, 3, dtype=torch.float64).requires_grad_() for _ in range(2))
     arriving = torch.rand(1, 3, 3, dtype=torch.float64)
     for found in relevance(MatmulRelevance.apply(a, b), arriving, a, b):
@@ -188,7 +188,7 @@ def test_new_rules_conserve_relevance_block_by_block_and_orig_rules_do_not(vit):
 @pytest.mark.parametrize("name", [*METHODS, "gradcam", "attention", "rollout"])
 @pytest.mark.parametrize("host", ["vit", "clip"])
 def test_a_batch_of_eight_is_eight_batches_of_one(request, name, host):
-    """Totals of the rule of addition are a sample's own (spec §9.4, check 2)."""
+    """Totals of the rule of addition are a sample's own ."""
     backbone = request.getfixturevalue("turned_clip" if (name, host) == ("gradcam", "clip") else host)
     shown = batch(8, names=OBJECTS, labels=range(1, len(OBJECTS) + 1))
     others = {"gradcam": (AttentionGradCAM, {}), "attention": (SelfAttention, {}), "rollout": (Rollout, {})}

@@ -73,7 +73,7 @@ def test_the_image_vector_and_the_patches_parts_of_it_are_the_references(referen
 
 
 def test_all_terms_of_the_decomposition_sum_to_the_unit_image_vector(reference):
-    """Spec §9.4, check 4: with the class token's own part and the MLPs, nothing is missing."""
+    """Gandelsman et al. 2024, section 3: with the class token's own part and the MLPs, nothing is missing."""
     found = reference.wanted
     total = found["attention_contributions"].sum((1, 2, 3)) + found["mlp_contributions"].sum(1)
     shown = reference.batch(reference.images)

@@ -57,7 +57,7 @@ def test_maps_and_masks_are_the_wrappers_on_any_grid(folder, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_class_tokens_row_sums_to_one_over_all_tokens(folder, name):
-    """Spec §9.4, check 5."""
+    """The last block's attention of the class token, as visualize_attention.py of facebookresearch/dino reads it."""
     shown = INPUTS[f"{name}.model_input"]
     backbone, last = made(folder, shown), 3
     normed = []

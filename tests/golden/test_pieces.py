@@ -41,7 +41,7 @@ def test_the_schedule_is_the_references(pieces, name):
 
 
 def test_the_schedule_holds_the_levels_of_the_published_rows():
-    """Spec §1.12, printed there to six and four decimals."""
+    """Levels of the released schedule (flux/src/flux/sampling.py, get_schedule), to six and four decimals."""
     assert schedule(4, 4096, shifted=False) == (1.0, 0.75, 0.5, 0.25, 0.0)
     assert [round(t, 6) for t in schedule(4, 4096, shifted=True)] == [1.0, 0.904531, 0.759511, 0.512844, 0.0]
     fifty = schedule(50, 4096, shifted=True)
@@ -56,7 +56,7 @@ def test_the_blur_is_the_references(pieces):
 def test_the_blurs_taps_are_those_of_the_published_rows():
     point = torch.zeros(1, 1, 5, 5)
     point[..., 2, 2] = 1
-    taps = np.array([0.27407, 0.45186, 0.27407])  # spec §2.2, to five decimals
+    taps = np.array([0.27407, 0.45186, 0.27407])  # GaussianBlur(kernel 3, sigma 1) of run_experiment.py, to five decimals
     assert np.allclose(gaussian_blur(point, 1.0)[0, 0, 1:4, 1:4].numpy(), np.outer(taps, taps), atol=5e-6)
 
 

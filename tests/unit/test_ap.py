@@ -115,7 +115,7 @@ def test_foreground_leaves_void_out_and_takes_the_class_asked_for():
 
 
 def literal_two_channel(scores, truth):
-    """The released function as the spec tells it: flatten the stack, NaN to 0, drop ignored entries, scikit-learn, NaN to 0."""
+    """As utils/metrices.py computes it: flatten the stack, NaN to 0, drop ignored entries, scikit-learn, NaN to 0."""
     target = np.where(truth == 255, -1, truth.astype(int))
     output = np.nan_to_num(np.stack([1 - scores, scores])).ravel()
     onehot = np.stack([np.where(target < 0, -1, 1 - target), target]).ravel()

@@ -64,7 +64,7 @@ def test_all_background_scores_half_its_share_and_the_published_miou_more():
 
 
 def literal_stacked(predict, target):
-    """The released accuracy and IoU functions as the spec tells them, on maps that may be stacks; -1 is ignored."""
+    """The released accuracy and IoU functions as utils/metrices.py computes them, on maps that may be stacks; -1 is ignored."""
     predict, target = predict + 1, target + 1
     labelled, correct = (target > 0).sum(), ((predict == target) & (target > 0)).sum()
     predict = predict * (target > 0)

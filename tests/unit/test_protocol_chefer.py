@@ -1,4 +1,4 @@
-"""Protocols chefer and gandelsman: the golden image of the baselines note (§7.1), and images cut as torchvision cuts them."""
+"""Protocols chefer and gandelsman: a golden image of the released metric code, and images cut as torchvision cuts them."""
 
 import numpy as np
 import pytest

@@ -369,7 +369,7 @@ def test_replayed_attention_is_the_recorded_one_and_comes_off(model):
 
 
 def test_open_vocabulary_maps_are_those_of_a_loop_over_layers_steps_and_heads(model):
-    """Any text's states against queries of a finished generation; OVAM, spec §6."""
+    """Any text's states against queries of a finished generation; OVAM."""
     generator, record = Generator(UNetBackbone(str(model)), steps=2), {}
     generator.generate("a red ball", 0, around=recording_queries(generator.backbone.unet, record, "conditional"))
     states = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))

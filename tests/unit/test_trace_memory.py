@@ -50,7 +50,7 @@ def held_by(config, latents, tokens):
 
 @pytest.mark.parametrize("model", REAL)
 def test_real_models_take_less_than_a_twentieth_of_the_original(model):
-    """The original, by spec §1.9: sums of all 77 tokens, then every pair's enlarged map, in a list and stacked."""
+    """As daam/trace.py does: sums of all 77 tokens, then every pair's enlarged map, in a list and stacked."""
     config, latents, pairs = REAL[model]
     config = {"layers_per_block": 2, **config}
     original = held_by(config, latents, TEXT) + 2 * pairs * TEXT * 4 * SIDE**2

@@ -4,7 +4,8 @@ What the stock model computed in its one forward pass is linked a second time by
 gives the relevance of every attention matrix of a batch. The rules divide by signed activations and are numerically chaotic
 through many layers, so they refuse anything below float32.
 
-Source: Chefer et al. 2021 (arXiv:2012.09838) and its released code, as restated in the baselines note, sections 3 to 3.4:
+Source: Chefer et al. 2021 (arXiv:2012.09838) and
+hila-chefer/Transformer-Explainability at c3e578f, modules/layers_ours.py:
 rule set "new" (TransInterp) and rule set "orig" (LRP, partial LRP).
 """
 

@@ -26,7 +26,8 @@ class CogVideoXCarrier(ConceptCarrier):
     """Concepts beside text and video, which share one set of weights; concepts take the text's part of every modulation.
 
     The released code pads concepts with zeros to 226 tokens, which join its attention and its softmax; here there is no padding.
-    Source: Helbling et al. 2025, arXiv:2502.04320, as released (spec §3.3), but for that.
+    Source: Helbling et al. 2025, arXiv:2502.04320, but for that as in
+    helblazer811/ConceptAttention at db30c4d, concept_attention/cogvideox/dit_block.py.
     """
 
     def attach(self, taps: TapSet) -> None:

@@ -3,7 +3,7 @@
 With zeros for the pooled vector every modulation of FLUX.1 depends on the noise level alone, so the matrices that make it (a
 third of the double blocks) are read from disk once a level, multiplied out, and let go. Single-stream blocks and the output are
 never reached and never read. Nothing of the arithmetic that is left changes.
-Source: spec §5.2 and §5.4 of the reference; the result equals the whole model's to the last bit.
+The result equals the whole model's to the last bit.
 """
 
 from __future__ import annotations

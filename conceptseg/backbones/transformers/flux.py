@@ -25,7 +25,8 @@ from conceptseg.errors import ConfigError
 class FluxCarrier(DoubleBlockCarrier):
     """Concepts in the double blocks: text weights, the modulation of (t, the concepts' pooled vector), position 0.
 
-    Source: Helbling et al. 2025, arXiv:2502.04320, section 4, as released; spec §1.3-1.6.
+    Source: Helbling et al. 2025, arXiv:2502.04320, section 4; helblazer811/ConceptAttention at db30c4d,
+    concept_attention/flux/dit_block.py.
     """
 
     def attach(self, taps: TapSet) -> None:
@@ -61,7 +62,7 @@ class FluxBackbone(MultiModalBackbone):
     """FLUX.1 (schnell, dev, or the lab's).
 
     text_tokens: 256 for schnell, 512 for dev. pooled: what modulates image and text when a real image is read: "zeros", as
-    released, or "caption", the caption's CLIP vector, as the model was trained; concepts keep zeros either way (spec §1.4).
+    released, or "caption", the caption's CLIP vector, as the model was trained; concepts keep zeros either way.
     """
 
     kind = "flux"

@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 class Flux2Carrier(DoubleBlockCarrier):
     """Concepts in the double blocks: text weights and the text's own modulation; all at one text position.
 
-    Source: the released FLUX.2 code of Helbling et al. 2025, arXiv:2502.04320 (spec §3.2).
+    Source: Helbling et al. 2025, arXiv:2502.04320; helblazer811/ConceptAttention at db30c4d,
+    concept_attention/flux2/dit_block.py.
     """
 
     def __init__(self, stream: ConceptStream, position: int = 510) -> None:

@@ -156,7 +156,8 @@ class LatentModel(LatentCheckpoint, ABC):
 def shift_of(tokens: int, config: Mapping[str, Any]) -> float:
     """mu of a schedule that is shifted by the number of image tokens: linear through two points of its config.
 
-    Source: spec §1.12; the points of diffusers' schedulers where the config lacks them.
+    Source: black-forest-labs/flux, src/flux/sampling.py, get_schedule; the points
+    of diffusers' schedulers where the config lacks them.
     """
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)

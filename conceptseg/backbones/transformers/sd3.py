@@ -25,7 +25,7 @@ class SD3Carrier(ConceptCarrier):
 
     The last block has no text stream to go on with: concepts are normalised by scale and shift only, scored, and end there. The
     second attention of SD3.5 medium (`attn2`) is the image's alone and is left alone.
-    Source: the released SD3.5 code of Helbling et al. 2025, arXiv:2502.04320; spec §3.1.
+    Source: Helbling et al. 2025, arXiv:2502.04320; helblazer811/ConceptAttention at db30c4d, concept_attention/sd3/dit_block.py.
     """
 
     def attach(self, taps: TapSet) -> None:
@@ -111,7 +111,8 @@ class SD3Backbone(MultiModalBackbone):
     released: all words of a row in one prompt, of which the CLIPs' begin-of-text token and each word's tokens are taken (words
     are read in the light of those before them; begin-of-text joins the attention and is not scored); or "t5": every word
     alone, the T5's tokens, as on Flux.
-    Source: the released SD3.5 code of Helbling et al. 2025 (spec §3.1), which takes one token a word, whatever its length.
+    Source: helblazer811/ConceptAttention at db30c4d, concept_attention/sd3/pipeline.py, which takes one token per word,
+        whatever its length.
     """
 
     kind = "sd3"

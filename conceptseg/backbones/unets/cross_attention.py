@@ -51,7 +51,7 @@ class CrossAttention:
 def cross_attentions(config: Mapping[str, Any]) -> tuple[CrossAttention, ...]:
     """Every cross-attention of a UNet2DConditionModel by its config.json, no weights needed, the mid block's last.
 
-    Source: castorini/daam 0.2.0, by spec §1.3 (15 + 1 in SD 1 and 2, 60 + 10 in SDXL).
+    Source: castorini/daam at 09564e0, daam/hook.py (15 + 1 in SD 1 and 2, 60 + 10 in SDXL).
     """
     down, up = list(config["down_block_types"]), list(config["up_block_types"])
     count = len(down)
@@ -100,7 +100,7 @@ class Attended:
     ) -> Float[Tensor, "r a N S"]:
         """Softmax over tokens of the scaled dot products, in float32, of some rows and heads; other keys may be given.
 
-        Source: Tang et al. 2023, arXiv:2210.04885; castorini/daam 0.2.0, by spec §1.2.
+        Source: Tang et al. 2023, arXiv:2210.04885; castorini/daam at 09564e0, daam/trace.py.
         """
         keys = self.keys if keys is None else keys
         scaled = self.queries[rows, heads].float() * self.scale  # queries, not logits: they are far fewer
@@ -204,7 +204,7 @@ class CrossAttentionTap:
 def kept_rows(rows: int, guided: bool, rule: str) -> slice:
     """Rows of a U-Net batch that maps are read from: the second half under guidance, all without, or all anyway.
 
-    Source: spec §1.2: diffusers stacks unconditional rows first.
+    Source: diffusers' Stable Diffusion pipelines, which stack unconditional rows first.
     """
     return slice(rows // 2, rows) if guided and rule == "conditional" else slice(0, rows)
 
@@ -217,7 +217,7 @@ def kept_heads(heads: int, rule: str) -> range:
 def reference_half(probabilities: Float[Tensor, "R A N T"]) -> Float[Tensor, "H N T"]:
     """The second half of the fused (row, head) axis, as the reference slices it: right for one guided image and no other case.
 
-    Source: castorini/daam 0.2.0, by spec §1.2 and §2.1.
+    Source: castorini/daam at 09564e0, daam/trace.py.
     """
     fused = rearrange(probabilities, "R A N T -> (R A) N T")
     return fused[len(fused) // 2 :]
@@ -226,7 +226,7 @@ def reference_half(probabilities: Float[Tensor, "R A N T"]) -> Float[Tensor, "H 
 def reference_side(sample_size: int, pixels_per_latent: int) -> int:
     """Side of the reference's maps by a model's native size in latents: 64 at 512 or 1024 pixels, 96 at 768, else the latents'.
 
-    Source: castorini/daam 0.2.0, by spec §1.4, which has 96 for every other size.
+    Source: castorini/daam at 09564e0, daam/trace.py, which has 96 for every other size.
 
     >>> reference_side(64, 8), reference_side(96, 8), reference_side(24, 2)
     (64, 96, 24)
@@ -256,7 +256,8 @@ def grid_factor(size: tuple[int, int], positions: int) -> int:
 def upsample(maps: Float[Tensor, "*B h w"], size: tuple[int, int], how: str) -> Float[Tensor, "*B X Y"]:
     """Maps at another size: bicubic with what falls below 0 cut off, every map for itself (the reference's), or bilinear.
 
-    Source: castorini/daam 0.2.0, by spec §1.5 (align_corners false, no antialias); OVAM is bilinear, §6.
+    Source: castorini/daam at 09564e0, daam/trace.py (align_corners false, no antialias); OVAM is bilinear
+    (vpulab/ovam at 12afd87).
     """
     flat = maps.reshape(1, -1, *maps.shape[-2:])
     if how == "bilinear":
