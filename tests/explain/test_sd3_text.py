@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from composing import plainly
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from hydra import compose, initialize_config_module
 from tiny import tiny_sd3
 
 from conceptseg.backbones.transformers.sd3 import SD3Backbone, encode_prompts
-from conceptseg.config import instantiate, plain, register
+from conceptseg.config import instantiate
 from conceptseg.errors import DataError
 from conceptseg.saliency.views import expand_views
 from conceptseg.types import Batch, Concepts, Task
@@ -91,9 +91,7 @@ def test_more_words_than_a_clip_prompt_holds_are_refused(backbone):
 @pytest.mark.parametrize("concept_text", ["joined", "t5"])
 def test_the_benchmarks_extractor_runs_on_it_from_its_sheet(folder, concept_text):
     """extractor=concept_attention backbone@extractor.backbone=lab_sd3: a batch is single images, views add no pass."""
-    register()
-    with initialize_config_module("conceptseg.conf", version_base="1.3"):
-        config = plain(compose("evaluate", ["extractor=concept_attention", "backbone@extractor.backbone=lab_sd3"]))
+    config = plainly("extractor=concept_attention", "backbone@extractor.backbone=lab_sd3")
     tiny = {"path": folder, "image_size": 32, "text_tokens": 12, "clip_tokens": 12, "concept_text": concept_text}
     config["extractor"]["backbone"] |= tiny
     extractor = instantiate(config["extractor"], "extractor")

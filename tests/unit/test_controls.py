@@ -9,9 +9,9 @@ from importlib import resources
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from composing import plainly
 
-from conceptseg.config import instantiate, plain, register
+from conceptseg.config import instantiate
 from conceptseg.extractors.controls import CentrePrior, ColourContrast, Constant, InvertedOracle, Oracle, RandomMap
 from conceptseg.metrics.definitions import DEFINITIONS, Rows
 from conceptseg.types import VOID, Batch, Sample, Task
@@ -24,9 +24,7 @@ EXACT = 1e-12  # ratios of whole numbers in float64
 
 @cache
 def built(name):
-    register()
-    with initialize_config_module("conceptseg.conf", version_base="1.3"):
-        return instantiate(plain(compose("evaluate", overrides=[f"protocol={name}"]))["protocol"], "protocol")
+    return instantiate(plainly(f"protocol={name}")["protocol"], "protocol")
 
 
 def samples(classes=1, void=True):

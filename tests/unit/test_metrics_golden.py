@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from composing import plainly
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import interpolate
 
-from conceptseg.config import instantiate, plain, register
+from conceptseg.config import instantiate
 from conceptseg.metrics.average_precision import minmax_scaled, two_channel_average_precision
 from conceptseg.metrics.counts import count
 from conceptseg.metrics.reported import metric
@@ -82,9 +82,7 @@ def target_wins(packed):
 @pytest.mark.parametrize(("case", "name"), [("imagenet", "imagenet_released"), ("imagenet_down14", "imagenet_14x14_released")])
 def test_imagenet_segmentation(imagenet, case, name):
     records = []
-    register()
-    with initialize_config_module("conceptseg.conf", version_base="1.3"):
-        protocol = instantiate(plain(compose("evaluate", overrides=[f"protocol={name}"]))["protocol"], "protocol")
+    protocol = instantiate(plainly(f"protocol={name}")["protocol"], "protocol")
     for i in range(10):
         scores = imagenet[f"imagenet.in.map.{i}"]
         mask = enlarged(scores > scores.mean()).astype(np.uint8)

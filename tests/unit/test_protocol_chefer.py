@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_module
+from composing import plainly
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from conceptseg.config import instantiate, plain, register
+from conceptseg.config import instantiate
 from conceptseg.metrics.published import f1_over_rows
 from conceptseg.metrics.summary import summarise
 from conceptseg.types import Concepts, Sample, Task
@@ -16,9 +16,7 @@ TRUTH = np.array([[1, 1], [0, 0]], np.uint8)
 
 
 def built(name):
-    register()
-    with initialize_config_module("conceptseg.conf", version_base="1.3"):
-        return instantiate(plain(compose("evaluate", overrides=[f"protocol={name}"]))["protocol"], "protocol")
+    return instantiate(plainly(f"protocol={name}")["protocol"], "protocol")
 
 
 def numbers(scores, truth):

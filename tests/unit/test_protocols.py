@@ -4,11 +4,11 @@ from importlib import resources
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_module
+from composing import plainly
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
-from conceptseg.config import instantiate, plain, register
+from conceptseg.config import instantiate
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.protocols import Excluded, SegmentationProtocol
 from conceptseg.segment.segmenter import Segmenter
@@ -20,9 +20,7 @@ WORDS = {3: "bird", 8: "cat", 12: "dog"}
 
 
 def built(name):
-    register()
-    with initialize_config_module("conceptseg.conf", version_base="1.3"):
-        return instantiate(plain(compose("evaluate", overrides=[f"protocol={name}"]))["protocol"], "protocol")
+    return instantiate(plainly(f"protocol={name}")["protocol"], "protocol")
 
 
 def protocol(**settings):

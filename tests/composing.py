@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,12 @@ def composed(*overrides: str) -> DictConfig:
         return compose(config_name="evaluate", overrides=list(overrides))
 
 
-def plainly(*overrides: str) -> dict[str, Any]:
-    """A fresh, resolved copy."""
+@cache
+def _resolved(*overrides: str) -> dict[str, Any]:
     found: dict[str, Any] = plain(composed(*overrides))
     return found
+
+
+def plainly(*overrides: str) -> dict[str, Any]:
+    """A fresh, resolved copy."""
+    return deepcopy(_resolved(*overrides))
