@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class ConceptSegError(Exception):
@@ -49,6 +50,18 @@ def did_you_mean(got: str, offered: Iterable[str]) -> str:
     near = get_close_matches(got, choices, n=1)
     listed = ", ".join(choices[:20]) + (f", and {len(choices) - 20} more" if len(choices) > 20 else "")
     return (f'Did you mean "{near[0]}"? ' if near else "") + f"Choices: {listed}."
+
+
+def one_of(key: str, value: Any, choices: Iterable[str], error: type[ConceptSegError] = ConfigError) -> None:
+    """Raise `error` if the setting `key` has a value that is none of the choices.
+
+    >>> one_of("extractor.noise", "sharde", ["shared", "per_sample"])
+    Traceback (most recent call last):
+    conceptseg.errors.ConfigError: extractor.noise: unknown "sharde". Did you mean "shared"? Choices: per_sample, shared.
+    """
+    offered = list(choices)
+    if value not in offered:
+        raise error(f'{key}: unknown "{value}". {did_you_mean(str(value), offered)}')
 
 
 def guarded(main: Callable[[], int | None]) -> Callable[[], None]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from conceptseg.errors import ConfigError, DataError, did_you_mean
+from conceptseg.errors import ConfigError, DataError, one_of
 from conceptseg.metrics.average_precision import average_precision, minmax_scaled, two_channel_average_precision
 from conceptseg.metrics.counts import count
 from conceptseg.metrics.published import f1_over_rows
@@ -72,8 +72,7 @@ class SegmentationProtocol:
             (variant, "variant", ("standard", "released")),
             (ask, "ask", ("present", "named")),
         ):
-            if value not in choices:
-                raise ConfigError(f'protocol.{key}: unknown "{value}". {did_you_mean(value, choices)}')
+            one_of(f"protocol.{key}", value, choices)
         if repeated := sorted({w for w in background if list(background).count(w) > 1}):
             raise ConfigError(f"protocol.background names {', '.join(repeated)} twice; every concept is asked for once.")
         self.name, self.version, self.task, self.variant = name, version, task, variant

@@ -10,8 +10,8 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from conceptseg.backbones.base import RESIZES, Checkpoint, Provenance
-from conceptseg.backbones.settings import chosen, device_of, dtype_of
-from conceptseg.errors import ConfigError, DataError, did_you_mean
+from conceptseg.backbones.settings import device_of, dtype_of
+from conceptseg.errors import ConfigError, DataError, did_you_mean, one_of
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class LatentCheckpoint:
         self.checkpoint = Checkpoint(path, revision)
         self.dtype, self.vae_dtype = dtype_of(dtype, "dtype"), dtype_of(vae_dtype, "vae_dtype")
         self.device = device_of(device)
-        chosen("resize", resize, RESIZES)
+        one_of("extractor.backbone.resize", resize, RESIZES)
         self.size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
         self.resize = resize
         self._warned: set[str] = set()

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from conceptseg.errors import ConfigError, did_you_mean
-
-
-def chosen(key: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ConfigError for a value that is none of the choices."""
-    if value not in choices:
-        raise ConfigError(f'extractor.backbone.{key}: unknown "{value}". {did_you_mean(value, choices)}')
+from conceptseg.errors import ConfigError, did_you_mean, one_of
 
 
 def device_of(name: str) -> torch.device:
@@ -29,5 +21,5 @@ def device_of(name: str) -> torch.device:
 def dtype_of(name: str, key: str) -> torch.dtype:
     """Raises ConfigError for a name that is no floating-point type."""
     choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-    chosen(key, name, list(choices))
+    one_of(f"extractor.backbone.{key}", name, choices)
     return choices[name]

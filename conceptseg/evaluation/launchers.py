@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from conceptseg.errors import ConfigError, StoreError, did_you_mean
+from conceptseg.errors import ConfigError, StoreError, one_of
 
 EXECUTORS = ("slurm", "local", "debug")
 
@@ -72,8 +72,7 @@ class SubmititLauncher:
     """
 
     def __init__(self, executor: str, shards: int, folder: str, parameters: Mapping[str, Any], renewals: int = 100) -> None:
-        if executor not in EXECUTORS:
-            raise ConfigError(f'launcher.executor: unknown "{executor}". {did_you_mean(executor, EXECUTORS)}')
+        one_of("launcher.executor", executor, EXECUTORS)
         self.executor, self.shards, self.folder, self.parameters = executor, shards, Path(folder), dict(parameters)
         self.renewals = renewals
 

@@ -27,7 +27,7 @@ from conceptseg.backbones.sheets import backbone_of
 from conceptseg.backbones.transformers.concept_stream import SPACES, BlockActivations, ConceptStream, ConceptTokens
 from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
 from conceptseg.backbones.transformers.prompts import Prompts
-from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.errors import ConfigError, one_of
 from conceptseg.extractors.base import Extractor, Provenance
 from conceptseg.extractors.explanation import Explanation, as_pixels, read_pixels
 from conceptseg.saliency.cells import CellStore, cell_scores, kinds_by_layer
@@ -62,9 +62,8 @@ class ConceptAttention(Extractor):
     ) -> None:
         self.backbone = backbone
         self.cross_attention, self.self_attention = concept_cross_attention, concept_self_attention
-        for value, key, choices in ((noise, "noise", ["per_sample", "shared"]), (posterior, "posterior", ["mode", "sample"])):
-            if value not in choices:
-                raise ConfigError(f'extractor.{key}: unknown "{value}". {did_you_mean(value, choices)}')
+        one_of("extractor.noise", noise, ("per_sample", "shared"))
+        one_of("extractor.posterior", posterior, ("mode", "sample"))
         self.noise, self.posterior, self.guidance, self.seed = noise, posterior, guidance, seed
 
     def axes(self) -> Axes:

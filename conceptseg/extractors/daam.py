@@ -17,8 +17,8 @@ from torch import Tensor
 from conceptseg.backbones.unets.cross_attention import CFG_ROWS, Attended, upsample
 from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.backbones.unets.word_tokens import POSITION_RULES, positions_of, prompt_length
-from conceptseg.errors import ConfigError, DataError
-from conceptseg.extractors.unet_maps import Asked, Kind, UNetMaps, check_choices, check_template
+from conceptseg.errors import ConfigError, DataError, one_of
+from conceptseg.extractors.unet_maps import Asked, Kind, UNetMaps, check_template
 from conceptseg.types import BACKGROUND, Batch, Concepts, Task
 
 SPACES = {
@@ -88,10 +88,10 @@ class DAAM(UNetMaps):
         posterior: str = "mode",
         seed: int = 0,
     ) -> None:
-        check_choices(
-            (encode, "encode", ("joint", "separate")), (background, "background", ("prompt", "complement")),
-            (token_match, "token_match", tuple(POSITION_RULES)), (cfg_rows, "cfg_rows", CFG_ROWS),
-        )  # fmt: skip
+        one_of("extractor.encode", encode, ("joint", "separate"))
+        one_of("extractor.background", background, ("prompt", "complement"))
+        one_of("extractor.token_match", token_match, tuple(POSITION_RULES))
+        one_of("extractor.cfg_rows", cfg_rows, CFG_ROWS)
         if encode == "separate" and background == "complement":
             raise ConfigError('extractor.background "complement" asks for class words only, in one prompt: use encode=joint.')
         check_template(prompt, "prompt", ("caption", "concepts"))

@@ -17,7 +17,7 @@ from conceptseg.backbones.encoders.image_encoder import Explained, ImageEncoder
 from conceptseg.backbones.encoders.tower import tap_normed
 from conceptseg.backbones.encoders.transformers_model import TransformersBackbone
 from conceptseg.backbones.taps import TapSet
-from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.errors import ConfigError, one_of
 from conceptseg.extractors.base import OneView, Provenance
 from conceptseg.types import BACKGROUND, Batch, Told
 
@@ -62,10 +62,7 @@ class ClassMethod(ImageModelMethod):
 
     def __init__(self, backbone: ImageEncoder, explained_class: str = "predicted") -> None:
         super().__init__(backbone)
-        if explained_class not in TOLD_BY_CLASS:
-            raise ConfigError(
-                f'extractor.explained_class: unknown "{explained_class}". {did_you_mean(explained_class, TOLD_BY_CLASS)}'
-            )
+        one_of("extractor.explained_class", explained_class, TOLD_BY_CLASS)
         self.explained_class, self.told = explained_class, TOLD_BY_CLASS[explained_class]
 
     def by_class(

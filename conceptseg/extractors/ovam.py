@@ -23,9 +23,9 @@ from conceptseg.backbones.unets.cross_attention import Attended, CrossAttention,
 from conceptseg.backbones.unets.optimised_tokens import digest_of, read_tokens
 from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.backbones.unets.word_tokens import exact_positions
-from conceptseg.errors import ConfigError, DataError
+from conceptseg.errors import ConfigError, DataError, one_of
 from conceptseg.extractors.dense_crf import DenseCRF
-from conceptseg.extractors.unet_maps import Asked, Kind, LayerSum, LayerSums, UNetMaps, check_choices, check_template
+from conceptseg.extractors.unet_maps import Asked, Kind, LayerSum, LayerSums, UNetMaps, check_template
 from conceptseg.saliency.views import View
 from conceptseg.types import Batch, Task
 
@@ -130,7 +130,8 @@ class OVAM(UNetMaps):
         posterior: str = "mode",
         seed: int = 0,
     ) -> None:
-        check_choices((attribute, "attribute", ("joint", "separate")), (activation, "activation", tuple(ACTIVATIONS)))
+        one_of("extractor.attribute", attribute, ("joint", "separate"))
+        one_of("extractor.activation", activation, tuple(ACTIVATIONS))
         check_template(prompt, "prompt", ("caption",))
         check_template(attribution, "attribution", ("caption", "concepts"))
         check_template(concept, "concept", ("concept",))

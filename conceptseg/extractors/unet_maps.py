@@ -26,7 +26,7 @@ from conceptseg.backbones.unets.cross_attention import (
     map_size,
 )
 from conceptseg.backbones.unets.unet import UNetBackbone
-from conceptseg.errors import ConfigError, ViewError, did_you_mean
+from conceptseg.errors import ConfigError, ViewError, one_of
 from conceptseg.extractors.base import Extractor, Provenance
 from conceptseg.saliency.normalize import gaussian_blur, softmax_over_concepts, softmax_over_tokens
 from conceptseg.saliency.views import Axes, Fold, Softmax, View
@@ -78,13 +78,6 @@ LayerSums = dict[tuple[int, Kind, float], LayerSum]
 """By layer, kind and noise level."""
 
 
-def check_choices(*settings: tuple[str, str, Sequence[str]]) -> None:
-    """Raises ConfigError for the first (value, key, choices) whose value is no choice."""
-    for value, key, choices in settings:
-        if value not in choices:
-            raise ConfigError(f'extractor.{key}: unknown "{value}". {did_you_mean(value, choices)}')
-
-
 def check_template(template: str, key: str, known: Sequence[str]) -> None:
     """Raises ConfigError for a template that names what is not known."""
     try:
@@ -116,10 +109,9 @@ class UNetMaps(Extractor):
         posterior: str,
         seed: int,
     ) -> None:
-        check_choices(
-            (upsampling, "upsampling", UPSAMPLINGS), (noise, "noise", ("per_sample", "shared")),
-            (posterior, "posterior", ("mode", "sample")),
-        )  # fmt: skip
+        one_of("extractor.upsampling", upsampling, UPSAMPLINGS)
+        one_of("extractor.noise", noise, ("per_sample", "shared"))
+        one_of("extractor.posterior", posterior, ("mode", "sample"))
         self.backbone, self.cfg_rows = backbone, cfg_rows
         self.exclude_factor, self.include_mid = exclude_factor, include_mid
         self.upsampling, self.map_side = upsampling, map_side

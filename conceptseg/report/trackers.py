@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.errors import ConfigError, one_of
 from conceptseg.report.results import Results
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
@@ -18,8 +18,7 @@ def check_trackers(names: Sequence[str]) -> None:
     from importlib.util import find_spec
 
     for name in names:
-        if name not in TRACKERS:
-            raise ConfigError(f'report.trackers: unknown "{name}". {did_you_mean(name, TRACKERS)}')
+        one_of("report.trackers", name, TRACKERS)
         for package in ("accelerate", name):
             if find_spec(package) is None:
                 raise ConfigError(

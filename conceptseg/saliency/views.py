@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from conceptseg.errors import ConfigError, ViewError, did_you_mean
+from conceptseg.errors import ConfigError, ViewError, did_you_mean, one_of
 
 
 class Normalize(StrEnum):
@@ -173,8 +173,8 @@ def _expand(where: str, given: dict[str, Any], axes: Axes) -> Iterator[tuple[lis
     spaces = given.pop("space", axes.spaces[0])
     spaces = [spaces] if isinstance(spaces, str) else list(spaces)
     each = given.pop("each", None)
-    if each not in (None, "layer", "timestep", "layer_timestep"):
-        raise ConfigError(f'{where}.each: unknown "{each}". Choices: layer, timestep, layer_timestep.')
+    if each is not None:
+        one_of(f"{where}.each", each, ("layer", "timestep", "layer_timestep"))
     layers = parse_span(given.pop("layers", "all"), axes.layers) if axes.layers else ()
     timesteps = tuple(float(t) for t in given.pop("timesteps", ())) if axes.has_timesteps else ()
     draws = int(given.pop("draws", 1)) if axes.has_timesteps else 1

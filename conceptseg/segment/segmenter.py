@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.errors import ConfigError, one_of
 from conceptseg.metrics.published import colliding_relabel
 from conceptseg.segment.resize import bilinear, nearest_floor
 from conceptseg.segment.threshold import above_level, above_mean, above_otsu, above_quantile, from_share
@@ -43,8 +43,7 @@ class Segmenter:
             (self.enlarge, "enlarge", ("nearest", "bilinear")),
             (self.relabel, "relabel", ("right", "colliding")),
         ):
-            if value not in choices:
-                raise ConfigError(f'protocol.segmenters.{key}: unknown "{value}". {did_you_mean(value, choices)}')
+            one_of(f"protocol.segmenters.{key}", value, choices)
         if self.score_grid is not None and (self.cut != "grid" or self.score_grid < 1):
             raise ConfigError(
                 f'protocol.segmenters.score_grid is {self.score_grid} with cut "{self.cut}"; wanted a width of 1 or more, with '

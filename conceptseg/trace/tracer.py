@@ -25,7 +25,7 @@ from conceptseg.backbones.unets.cross_attention import (
     reference_side,
 )
 from conceptseg.backbones.unets.word_tokens import POSITION_RULES, prompt_length
-from conceptseg.errors import ConfigError, TapError, ViewError, did_you_mean
+from conceptseg.errors import TapError, ViewError, one_of
 from conceptseg.trace.calls import Call, PipelineCalls
 from conceptseg.trace.maps import PromptMaps, WordMap
 from conceptseg.trace.sums import RunningMap, RunningSums, SpaceReduce
@@ -58,8 +58,7 @@ class Trace:
             (keep, "keep", ("pairs", "map")), (cfg_rows, "cfg_rows", CFG_ROWS), (upsampling, "upsampling", UPSAMPLINGS),
             (token_match, "token_match", tuple(POSITION_RULES)),
         ):  # fmt: skip
-            if value not in choices:
-                raise ConfigError(f'trace({key}="{value}"): unknown. {did_you_mean(value, choices)}')
+            one_of(f"trace({key}=...)", value, choices)
         config = _unet_config(pipe)
         self.pipe, self.keep, self.holds_steps = pipe, keep, steps
         self.layers, self.cfg_rows, self.exclude_factor = (
@@ -194,8 +193,7 @@ class Trace:
             (space_reduce, "space_reduce", ("pairs", "grids")),
             (time_reduce, "time_reduce", ("sum", "mean")),
         ):
-            if value not in choices:
-                raise ViewError(f'prompt_maps({key}="{value}"): unknown. {did_you_mean(value, choices)}')
+            one_of(f"prompt_maps({key}=...)", value, choices, ViewError)
         if self.call is None or not self.steps_done:
             raise ViewError("this trace holds no maps yet: run the pipeline inside `with trace(pipe) as tr:`.")
         if not 0 <= image < self.call.rows:

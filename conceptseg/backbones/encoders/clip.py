@@ -20,8 +20,7 @@ from conceptseg.backbones.encoders.image_encoder import (
     load_strictly,
 )
 from conceptseg.backbones.encoders.tower import Tower, TowerBlock, Weights, resized_positions
-from conceptseg.backbones.settings import chosen
-from conceptseg.errors import ConfigError, DataError, TapError, did_you_mean
+from conceptseg.errors import ConfigError, DataError, TapError, did_you_mean, one_of
 
 TEMPLATE_LISTS = ("openai_imagenet",)
 TEXTS_AT_ONCE = 256
@@ -49,10 +48,10 @@ class CLIPBackbone(ImageEncoder):
     ) -> None:
         super().__init__(path, trained_on, **settings)
         if isinstance(templates, str):
-            chosen("templates", templates, TEMPLATE_LISTS)
+            one_of("extractor.backbone.templates", templates, TEMPLATE_LISTS)
         elif not templates or any("{}" not in t for t in templates):
             raise ConfigError(f'extractor.backbone.templates is {list(templates)}; wanted prompts with "{{}}" for the name.')
-        chosen("tokenizer", tokenizer, ("bpe", "files"))
+        one_of("extractor.backbone.tokenizer", tokenizer, ("bpe", "files"))
         self._templates, self._tokenizer, self.file = templates, tokenizer, file
         self._vectors: dict[tuple[tuple[str, ...], str], Float[Tensor, " k"]] = {}
 

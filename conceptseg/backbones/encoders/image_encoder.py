@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from conceptseg.backbones.base import RESIZES, Checkpoint, Provenance, stack_images
 from conceptseg.backbones.encoders.tower import Tower
-from conceptseg.backbones.settings import chosen, device_of, dtype_of
+from conceptseg.backbones.settings import device_of, dtype_of
 from conceptseg.backbones.taps import TapSet
-from conceptseg.errors import ConfigError
+from conceptseg.errors import ConfigError, one_of
 from conceptseg.types import Task, TrainedOn
 
 LABEL_LISTS = ("imagenet", "scenes")
@@ -64,11 +64,11 @@ class ImageEncoder(ABC):
     ) -> None:
         self.checkpoint = Checkpoint(path, revision)
         self.dtype, self.device = dtype_of(dtype, "dtype"), device_of(device)
-        chosen("resize", resize, RESIZES)
-        chosen("position_resize", position_resize, POSITION_RULES)
-        chosen("trained_on", trained_on, get_args(TrainedOn))
+        one_of("extractor.backbone.resize", resize, RESIZES)
+        one_of("extractor.backbone.position_resize", position_resize, POSITION_RULES)
+        one_of("extractor.backbone.trained_on", trained_on, get_args(TrainedOn))
         if isinstance(labels, str):
-            chosen("labels", labels, LABEL_LISTS)
+            one_of("extractor.backbone.labels", labels, LABEL_LISTS)
         self.trained_on: TrainedOn = trained_on  # type: ignore[assignment]
         self.resize, self.position_resize = resize, position_resize
         self._image_size, self._mean, self._std, self._labels = image_size, mean, std, labels

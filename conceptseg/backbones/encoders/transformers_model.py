@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from conceptseg.backbones.base import RESIZES, Checkpoint, Provenance, stack_images
 from conceptseg.backbones.encoders.image_encoder import checkpoint_file
-from conceptseg.backbones.settings import chosen, device_of, dtype_of
-from conceptseg.errors import ConfigError, DataError, did_you_mean
+from conceptseg.backbones.settings import device_of, dtype_of
+from conceptseg.errors import ConfigError, DataError, did_you_mean, one_of
 from conceptseg.types import Task, TrainedOn
 
 ARCHITECTURES = ("GroupViTModel", "CLIPSegForImageSegmentation", "GroundingDinoForObjectDetection", "Sam2Model")
@@ -42,9 +42,9 @@ class TransformersBackbone:
         prompt: str = "a photo of a {}.",
         **about: Any,
     ) -> None:
-        chosen("architecture", architecture, ARCHITECTURES)
-        chosen("trained_on", trained_on, get_args(TrainedOn))
-        chosen("resize", resize, RESIZES)
+        one_of("extractor.backbone.architecture", architecture, ARCHITECTURES)
+        one_of("extractor.backbone.trained_on", trained_on, get_args(TrainedOn))
+        one_of("extractor.backbone.resize", resize, RESIZES)
         if "{}" not in prompt:
             raise ConfigError(f'extractor.backbone.prompt is "{prompt}"; wanted a text with "{{}}" for the name.')
         self.checkpoint = Checkpoint(path, revision)

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from conceptseg.backbones.latents import image_ids, pack, unpack
-from conceptseg.backbones.settings import chosen
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
 from conceptseg.backbones.transformers.concept_stream import ConceptStream
@@ -19,7 +18,7 @@ from conceptseg.backbones.transformers.double_blocks import DoubleBlockCarrier
 from conceptseg.backbones.transformers.encode_only import EncodeOnlyFlux
 from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
 from conceptseg.backbones.transformers.prompts import Prompts
-from conceptseg.errors import ConfigError
+from conceptseg.errors import ConfigError, one_of
 
 
 class FluxCarrier(DoubleBlockCarrier):
@@ -74,8 +73,8 @@ class FluxBackbone(MultiModalBackbone):
         self, path: str, revision: str | None = None, pooled: str = "zeros", load: str = "whole", **settings: Any
     ) -> None:
         super().__init__(path, revision, **settings)
-        chosen("pooled", pooled, ("zeros", "caption"))
-        chosen("load", load, ("whole", "encode_only"))
+        one_of("extractor.backbone.pooled", pooled, ("zeros", "caption"))
+        one_of("extractor.backbone.load", load, ("whole", "encode_only"))
         if load == "encode_only" and pooled == "caption":
             raise ConfigError(
                 "extractor.backbone.load is encode_only, which makes constants of the modulation, but extractor.backbone.pooled "

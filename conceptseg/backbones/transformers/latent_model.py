@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from conceptseg.backbones.latent_checkpoint import LatentCheckpoint
 from conceptseg.backbones.latents import spread_out
-from conceptseg.backbones.settings import chosen
 from conceptseg.backbones.transformers.quantized_weights import WEIGHTS, to_eight_bits
-from conceptseg.errors import ConfigError
+from conceptseg.errors import ConfigError, one_of
 
 
 class LatentModel(LatentCheckpoint, ABC):
@@ -42,7 +41,7 @@ class LatentModel(LatentCheckpoint, ABC):
         weights: str = "full",
     ) -> None:
         super().__init__(path, revision, dtype, device, image_size, resize, vae_dtype)
-        chosen("weights", weights, WEIGHTS)
+        one_of("extractor.backbone.weights", weights, WEIGHTS)
         self.weights = weights
 
     @cached_property

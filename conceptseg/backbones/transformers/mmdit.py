@@ -15,13 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from conceptseg.backbones.settings import chosen
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextCache, TextRecord
 from conceptseg.backbones.transformers.concept_stream import SPACES, ConceptCarrier, ConceptStream, ConceptTokens
 from conceptseg.backbones.transformers.latent_model import LatentModel
 from conceptseg.backbones.transformers.prompts import POOLINGS, Prompts, own_tokens, pooled_tokens
-from conceptseg.errors import ConfigError, DataError, did_you_mean
+from conceptseg.errors import ConfigError, DataError, did_you_mean, one_of
 
 TEXTS_AT_ONCE = 16
 """How many texts go through an encoder together; a T5-XXL keeps 0.2 GB of activations a text."""
@@ -64,8 +63,8 @@ class MultiModalBackbone(LatentModel):
         if unknown := sorted(set(model) - set(signature(LatentModel).parameters)):
             raise ConfigError(f"extractor.backbone.{unknown[0]}: no such setting. {did_you_mean(unknown[0], self.settings())}")
         super().__init__(path, revision, **model)
-        chosen("concept_pooling", concept_pooling, POOLINGS)
-        chosen("text_encoders", text_encoders, ("keep", "release"))
+        one_of("extractor.backbone.concept_pooling", concept_pooling, POOLINGS)
+        one_of("extractor.backbone.text_encoders", text_encoders, ("keep", "release"))
         self.text_tokens, self.concept_pooling = text_tokens, concept_pooling
         self.releases_text_encoders = text_encoders == "release"
         self.texts = TextCache(text_cache, self.text_identity)

@@ -11,13 +11,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from conceptseg.backbones.settings import chosen
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
 from conceptseg.backbones.transformers.concept_stream import SPACES, ConceptCarrier, ConceptTokens, Heads, by_heads, normed
 from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
 from conceptseg.backbones.transformers.prompts import Prompts, own_tokens, pooled_tokens
-from conceptseg.errors import DataError
+from conceptseg.errors import DataError, one_of
 
 
 class SD3Carrier(ConceptCarrier):
@@ -126,7 +125,7 @@ class SD3Backbone(MultiModalBackbone):
         self, path: str, revision: str | None = None, clip_tokens: int = 77, concept_text: str = "joined", **settings: Any
     ) -> None:
         super().__init__(path, revision, **settings)
-        chosen("concept_text", concept_text, ("joined", "t5"))
+        one_of("extractor.backbone.concept_text", concept_text, ("joined", "t5"))
         self.clip_tokens, self.concept_text = clip_tokens, concept_text
 
     def identity(self) -> dict[str, Any]:
