@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib import import_module, metadata, resources
@@ -133,25 +133,67 @@ def targets(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from targets(value, f"{path}[{number}]")
 
 
-def check_targets(config: Mapping[str, Any], allowed: list[str]) -> None:
-    """Raises ConfigError for a _target_ outside the allowed prefixes. Source of the rule: hydra issues #3258, #3412."""
+OWN = "conceptseg."
+PACKAGES = "conceptseg.packages"
+"""Entry point group. A package that names its module here may be named by _target_, and its conf/ is searched for sheets."""
+BASES = {
+    "dataset": "conceptseg.data.base.SegmentationDataset",
+    "extractor": "conceptseg.extractors.base.Extractor",
+    "launcher": "conceptseg.evaluation.launchers.Launcher",
+    "protocol": "conceptseg.protocols.SegmentationProtocol",
+}
+"""Part of a configuration -> the class that its _target_ must be a subclass of."""
+NESTED_BASES = {
+    "extractor": "conceptseg.backbones.base.Backbone",
+    "protocol": "conceptseg.segment.segmenter.Segmenter",
+}
+"""Part -> the class that every _target_ inside it must be a subclass of."""
+
+
+def packages() -> list[str]:
+    """Modules that installed packages name in the entry point group `conceptseg.packages`."""
+    return sorted({point.value.partition(":")[0] for point in metadata.entry_points(group=PACKAGES)})
+
+
+def check_targets(config: Mapping[str, Any], allowed: Iterable[str]) -> None:
+    """Raises ConfigError for a _target_ outside the allowed packages, before anything is imported.
+
+    allowed: prefixes such as "mylab."; installed packages of the entry point group count as allowed.
+    Source of the rule: hydra issues #3258, #3412.
+    """
+    known = [OWN, *allowed, *(f"{name}." for name in packages())]
+    known = list(dict.fromkeys(prefix if prefix.endswith(".") else f"{prefix}." for prefix in known))
     for path, target in targets(config):
-        if not any(target.startswith(prefix) for prefix in allowed):
+        if not target.startswith(tuple(known)):
             raise ConfigError(
-                f'{path}._target_ is "{target}", which is outside runtime.allow_targets ({", ".join(allowed)}). '
-                f"A config can run any code it names: add the prefix only if you trust it."
+                f'{path}._target_ is "{target}", which is outside runtime.allow_targets ({", ".join(known)}). '
+                f"A configuration can run the code that it names: if you trust the package, allow it on the command line, "
+                f"runtime.allow_targets=[conceptseg.,{target.partition('.')[0]}.]"
             )
 
 
-def instantiate(config: Mapping[str, Any], path: str) -> Any:
+def check_allowance(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Raises ConfigError if a sheet has widened runtime.allow_targets: only the command line may."""
+    own = Runtime().allow_targets
+    said = any(override.lstrip("+~").partition("=")[0] == "runtime.allow_targets" for override in overrides)
+    if not said and list(config["runtime"]["allow_targets"]) != own:
+        raise ConfigError(
+            f"runtime.allow_targets is {config['runtime']['allow_targets']} by a configuration file; wanted {own}. A file must "
+            "not decide which code may run: if you trust the package, set runtime.allow_targets on the command line."
+        )
+
+
+def instantiate(config: Mapping[str, Any], path: str, allowed: Iterable[str] = ()) -> Any:
     """The object a plain config describes, nested ones first, built by Hydra.
 
-    Raises ConfigError for a setting that a class does not take, before anything is built; errors of ours that a
-    constructor raises come out bare, not wrapped.
+    path: the part, a key of BASES. Raises ConfigError for a class that is no subclass of the part's base, for a package that
+    is not allowed, and for a setting that a class does not take, before anything is built; errors of ours that a constructor
+    raises come out bare, not wrapped.
     """
     if "_target_" not in config:
         raise ConfigError(f"{path}: no _target_, so nothing can be built. Choose an option of this group.")
-    _check_settings(config, path)
+    check_targets({path: config}, allowed)
+    _check_settings(config, path, BASES[path], NESTED_BASES.get(path))
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate as build
 
@@ -163,23 +205,35 @@ def instantiate(config: Mapping[str, Any], path: str) -> Any:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _check_settings(config: Any, path: str) -> None:
-    """Every keyword of every nested _target_ against its signature."""
+def _imported(target: str, path: str) -> Any:
+    module_name, _, name = target.rpartition(".")
+    try:
+        return getattr(import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f'{path}._target_ "{target}" can\'t be imported: {error}.') from error
+
+
+def _check_settings(config: Any, path: str, base: str | None, nested: str | None) -> None:
+    """Every nested _target_ against its base class, and every keyword against its signature."""
     if isinstance(config, list):
         for number, value in enumerate(config):
-            _check_settings(value, f"{path}[{number}]")
+            _check_settings(value, f"{path}[{number}]", nested, nested)
     if not isinstance(config, Mapping):
         return
     for key, value in config.items():
-        _check_settings(value, f"{path}.{key}")
+        _check_settings(value, f"{path}.{key}", nested, nested)
     if "_target_" not in config:
         return
-    module_name, _, name = str(config["_target_"]).rpartition(".")
-    try:
-        kind = getattr(import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f'{path}._target_ "{config["_target_"]}" can\'t be imported: {error}.') from error
+    target = str(config["_target_"])
+    if base is None:
+        raise ConfigError(f'{path}._target_ is "{target}", but this part of a configuration takes plain settings only.')
+    kind = _imported(target, path)
+    if not (isinstance(kind, type) and issubclass(kind, _imported(base, path))):
+        raise ConfigError(f'{path}._target_ is "{target}"; wanted a subclass of {base}. Choose an option of this group.')
+    name = kind.__name__
     given = [str(key) for key in config if key != "_target_"]
+    if special := [key for key in given if key.startswith("_")]:
+        raise ConfigError(f"{path}.{special[0]}: Hydra's own keys other than _target_ are not read here. Remove it.")
     accepted = signature(kind).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         for key in given:

@@ -25,6 +25,10 @@ RESIZES = ("nearest", "bicubic")
 Provenance = Literal["lab", "weights", "random"]
 
 
+class Backbone:
+    """Base of every class that wraps a model. A configuration may name only subclasses of it as a part of an extractor."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """Where a model's parts are read from: a hub repository with a pinned revision, a folder, or "lab:<name>"."""

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
-from conceptseg.backbones.base import RESIZES, Checkpoint, Provenance
+from conceptseg.backbones.base import RESIZES, Backbone, Checkpoint, Provenance
 from conceptseg.backbones.settings import device_of, dtype_of
 from conceptseg.errors import ConfigError, DataError, did_you_mean, one_of
 
 log = logging.getLogger(__name__)
 
 
-class LatentCheckpoint:
+class LatentCheckpoint(Backbone):
     """Parts of a checkpoint, read on first use.
 
     dtype, vae_dtype: of the weights; image_size: pixels a side that the model is shown, or [height, width]; resize: how images

@@ -6,13 +6,16 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import hydra
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 
 from conceptseg.cli.refusals import explain_refusal
-from conceptseg.errors import ConceptSegError
+from conceptseg.config import check_allowance, packages
+from conceptseg.errors import ConceptSegError, ConfigError
 
 
 def quiet_libraries() -> None:
@@ -30,8 +33,6 @@ def run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from conceptseg.errors import ConfigError
-
     codes: list[int] = []
     errors: list[ConceptSegError] = []
 
@@ -41,11 +42,14 @@ def run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
     def run(config: DictConfig) -> None:
         started.append(True)
         try:
+            check_allowance(config, HydraConfig.get().overrides.task)
             codes.append(task(config))
         except ConceptSegError as error:  # carried out of Hydra, which would print it a second time
             errors.append(error)
 
     try:
+        prepare_search_path()
+        check_foreign_sources(sys.argv[1:], config_name)
         hydra.main(version_base="1.3", config_path="pkg://conceptseg.conf", config_name=config_name)(run)()
     except (HydraException, OmegaConfBaseException) as error:
         if isinstance(error.__cause__, ConceptSegError):
@@ -58,6 +62,68 @@ def run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
     if errors:
         raise errors[0]
     return max(codes, default=0)
+
+
+PRIMARY = ("--config-path", "-cp", "--config-name", "-cn")
+FOLDERS = ("--config-dir", "-cd")
+
+
+def prepare_search_path() -> None:
+    """Let Hydra search conf/ of every installed package of the entry point group."""
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    found = packages()
+    if not found:
+        return
+
+    class InstalledPackages(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            for name in found:
+                search_path.append(provider=name, path=f"pkg://{name}.conf")
+
+    Plugins.instance().register(InstalledPackages)
+
+
+def check_foreign_sources(arguments: Sequence[str], config_name: str) -> None:
+    """Raises ConfigError if sheets from elsewhere would make Hydra itself run code: callbacks, launchers, log handlers.
+
+    Hydra builds those before our own checks see the configuration. So the configuration is composed once ahead where a
+    folder is added, and the part of it that is Hydra's must equal our own.
+    """
+    if chosen := [word for word in arguments if word.partition("=")[0] in PRIMARY]:
+        raise ConfigError(
+            f"{chosen[0]}: conceptseg reads its own primary configuration. Add a folder of sheets with --config-dir or "
+            "hydra.searchpath=[file://FOLDER]."
+        )
+    overrides = [word for word in arguments if not word.startswith("-") and "=" in word]
+    folders = [
+        word.partition("=")[2] or "".join(arguments[place + 1 : place + 2])
+        for place, word in enumerate(arguments)
+        if word.partition("=")[0] in FOLDERS
+    ]
+    if not folders and not any(word.lstrip("+~").startswith("hydra.searchpath") for word in overrides):
+        return
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    added = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if folders else []
+    GlobalHydra.instance().clear()
+    with initialize_config_module("conceptseg.conf", version_base="1.3"):
+        theirs = compose(config_name, overrides=[*overrides, *added], return_hydra_config=True)
+        ours = compose(config_name, overrides=[o for o in overrides if o.startswith("hydra")], return_hydra_config=True)
+    for key in ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging"):
+        if _plainly(ours, key) != _plainly(theirs, key):
+            raise ConfigError(
+                f"hydra.{key} is set by a configuration file from elsewhere, and Hydra would run what it names. Remove it from "
+                "the file; set it on the command line if you trust it."
+            )
+
+
+def _plainly(config: DictConfig, key: str) -> Any:
+    found = config.hydra.get(key)
+    return OmegaConf.to_container(found, resolve=False) if found else {}
 
 
 def _readable(error: Exception) -> str:

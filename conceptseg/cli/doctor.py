@@ -18,11 +18,10 @@ def doctor() -> int:
 
 
 def _doctor(config: DictConfig) -> int:
-    from conceptseg.config import check_targets, instantiate
+    from conceptseg.config import instantiate
 
     whole = plain(config)
-    check_targets(whole, whole["runtime"]["allow_targets"])
-    dataset = instantiate(whole["dataset"], "dataset")
+    dataset = instantiate(whole["dataset"], "dataset", whole["runtime"]["allow_targets"])
     problems = dataset.problems()
     for problem in problems:
         print(f"- {problem}")

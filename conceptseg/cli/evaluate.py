@@ -84,9 +84,9 @@ def _evaluate(config: DictConfig) -> int:
 
 def _launch(config: DictConfig, overrides: Sequence[str]) -> None:
     """Has everything computed elsewhere; what follows finds it done."""
-    from conceptseg.config import check_targets, instantiate
+    from conceptseg.config import instantiate
     from conceptseg.evaluation.launchers import launch
 
     whole = plain(config)
-    check_targets(whole, whole["runtime"]["allow_targets"])
-    launch(instantiate(whole["launcher"], "launcher"), [o for o in overrides if not o.lstrip("+~").startswith("launcher")])
+    launcher = instantiate(whole["launcher"], "launcher", whole["runtime"]["allow_targets"])
+    launch(launcher, [o for o in overrides if not o.lstrip("+~").startswith("launcher")])

@@ -27,7 +27,7 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
 
-    from conceptseg.config import composing_source
+    from conceptseg.config import check_allowance, composing_source
     from conceptseg.keys import digest
     from conceptseg.report.trackers import check_trackers
     from conceptseg.tables.composed_cache import Compositions
@@ -70,6 +70,7 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
 
     def compose_anew(overrides: Sequence[str]) -> dict[str, Any]:
         found: dict[str, Any] = plain(compose(config_name="evaluate", overrides=[*overrides]))
+        check_allowance(found, extra)  # a row of a sheet must not widen it either
         return found
 
     composed = Compositions(tables / f"{place}.configs.json", source, compose_anew)

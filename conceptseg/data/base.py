@@ -1,27 +1,30 @@
-"""What a data set is: an ordered list of stable keys, a way to read one, and a fingerprint."""
+"""A data set: an ordered list of stable keys, a way to read one sample, and a fingerprint."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 from conceptseg.types import Sample
 
 
-@runtime_checkable
-class SegmentationDataset(Protocol):
+class SegmentationDataset(ABC):
     """Images with masks and words. Reading is lazy: constructing one opens no image."""
 
     name: str
 
+    @abstractmethod
     def keys(self) -> Sequence[str]:
         """Every sample's key, in an order that is the same on every machine."""
 
+    @abstractmethod
     def read(self, key: str) -> Sample:
         """One sample. Raises DataError if it is unreadable or its mask does not fit its image."""
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """Changes when the content changes; goes into the run id. Cheap: no full read of the data."""
 
+    @abstractmethod
     def problems(self) -> list[str]:
         """What a folder or file lacks, one sentence each with the remedy; empty when it is usable."""

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 
+from conceptseg.data.base import SegmentationDataset
 from conceptseg.data.drawings import OBJECTS, TINTS
 from conceptseg.data.images import present_labels, unknown_key
 from conceptseg.data.scenes import DRAWING_VERSION, HARD_KINDS, PLACEMENTS, Layout, draw_hard_scene, draw_scene
@@ -33,7 +34,7 @@ def _layout(distractors: Sequence[int], tints: int, placement: str) -> Layout:
     return Layout((int(distractors[0]), int(distractors[1])), int(tints), placement)
 
 
-class Scenes:
+class Scenes(SegmentationDataset):
     """`count` scenes of one split; classes are 1..12 in the order of `OBJECTS`, the rim of every object is void."""
 
     name = "scenes"
@@ -88,7 +89,7 @@ class Scenes:
         return []
 
 
-class HardScenes:
+class HardScenes(SegmentationDataset):
     """`count` scenes of look-alikes for studies of leakage between concepts; classes are roles, not kinds.
 
     Class 1 is what is meant; class 2 is what it may be taken for: the same thing in another tint ("tint"), a thing that differs

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from conceptseg.data.base import SegmentationDataset
 from conceptseg.data.images import (
     check_mask,
     checked_encoding,
@@ -37,7 +38,7 @@ _SHARD = re.compile(r"(?P<split>.+?)(?:-\d+-of-\d+(?:-[0-9a-f]+)?)?")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
-class HubTable:
+class HubTable(SegmentationDataset):
     """Rows of one split as samples.
 
     `words` is "voc", "voc_official", or a map of mask values to words. `id_column` names the column that keys are made of;

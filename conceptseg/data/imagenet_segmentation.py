@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from conceptseg.data.base import SegmentationDataset
 from conceptseg.data.images import check_mask, checked_limit, one_line, reading_problems, unique_keys, unknown_key
 from conceptseg.data.words import imagenet_nouns
 from conceptseg.errors import ConfigError, DataError
@@ -27,7 +28,7 @@ REMEDY = "Fetch it with scripts/fetch_imagenet_segmentation.py, or set dataset.r
 _COLUMNS = ("wnid", "lemma", "noun")
 
 
-class ImageNetSegmentation:
+class ImageNetSegmentation(SegmentationDataset):
     """One noun an image; mask 0 or 1, no void, the first annotation where there are several.
 
     `root` is the .mat file or the folder that holds it. `words` is a CSV with the columns wnid, lemma, noun that replaces the

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from conceptseg.data.base import SegmentationDataset
 from conceptseg.data.hub import HubTable, is_table_folder
 from conceptseg.data.images import (
     VOC_LABELS,
@@ -37,7 +38,7 @@ _IMAGES, _MASKS, _LISTS = "JPEGImages", "SegmentationClass", "ImageSets/Segmenta
 _PARTS = (_IMAGES, _MASKS, _LISTS)
 
 
-class PascalVOC:
+class PascalVOC(SegmentationDataset):
     """The images of one list with their class masks; classes 1..20, 0 background, 255 void.
 
     `root` is VOCdevkit, its parent, VOC2012 itself, the published .tar, or a local table of `datasets`.

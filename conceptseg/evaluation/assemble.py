@@ -53,10 +53,11 @@ def assemble(config: Mapping[str, Any]) -> Evaluation:
     whole = dict(config)
     runtime = whole["runtime"]
     _check_report(whole["report"])
-    check_targets(whole, runtime["allow_targets"])
-    dataset: SegmentationDataset = instantiate(whole["dataset"], "dataset")
-    protocol: SegmentationProtocol = instantiate(whole["protocol"], "protocol")
-    extractor: Extractor = instantiate(whole["extractor"], "extractor")
+    allowed = runtime["allow_targets"]
+    check_targets(whole, allowed)
+    dataset: SegmentationDataset = instantiate(whole["dataset"], "dataset", allowed)
+    protocol: SegmentationProtocol = instantiate(whole["protocol"], "protocol", allowed)
+    extractor: Extractor = instantiate(whole["extractor"], "extractor", allowed)
     views = expand_views(whole["views"], extractor.axes())
     identity = {
         "extractor": {k: v for k, v in whole["extractor"].items() if k not in ("backbone", "device")},

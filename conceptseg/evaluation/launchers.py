@@ -10,19 +10,23 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from conceptseg.errors import ConfigError, StoreError, one_of
 
 EXECUTORS = ("slurm", "local", "debug")
 
 
-class Launcher(Protocol):
+class Launcher(ABC):
+    """Carries out the commands of all shards, each somewhere."""
+
     shards: int
 
+    @abstractmethod
     def run(self, commands: Sequence[Sequence[str]]) -> list[str]:
         """Carry out all commands, each somewhere. Returns what went wrong, a line a command that failed."""
 
@@ -63,7 +67,7 @@ def _deaf_to_warnings() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class SubmititLauncher:
+class SubmititLauncher(Launcher):
     """Jobs through submitit.
 
     executor: "slurm"; "local", processes of this machine; "debug", one after the other inside this process. folder: holds the
@@ -100,7 +104,7 @@ class SubmititLauncher:
         return failed
 
 
-class RayLauncher:
+class RayLauncher(Launcher):
     """Jobs as tasks of a Ray cluster, whose machines see this folder.
 
     address: of a running cluster ("auto" finds this machine's); None starts one here. resources: what `ray.remote` takes, for

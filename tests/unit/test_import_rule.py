@@ -163,17 +163,21 @@ except SystemExit as end:
     assert not loaded_by(code) & MODELS
 
 
-def test_help_answers_within_one_and_a_half_seconds(tmp_path):
-    """CPU seconds of the process, median of three after one that writes bytecode: the machine may be busy with other work."""
+def test_help_takes_a_few_times_as_long_as_importing_hydra(tmp_path):
+    """CPU seconds of processes, medians of three after one that writes bytecode. Measured: 4 to 6 times; torch alone adds 8.
+
+    A ratio, since machines differ in speed and may be busy.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {"PYTHONPYCACHEPREFIX": str(tmp_path)}
 
-    def seconds() -> float:
+    def seconds(*arguments: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "conceptseg", "--help"]
-        said = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
-        assert said.returncode == 0 and "table=<name>" in said.stdout
+        said = subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60
+        )
+        assert said.returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    seconds()
-    assert median(seconds() for _ in range(3)) < 1.5
+    times = [(seconds("-m", "conceptseg", "--help"), seconds("-c", "import hydra, omegaconf")) for _ in range(4)][1:]
+    assert median(ours / theirs for ours, theirs in times) < 9, times

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from conceptseg.backbones.base import RESIZES, Checkpoint, Provenance, stack_images
+from conceptseg.backbones.base import RESIZES, Backbone, Checkpoint, Provenance, stack_images
 from conceptseg.backbones.encoders.tower import Tower
 from conceptseg.backbones.settings import device_of, dtype_of
 from conceptseg.backbones.taps import TapSet
@@ -35,7 +35,7 @@ class Explained:
     """Its place among a classifier's outputs; None for a text."""
 
 
-class ImageEncoder(ABC):
+class ImageEncoder(Backbone, ABC):
     """A stock vision transformer on one image size, read from a folder or a pinned hub repository on first use.
 
     path, revision: see `Checkpoint`. trained_on: what supervision stands behind the weights.

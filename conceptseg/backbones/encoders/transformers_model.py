@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from conceptseg.backbones.base import RESIZES, Checkpoint, Provenance, stack_images
+from conceptseg.backbones.base import RESIZES, Backbone, Checkpoint, Provenance, stack_images
 from conceptseg.backbones.encoders.image_encoder import checkpoint_file
 from conceptseg.backbones.settings import device_of, dtype_of
 from conceptseg.errors import ConfigError, DataError, did_you_mean, one_of
@@ -19,7 +19,7 @@ from conceptseg.types import Task, TrainedOn
 ARCHITECTURES = ("GroupViTModel", "CLIPSegForImageSegmentation", "GroundingDinoForObjectDetection", "Sam2Model")
 
 
-class TransformersBackbone:
+class TransformersBackbone(Backbone):
     """A stock model of transformers in its hub layout, on images of one square size.
 
     architecture: the class. text_tokens: padded length of a text. prompt: what a name is put into, "{}" standing for it.

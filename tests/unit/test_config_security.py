@@ -1,0 +1,136 @@
+"""No code from configuration: a _target_ names a subclass of its part's base, from a package that was allowed."""
+
+import sys
+from importlib import metadata
+
+import pytest
+from composing import plainly
+
+from conceptseg import config
+from conceptseg.cli.evaluate import evaluate
+from conceptseg.errors import ConfigError
+
+RUNS_A_PROGRAM = "conceptseg.evaluation.launchers._carried_out"
+
+
+def refused(part, *overrides, match):
+    with pytest.raises(ConfigError, match=match):
+        config.instantiate(plainly(*overrides)[part], part)
+
+
+@pytest.mark.parametrize(("part", "choice"), [("extractor", "oracle"), ("dataset", "scenes"), ("protocol", "scenes_single")])
+@pytest.mark.parametrize(
+    "target",
+    [
+        RUNS_A_PROGRAM,  # a function of ours that runs a program
+        "conceptseg.evaluation.launchers.SubmititLauncher",  # a class of ours, of another kind
+        "conceptseg.evaluation.launchers.ShardCommand",
+        "conceptseg.keys.Path",  # a class that one of our modules imported
+    ],
+)
+def test_a_part_is_built_from_a_subclass_of_its_own_base_only(part, choice, target):
+    refused(
+        part, f"{part}={choice}", f"{part}._target_={target}", match=rf"{part}._target_ (is )?\"{target}\"; wanted a subclass"
+    )
+
+
+def test_a_launcher_is_a_launcher(tmp_path):
+    with pytest.raises(ConfigError, match=r"wanted a subclass of conceptseg.evaluation.launchers.Launcher"):
+        config.instantiate({"_target_": RUNS_A_PROGRAM, "command": ["true"], "folder": "."}, "launcher")
+
+
+@pytest.mark.parametrize(
+    ("part", "overrides"),
+    [
+        ("extractor", ["extractor=naclip", f"extractor.backbone._target_={RUNS_A_PROGRAM}"]),
+        ("extractor", ["extractor=oracle", "+extractor.grid._target_=conceptseg.extractors.controls.Oracle"]),
+        ("protocol", ["protocol=scenes_single", f"protocol.segmenters=[{{_target_: {RUNS_A_PROGRAM}}}]"]),
+        ("dataset", ["dataset=scenes", "+dataset.size._target_=conceptseg.data.drawn.Scenes"]),
+    ],
+)
+def test_a_nested_part_is_held_to_its_base_too(part, overrides):
+    with pytest.raises(ConfigError, match=r"wanted a subclass|plain settings only"):
+        found = plainly(*[o for o in overrides if "+" not in o])[part]
+        for override in [o for o in overrides if "+" in o]:
+            key, _, target = override.lstrip("+").partition("=")
+            found[key.split(".")[1]] = {"_target_": target}
+        config.instantiate(found, part)
+
+
+@pytest.mark.parametrize("key", ["_partial_", "_args_", "_recursive_", "_convert_"])
+def test_hydras_own_keys_are_refused(key):
+    with pytest.raises(ConfigError, match=rf"extractor\.{key}"):
+        config.instantiate({"_target_": "conceptseg.extractors.controls.Constant", key: True}, "extractor")
+
+
+def test_a_prefix_is_a_package_and_not_the_beginning_of_a_name():
+    whole = plainly("extractor._target_=mylab_evil.Method")
+    with pytest.raises(ConfigError, match=r"outside runtime.allow_targets"):
+        config.check_targets(whole, ["mylab"])
+
+
+def test_nothing_of_a_package_that_is_not_allowed_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "evil_package.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"outside runtime.allow_targets"):
+        config.instantiate({"_target_": "evil_package.Method"}, "extractor")
+    assert "evil_package" not in sys.modules
+
+
+def test_an_installed_package_of_the_entry_point_group_is_allowed(monkeypatch):
+    points = [metadata.EntryPoint("mine", "mylab", config.PACKAGES)]
+    monkeypatch.setattr(config.metadata, "entry_points", lambda group: points if group == config.PACKAGES else [])
+    config.check_targets(plainly("extractor._target_=mylab.Method"), [])
+
+
+def command(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["conceptseg", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        evaluate()
+    return end.value.code, capsys.readouterr().err
+
+
+PROGRAM = f"{{_target_: {RUNS_A_PROGRAM}, command: [touch, PATH], folder: .}}"
+FOREIGN = {
+    "widens.yaml": "# @package _global_\nruntime: {allow_targets: [conceptseg., os.]}\n",
+    "launches.yaml": f"# @package _global_\nlauncher: {PROGRAM}\n",
+    "calls_back.yaml": f"# @package _global_\nhydra: {{callbacks: {{a: {PROGRAM}}}}}\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("widens", "runtime.allow_targets on the command line"),
+        ("launches", "wanted a subclass of conceptseg.evaluation.launchers.Launcher"),
+        ("calls_back", "hydra.callbacks is set by a configuration file from elsewhere"),
+    ],
+)
+@pytest.mark.parametrize("by", ["searchpath", "flag"])
+def test_a_foreign_experiment_file_runs_nothing(tmp_path, monkeypatch, capsys, name, message, by):
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    for file, text in FOREIGN.items():
+        (folder / file).write_text(text.replace("PATH", str(tmp_path / "ran")))
+    monkeypatch.chdir(tmp_path)
+    where = f"hydra.searchpath=[file://{tmp_path}/conf]" if by == "searchpath" else f"--config-dir={tmp_path}/conf"
+    code, said = command(monkeypatch, capsys, where, f"experiment={name}", "extractor=constant", "dataset.count=1")
+    assert code == 1 and message in said
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "runs").exists()
+
+
+def test_another_primary_configuration_is_refused(tmp_path, monkeypatch, capsys):
+    code, said = command(monkeypatch, capsys, f"--config-path={tmp_path}")
+    assert code == 1 and "--config-dir" in said
+
+
+def test_a_table_row_does_not_widen_what_is_allowed(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "conf" / "table"
+    folder.mkdir(parents=True)
+    (folder / "theirs.yaml").write_text(
+        "# A table from elsewhere.\ntitle: t\ncolumns: [accuracy]\nblocks:\n  - {name: b, data: d, text: t, segmenter: "
+        'mean@mask/bilinear, rows: [{name: r, overrides: [extractor=constant, "runtime.allow_targets=[conceptseg.,os.]"]}]}\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    code, said = command(monkeypatch, capsys, f"hydra.searchpath=[file://{tmp_path}/conf]", "table=theirs", "report.publish=no")
+    assert code == 1 and "runtime.allow_targets" in said and not list(tmp_path.glob("runs/*/manifest.json"))
