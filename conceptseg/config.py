@@ -87,9 +87,26 @@ class Root:
     report: Report = field(default_factory=Report)
 
 
+MOVED_VIEWS = {
+    f"{family}_{name}": f"{family}/{name}"
+    for family, names in {
+        "daam": "grids grids_sdxl released_sd2 released_sdxl steps",
+        "lab": "development sd3 sdxl sweep sweep_unet unet unet_development",
+        "released": "ablation imagenet imagenet_cross layers pipeline sd35 sd35_prompt timesteps voc_multi voc_single",
+        "standard": "layers timesteps",
+        "sweep": "layers",
+    }.items()
+    for name in names.split()
+}
+"""Former name -> name of the views that moved into a folder; both are accepted."""
+
+
 def register() -> None:
-    """Put the schema where Hydra finds it; safe to call twice."""
-    ConfigStore.instance().store(name="root_schema", node=Root)
+    """Put the schema, and the former names of views, where Hydra finds them; safe to call twice."""
+    store = ConfigStore.instance()
+    store.store(name="root_schema", node=Root)
+    for old, new in MOVED_VIEWS.items():
+        store.store(group="views", name=old, node={"defaults": [f"/views/{new}@_here_"]})
 
 
 OWN_SOURCES = {"pkg://hydra.conf", "pkg://conceptseg.conf", "structured://"}

@@ -47,7 +47,7 @@ def did_you_mean(got: str, offered: Iterable[str]) -> str:
     'Did you mean "output"? Choices: output, value.'
     """
     choices = sorted(offered)
-    near = get_close_matches(got, choices, n=1)
+    near = get_close_matches(got, choices, n=1) or [c for c in choices if c.lower() == got.lower()]
     listed = ", ".join(choices[:20]) + (f", and {len(choices) - 20} more" if len(choices) > 20 else "")
     return (f'Did you mean "{near[0]}"? ' if near else "") + f"Choices: {listed}."
 

@@ -20,10 +20,11 @@ CONF = Path(conceptseg.__file__).parents[1] / "conf"
 RECIPES = "lab"
 """A folder of conf/ that is no Hydra group: conceptseg-lab reads it."""
 GROUPS: dict[str, list[str]] = {
-    folder.name: sorted(sheet.stem for sheet in folder.glob("*.yaml"))
+    folder.name: sorted(sheet.relative_to(folder).with_suffix("").as_posix() for sheet in folder.rglob("[!_]*.yaml"))
     for folder in sorted(CONF.iterdir())
     if folder.is_dir() and folder.name not in (RECIPES, "__pycache__")
 }
+"""Options of every group, those in folders as folder/option; files that begin with _ are parts of other sheets."""
 OPTIONS: list[tuple[str, str]] = [(group, option) for group, options in GROUPS.items() for option in options]
 
 

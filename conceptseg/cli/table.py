@@ -28,21 +28,28 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     from hydra.core.hydra_config import HydraConfig
 
     from conceptseg.config import check_allowance, composing_source
+    from conceptseg.errors import ConfigError
     from conceptseg.keys import digest
     from conceptseg.report.trackers import check_trackers
     from conceptseg.tables.composed_cache import Compositions
+    from conceptseg.tables.sheet import PaperTable, read_sheet
     from conceptseg.tables.stamp import FinishedTable
 
     name = str(HydraConfig.get().runtime.choices["table"])
     whole = plain(config)
-    report = whole["report"]
+    report, sheet = whole["report"], read_sheet(whole["table"])
+    if sheet.only and report["publish"] == "yes":
+        raise ConfigError(
+            f"report.publish=yes publishes whole tables, but table.only names {len(sheet.only)} of the rows of {name}. "
+            "Leave one of the two out."
+        )
     check_trackers(report["trackers"])
     extra = [o for o in overrides if not o.lstrip("+~").startswith("table")]
     of_table = [o for o in overrides if o.lstrip("+~").startswith("table.")]
     meaningful = [o for o in extra if not o.lstrip("+~").startswith(QUIET)]
     meaningful += [o for o in of_table if not o.startswith("table.backbones=")]
     publish = report["publish"] == "yes" or (report["publish"] == "auto" and not meaningful)
-    on_lab = whole["table"].get("backbones") == "lab"
+    on_lab = isinstance(sheet, PaperTable) and sheet.on_lab
     place = name.replace("/", "-") + ("-lab" if on_lab else "")
     if publish:
         folder = Path(report["benchmarks"]) / place
@@ -80,8 +87,10 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
 
     settings = [o for o in extra if not o.lstrip("+~").startswith(QUIET)]
     command = shlex.join(["conceptseg", f"table={name}", *of_table, *settings])
-    compute = compute_paper_table if "published" in whole["table"] else compute_table
-    results = compute(place, whole["table"], with_runtime, settings, folder, command)
+    if isinstance(sheet, PaperTable):
+        results = compute_paper_table(place, sheet, with_runtime, settings, folder, command)
+    else:
+        results = compute_table(place, sheet, with_runtime, settings, folder, command)
     composed.keep()
     if shard_of(whole["runtime"]).index != 0:
         return 0

@@ -15,10 +15,10 @@ from conceptseg.evaluation.carry_out import carry_out
 from conceptseg.evaluation.readings import readings
 
 SWEPT = {
-    "flux": ["extractor=concept_attention", "backbone@extractor.backbone=lab_flux", "views=lab_sweep"],
-    "sd3": ["extractor=concept_attention", "backbone@extractor.backbone=lab_sd3", "views=lab_sweep"],
-    "sd": ["extractor=daam", "backbone@extractor.backbone=lab_sd", "views=lab_sweep_unet"],
-    "sdxl": ["extractor=daam", "backbone@extractor.backbone=lab_sdxl", "views=lab_sweep_unet"],
+    "flux": ["extractor=concept_attention", "backbone@extractor.backbone=lab_flux", "views=lab/sweep"],
+    "sd3": ["extractor=concept_attention", "backbone@extractor.backbone=lab_sd3", "views=lab/sweep"],
+    "sd": ["extractor=daam", "backbone@extractor.backbone=lab_sd", "views=lab/sweep_unet"],
+    "sdxl": ["extractor=daam", "backbone@extractor.backbone=lab_sdxl", "views=lab/sweep_unet"],
 }
 SCENES = ["dataset=scenes", "dataset.split=unseen", "dataset.objects=[1,1]", "dataset.count=64", "protocol=scenes_single"]
 METRICS = ("miou_dataset", "ap_image")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from conceptseg.errors import ReportError, did_you_mean
 from conceptseg.files import write_atomically
-from conceptseg.report.strict_json import build, list_of, mapping_to, sentences
+from conceptseg.report.strict_json import build
 
 SCHEMA = 1
 ABSENT = "\u2013"  # an en dash, where a row has no such metric
@@ -258,8 +258,7 @@ class Results:
                 "  Compute the table again, or use the conceptseg version that wrote it."
             )
         body = {key: value for key, value in data.items() if key != "schema"}
-        blocks = list_of(Block, {"rows": list_of(Row, {"values": mapping_to(Value), "also": list_of(Behind)})})
-        return build(cls, body, where, {"columns": list_of(Column), "blocks": blocks, "notes": sentences})
+        return build(cls, body, where)
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and dicts, `from_json`'s inverse. Keys that older tables lack are written only where they say something."""

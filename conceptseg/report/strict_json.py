@@ -1,86 +1,102 @@
-"""Dataclasses from JSON: a key too many, a key too few or a wrong type is an error that names its place."""
+"""Build dataclasses from plain data: a key too many, a key too few or a wrong type is an error that names its place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from conceptseg.errors import ReportError, did_you_mean
+from conceptseg.errors import ConceptSegError, ReportError, did_you_mean
 
-Reader = Callable[[Any, str], Any]
 T = TypeVar("T")
+UNIONS = (Union, UnionType)  # a Literal | None is the former, str | None the latter
 
 
-def build(cls: type[T], data: object, where: str, readers: Mapping[str, Reader]) -> T:
-    """Build a dataclass from a JSON object: unknown and missing keys and wrong types are errors that name the place."""
+def build(cls: type[T], data: object, where: str, error: type[ConceptSegError] = ReportError) -> T:
+    """Build a dataclass, and the dataclasses that its annotations name, from mappings, lists and plain values.
+
+    Raises `error` for an unknown key, with the nearest one, for a missing key and for a wrong type. The message names the place:
+    an item of a list by its `name`, else by its number.
+    """
     if not isinstance(data, Mapping):
-        raise ReportError(f"{where}: wanted an object with the keys of {cls.__name__}, got {_shown(data)}.")
-    hints = get_type_hints(cls)
+        raise error(f"{where}: wanted an object with the keys of {cls.__name__}, got {_shown(data)}.")
+    hints = _hints(cls)  # type: ignore[arg-type]
     known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in known:
-            raise ReportError(f'{where}: unknown key "{key}". {did_you_mean(str(key), known)}')
+            raise error(f'{where}: unknown key "{key}". {did_you_mean(str(key), known)}')
     missing = [name for name, field in known.items() if name not in data and field.default is MISSING]
     if missing:
-        raise ReportError(f"{where}: lacks {', '.join(missing)}. Write every key of {cls.__name__}.")
-    made = {}
-    for key, value in data.items():
-        at = f"{where}.{key}"
-        if key in readers:
-            made[key] = readers[key](value, at)
-        elif _fits(value, hints[key]):
-            made[key] = value
-        else:
-            raise ReportError(f"{at}: wanted {_wanted(hints[key])}, got {_shown(value)}.")
-    return cls(**made)
+        raise error(f"{where}: lacks {', '.join(missing)}.")
+    return cls(**{key: _read(hints[key], value, f"{where}.{key}", error) for key, value in data.items()})
 
 
-def list_of(cls: type, readers: Mapping[str, Reader] | None = None) -> Reader:
-    """Reads a list of objects."""
-
-    def read(data: Any, where: str) -> tuple[Any, ...]:
-        if not isinstance(data, list):
-            raise ReportError(f"{where}: wanted a list, got {_shown(data)}.")
-        return tuple(build(cls, item, f"{where}[{i}]", readers or {}) for i, item in enumerate(data))
-
-    return read
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
-def mapping_to(cls: type[T]) -> Reader:
-    """Reads an object from any name to objects."""
+def _read(hint: Any, value: object, where: str, error: type[ConceptSegError]) -> Any:
+    """The value as its annotation wants it; lists become tuples."""
+    if is_dataclass(hint) and isinstance(hint, type):
+        return build(hint, value, where, error)
+    if get_origin(hint) is tuple:
+        item, _ = get_args(hint)  # tuple[X, ...]
+        if not isinstance(value, list | tuple):
+            raise error(f"{where}: wanted {_wanted(hint)}, got {_shown(value)}.")
+        return tuple(_read(item, one, f"{where}[{_place(number, one)}]", error) for number, one in enumerate(value))
+    if get_origin(hint) is Mapping:
+        _, item = get_args(hint)
+        if not isinstance(value, Mapping):
+            raise error(f"{where}: wanted {_wanted(hint)}, got {_shown(value)}.")
+        return {str(name): _read(item, one, f"{where}.{name}", error) for name, one in value.items()}
+    if get_origin(hint) in UNIONS:
+        nested = [choice for choice in get_args(hint) if _takes(choice, value)]
+        if nested:
+            return _read(nested[0], value, where, error)
+    if not _fits(value, hint):
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        nearest = f" {did_you_mean(value, choices)}" if choices and isinstance(value, str) else ""
+        raise error(f"{where}: wanted {_wanted(hint)}, got {_shown(value)}.{nearest}")
+    return value
 
-    def read(data: Any, where: str) -> dict[str, T]:
-        if not isinstance(data, Mapping):
-            raise ReportError(f"{where}: wanted an object of {cls.__name__}s, got {_shown(data)}.")
-        return {str(name): build(cls, value, f"{where}.{name}", {}) for name, value in data.items()}
 
-    return read
+def _takes(choice: Any, value: object) -> bool:
+    """Whether a member of a union is the one that reads this list or mapping."""
+    if get_origin(choice) is tuple:
+        return isinstance(value, list | tuple)
+    return isinstance(value, Mapping) and (is_dataclass(choice) or get_origin(choice) is Mapping)
 
 
-def sentences(data: Any, where: str) -> tuple[str, ...]:
-    """Reads a list of strings."""
-    if not isinstance(data, list) or not all(isinstance(note, str) for note in data):
-        raise ReportError(f"{where}: wanted a list of sentences, got {_shown(data)}.")
-    return tuple(data)
+def _place(number: int, item: object) -> str:
+    name = item.get("name") if isinstance(item, Mapping) else None
+    return f'"{name}"' if isinstance(name, str) else str(number)
 
 
 def _fits(value: object, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return value in get_args(hint)
-    if isinstance(hint, UnionType):
+    if get_origin(hint) in UNIONS:
         return any(_fits(value, choice) for choice in get_args(hint))
     if isinstance(value, bool):  # a bool is an int to Python, not to a reader
         return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
+    return isinstance(hint, type) and isinstance(value, (int, float) if hint is float else hint)
 
 
 def _wanted(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(f'"{choice}"' for choice in get_args(hint))
-    if isinstance(hint, UnionType):
+    if get_origin(hint) in UNIONS:
         return " or ".join("null" if choice is NoneType else _wanted(choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        item: Any = get_args(hint)[0]
+        return "a list of " + ("strings" if item is str else f"{item.__name__} objects" if isinstance(item, type) else _wanted(item))
+    if get_origin(hint) is Mapping:
+        return "an object"
+    if is_dataclass(hint) and isinstance(hint, type):
+        return f"an object with the keys of {hint.__name__}"
     return {str: "a string", int: "an integer", float: "a number", bool: "true or false"}[hint]
 
 

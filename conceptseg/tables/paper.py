@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from conceptseg import __version__
 from conceptseg.backbones.base import Checkpoint
@@ -17,13 +17,12 @@ from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.evaluation.assemble import Evaluation
 from conceptseg.evaluation.readings import Reading, interval_text
 from conceptseg.metrics.definitions import definition_of
-from conceptseg.report.quoted import Claim, QuotedRow, load_claim, shipped
+from conceptseg.report.quoted import Claim, load_claim, shipped
 from conceptseg.report.results import Behind, Block, Column, Results, Row, Value
 from conceptseg.tables.pictures import draw_sheet
-from conceptseg.tables.row import COSTS, Compose, Done, chosen, composed, costs_of, declared, evaluated, value_of
+from conceptseg.tables.row import COSTS, Compose, Done, Evaluations, chosen, costs_of, declared, value_of
+from conceptseg.tables.sheet import PaperBlock, PaperRow, PaperTable, PerProtocol, Protocol
 
-KINDS: tuple[Literal["released", "standard"], ...] = ("released", "standard")
-BACKBONES = ("real", "lab")
 MARKS = {"published_miou_from_accuracy": "†", "unknown": "?"}
 """What a quoted number is marked with when it does not obey the definition that its heading promises."""
 NOT_VERIFIED = "*"
@@ -33,55 +32,59 @@ LEGEND = (
 )
 
 
-def compute_paper_table(
-    name: str, table: Mapping[str, Any], compose: Compose, extra: Sequence[str], folder: Path, command: str
-) -> Results:
-    """Compute what can be computed here, quote what is printed, and say what the rest needs.
+@dataclass(frozen=True, slots=True)
+class _Filling:
+    """What all rows of a table share while they are computed."""
 
-    table: a sheet with `published` (a claim under benchmarks/), `quoted` (its columns), `released` and `standard` (columns,
-    segmenter, overrides), and blocks of rows. `table.backbones=lab` puts the lab's models and drawn scenes in place.
-    """
-    if table["backbones"] not in BACKBONES:
-        raise ConfigError(f'table.backbones: unknown "{table["backbones"]}". {did_you_mean(str(table["backbones"]), BACKBONES)}')
-    on_lab = table["backbones"] == "lab"
-    claim = load_claim(shipped(table["published"]))
-    done: dict[str, Done] = {}
+    table: PaperTable
+    claim: Claim
+    evaluations: Evaluations
+
+
+def compute_paper_table(
+    name: str, table: PaperTable, compose: Compose, extra: Sequence[str], folder: Path, command: str
+) -> Results:
+    """Compute what can be computed here, quote what is printed, and say what the rest needs."""
+    claim = load_claim(shipped(table.published))
+    report = compose([])["report"]
+    columns = _columns(table, claim, report)
+    filling = _Filling(table, claim, Evaluations(compose, extra))
     pictures: list[tuple[str, Evaluation, str, str]] = []
-    blocks, report = [], compose([])["report"]
-    for block in table["blocks"]:
+    blocks = []
+    for block in table.blocks:
         rows, protocols = [], []
-        for row in block["rows"]:
-            made, found, labels = _rows_of(row, block, table, claim, compose, extra, done, on_lab)
+        for row in block.rows:
+            made, found, labels = _rows_of(row, block, filling)
             rows += made
             protocols += labels
             report = found[0][1].config["report"] if found else report
-            if row.get("picture"):
-                pictures += [(row["name"], e, r.view, r.segmenter) for kind, e, r in found if kind == "standard" and r.n][:1]
-        data = "drawn scenes of split val, in place of " + block["data"] if on_lab else block["data"]
+            if row.picture:
+                pictures += [(row.name, e, r.view, r.segmenter) for kind, e, r in found if kind == "standard" and r.n][:1]
+        data = "drawn scenes of split val, in place of " + block.data if table.on_lab else block.data
         label = " and ".join(dict.fromkeys(protocols))
-        blocks.append(Block(block["name"], data, label, block["text"], tuple(rows), block.get("axis", "")))
+        blocks.append(Block(block.name, data, label, block.text, tuple(rows), block.axis))
     sheet = draw_sheet(folder / "sheet.png", pictures, report["pictures"]) if pictures else None
-    notes = [LEGEND, *_quoted_notes(table, claim), *table.get("notes", ())]
-    if on_lab:
+    notes = [LEGEND, *_quoted_notes(table, claim), *table.notes]
+    if table.on_lab:
         notes.insert(
             0, "Numbers of provenance lab are of tiny models on drawn scenes: they are not to be held against quoted ones."
         )
     return Results(
-        name, table["title"], command, __version__, _columns(table, claim, report), tuple(blocks), tuple(notes),
+        name, table.title, command, __version__, columns, tuple(blocks), tuple(notes),
         interval_text(report), None if sheet is None or sheet.is_absolute() or ".." in sheet.parts else sheet.as_posix(),
     )  # fmt: skip
 
 
-def _columns(table: Mapping[str, Any], claim: Claim, report: Mapping[str, Any]) -> tuple[Column, ...]:
+def _columns(table: PaperTable, claim: Claim, report: Mapping[str, Any]) -> tuple[Column, ...]:
     found = []
     cites = "; ".join(dict.fromkeys(row.source.cite for row in claim.rows))
-    for name in table.get("quoted", ()):
+    for name in table.quoted:
         if name not in claim.columns:
             raise ConfigError(f'table.quoted: {claim.name} has no column "{name}". {did_you_mean(name, claim.columns)}')
         column = claim.columns[name]
         found.append(Column(f"published/{name}", column.label, True, column.text, cites, "published", 2))
-    for kind in KINDS:
-        for name in table[kind]["columns"] if kind in table else ():
+    for kind, part in table.parts.items():
+        for name in part.columns:
             d = definition_of(name, f"table.{kind}.columns")
             label = d.label.removeprefix("published ")  # its group says so
             found.append(Column(f"{kind}/{name}", label, d.percent, d.text, d.source, kind))
@@ -92,46 +95,44 @@ def _columns(table: Mapping[str, Any], claim: Claim, report: Mapping[str, Any]) 
 
 
 def _rows_of(
-    row: Mapping[str, Any], block: Mapping[str, Any], table: Mapping[str, Any], claim: Claim, compose: Compose,
-    extra: Sequence[str], done: dict[str, Done], on_lab: bool,
-) -> tuple[list[Row], list[tuple[str, Evaluation, Reading]], list[str]]:  # fmt: skip
+    row: PaperRow, block: PaperBlock, filling: _Filling
+) -> tuple[list[Row], list[tuple[Protocol, Evaluation, Reading]], list[str]]:
     """A row (several if each of its views is a point of a curve), what was computed for it, and its protocols."""
-    quoted = _quoted(row, table, claim)
-    if on_lab and (stands_for := row.get("lab", {}).get("note")):
-        row = {**row, "note": _notes(row, stands_for)}
-    kinds = [kind for kind in KINDS if kind in table and kind in row.get("kinds", KINDS)]
-    if "overrides" not in row or (on_lab and "lab" not in row) or ("needs" in row and not on_lab):
-        why = "no model of the lab does this" if on_lab and "needs" not in row else f"needs {row['needs']}"
-        return [_not_run(row, None, _quotes(quoted, table), _notes(row, why))], [], []
-    found: list[tuple[str, Evaluation, Reading]] = []
-    finished: dict[str, Done] = {}
+    table, evaluations = filling.table, filling.evaluations
+    quotes = _quotes(row, filling)
+    if table.on_lab and row.lab and row.lab.note:
+        row = replace(row, note=_notes(row, row.lab.note))
+    kinds = [kind for kind in table.parts if kind in row.kinds]
+    if row.overrides is None or (table.on_lab and row.lab is None) or (row.needs and not table.on_lab):
+        why = "no model of the lab does this" if table.on_lab and not row.needs else f"needs {row.needs}"
+        return [_not_run(row, None, quotes, _notes(row, why))], [], []
+    found: list[tuple[Protocol, Evaluation, Reading]] = []
+    finished: dict[Protocol, Done] = {}
     labels, wants = [], []
     config: dict[str, Any] = {}
     for kind in kinds:
-        overrides = overrides_of(row, block, table, kind, on_lab)
-        config = composed(overrides, extra, compose)
+        overrides = overrides_of(row, block, table, kind)
+        config = evaluations.config(overrides)
         labels.append(f"{config['protocol']['name']} v{config['protocol']['version']}")
-        if why := _why_not_run(config, row, overrides, extra):
+        if why := _why_not_run(config, row, overrides, evaluations.extra):
             wants.append(why)
             continue
-        metrics = [name for k in kinds for name in table[k]["columns"]]
-        finished[kind] = evaluated(config, metrics, done, f"{row['name']}, {kind}")
-        reading = chosen(finished[kind], _of(row, "view", kind), _segmenter(row, table, kind), row["name"])
+        metrics = [name for k in kinds for name in table.parts[k].columns]
+        finished[kind] = evaluations.carried_out(config, metrics, f"{row.name}, {kind}")
+        reading = chosen(finished[kind], _under(row.view, kind), _segmenter(row, table, kind), row.name)
         found.append((kind, finished[kind].evaluation, reading))
     if not found:
-        return [_not_run(row, config, _quotes(quoted, table), _notes(row, wants[0]))], [], labels
-    if "each_view" in row:
+        return [_not_run(row, config, quotes, _notes(row, wants[0]))], [], labels
+    if row.each_view:
         return _points(row, table, finished), found, labels
-    return [_run(row, found, quoted, table)], found, labels
+    return [_run(row, found, quotes, table)], found, labels
 
 
-def overrides_of(
-    row: Mapping[str, Any], block: Mapping[str, Any], table: Mapping[str, Any], kind: str, on_lab: bool
-) -> list[str]:
+def overrides_of(row: PaperRow, block: PaperBlock, table: PaperTable, kind: Protocol) -> list[str]:
     """What is written on the command line for one row under one protocol; of two settings of one key the later stays."""
-    listed = [*block.get("overrides", ()), *table[kind].get("overrides", ()), *row["overrides"], *row.get(kind, ())]
-    if on_lab:
-        listed += [*table["lab"], *row["lab"].get("both", ()), *row["lab"].get(kind, ())]
+    listed = [*block.overrides, *table.parts[kind].overrides, *(row.overrides or ()), *row.of(kind)]
+    if table.on_lab:
+        listed += [*table.lab, *(row.lab.under(kind) if row.lab else ())]
     return list({override.partition("=")[0]: override for override in listed}.values())
 
 
@@ -139,47 +140,44 @@ def _settings(extra: Sequence[str]) -> list[str]:
     return [o for o in extra if not o.startswith(("runtime.", "report."))]
 
 
-def _of(row: Mapping[str, Any], key: str, kind: str) -> str | None:
-    """A setting of a row that may differ between the protocols: one value, or one for each."""
-    value = row.get(key)
-    return value.get(kind) if isinstance(value, Mapping) else value
+def _under(setting: str | PerProtocol | None, kind: Protocol) -> str | None:
+    """A row's setting, which may differ between the protocols."""
+    return setting.under(kind) if isinstance(setting, PerProtocol) else setting
 
 
-def _segmenter(row: Mapping[str, Any], table: Mapping[str, Any], kind: str) -> str:
-    return _of(row, "segmenter", kind) or str(table[kind]["segmenter"])
+def _segmenter(row: PaperRow, table: PaperTable, kind: Protocol) -> str:
+    return _under(row.segmenter, kind) or table.parts[kind].segmenter
 
 
-def _quoted(row: Mapping[str, Any], table: Mapping[str, Any], claim: Claim) -> QuotedRow | None:
-    name = row.get("quotes", row["name"])
-    return None if name is None or not table.get("quoted") else claim.row(name)
-
-
-def _quotes(quoted: QuotedRow | None, table: Mapping[str, Any]) -> dict[str, Value]:
-    found = {}
-    for name in table.get("quoted", ()) if quoted else ():
-        assert quoted is not None
+def _quotes(row: PaperRow, filling: _Filling) -> dict[str, Value]:
+    """The numbers that are quoted for a row, by column."""
+    table = filling.table
+    if row.quoted is None or not table.quoted:
+        return {}
+    quoted, found = filling.claim.row(row.quoted), {}
+    for name in table.quoted:
         if name in quoted.values:
             mark = MARKS.get(quoted.obeys[name], "") + ("" if quoted.verified else NOT_VERIFIED)
             found[f"published/{name}"] = Value(quoted.values[name] / 100, None, None, None, mark)
     return found
 
 
-def _not_run(row: Mapping[str, Any], config: Mapping[str, Any] | None, quoted: Mapping[str, Value], note: str) -> Row:
+def _not_run(row: PaperRow, config: Mapping[str, Any] | None, quoted: Mapping[str, Value], note: str) -> Row:
     backbone = config["extractor"].get("backbone") or {} if config else {}
     return Row(
-        name=row["name"], group=row.get("group", "methods"), extractor=_name_of(config), backbone=backbone.get("path"),
-        provenance="control" if row.get("group") == "controls" else "weights", run_id="", view="", segmenter="", n=0, excluded=0,
+        name=row.name, group=row.group, extractor=_name_of(config), backbone=backbone.get("path"),
+        provenance="control" if row.group == "controls" else "weights", run_id="", view="", segmenter="", n=0, excluded=0,
         failed=0, values=quoted, status="not run", note=note,
     )  # fmt: skip
 
 
-def _notes(row: Mapping[str, Any], first: str = "") -> str:
-    return ". ".join(part.rstrip(".") for part in (first, row.get("note", "")) if part)
+def _notes(row: PaperRow, first: str = "") -> str:
+    return ". ".join(part.rstrip(".") for part in (first, row.note) if part)
 
 
-def _quoted_notes(table: Mapping[str, Any], claim: Claim) -> list[str]:
+def _quoted_notes(table: PaperTable, claim: Claim) -> list[str]:
     """What is said of quoted rows, once for all rows of which it is said."""
-    shown = {row.get("quotes", row["name"]) for block in table["blocks"] for row in block["rows"]}
+    shown = {row.quoted for block in table.blocks for row in block.rows}
     grouped: dict[str, list[str]] = {}
     for row in claim.rows:
         if row.note:
@@ -193,22 +191,19 @@ def _name_of(config: Mapping[str, Any] | None) -> str:
 
 
 def _run(
-    row: Mapping[str, Any],
-    found: Sequence[tuple[str, Evaluation, Reading]],
-    quoted: QuotedRow | None,
-    table: Mapping[str, Any],
+    row: PaperRow, found: Sequence[tuple[Protocol, Evaluation, Reading]], quotes: Mapping[str, Value], table: PaperTable
 ) -> Row:
     found = sorted(found, key=lambda one: not one[2].n)  # a protocol under which every sample failed stands last
     _, evaluation, reading = found[0]
-    values = _quotes(quoted, table) | costs_of(evaluation)
+    values = {**quotes, **costs_of(evaluation)}
     for which, _, one in found:
-        values |= {f"{which}/{m}": value_of(i) for m, i in one.values.items() if m in table[which]["columns"]}
+        values |= {f"{which}/{m}": value_of(i) for m, i in one.values.items() if m in table.parts[which].columns}
     also = tuple(
         Behind(which, e.protocol.label, e.run_id, r.view, r.segmenter, r.n, r.excluded, r.failed) for which, e, r in found[1:]
     )
     late = f"{reading.waiting} samples are not computed yet" if reading.waiting else ""
     return Row(
-        name=row["name"], group=row.get("group", "methods"), extractor=_name_of(evaluation.config),
+        name=row.name, group=row.group, extractor=_name_of(evaluation.config),
         backbone=_backbone(evaluation), provenance=evaluation.extractor.provenance, run_id=evaluation.run_id,
         view=reading.view, segmenter=reading.segmenter, n=reading.n, excluded=reading.excluded, failed=reading.failed,
         values=values, status="ok" if reading.n else "failed", note=_notes(row, late), also=also,
@@ -216,20 +211,20 @@ def _run(
     )  # fmt: skip
 
 
-def _points(row: Mapping[str, Any], table: Mapping[str, Any], finished: Mapping[str, Done]) -> list[Row]:
+def _points(row: PaperRow, table: PaperTable, finished: Mapping[Protocol, Done]) -> list[Row]:
     """A row for every view that stands at one layer or one timestep."""
     views = next(iter(finished.values())).evaluation.views
     several = len({view.space for view in views.values()}) > 1
     made = []
     for name, view in views.items():
-        places = view.layers if row["each_view"] == "layer" else view.timesteps
+        places = view.layers if row.each_view == "layer" else view.timesteps
         if len(places) != 1:
             continue
         found = [
-            (kind, one.evaluation, chosen(one, name, _segmenter(row, table, kind), row["name"])) for kind, one in finished.items()
+            (kind, one.evaluation, chosen(one, name, _segmenter(row, table, kind), row.name)) for kind, one in finished.items()
         ]
-        series = f"{row['name']}, {view.space}" if several else str(row["name"])
-        whole = _run({**row, "name": f"{series}, {row['each_view']} {places[0]:g}"}, found, None, table)
+        series = f"{row.name}, {view.space}" if several else row.name
+        whole = _run(replace(row, name=f"{series}, {row.each_view} {places[0]:g}"), found, {}, table)
         made.append(replace(whole, series=series, x=float(places[0])))
     return made
 
@@ -242,14 +237,14 @@ def _backbone(evaluation: Evaluation) -> str | None:
 # ---------------------------------------------------------------- what a row needs
 
 
-def _why_not_run(config: Mapping[str, Any], row: Mapping[str, Any], overrides: Sequence[str], extra: Sequence[str]) -> str:
+def _why_not_run(config: Mapping[str, Any], row: PaperRow, overrides: Sequence[str], extra: Sequence[str]) -> str:
     """What this machine lacks for a row and the command that has it; empty where nothing is lacking."""
-    missing = lacking(config, row.get("memory", ""))
+    missing = lacking(config, row.memory)
     models = [one.removeprefix("lab:") for one in missing if one.startswith("lab:")]
     if models:
         return f"the lab has no {' and '.join(models)} weights yet: conceptseg-lab train {models[0]} --ship"
     command = shlex.join(["conceptseg", *overrides, *_settings(extra)])
-    return f"needs {row.get('needs', ' and '.join(missing))}: {command}" if missing else ""
+    return f"needs {row.needs or ' and '.join(missing)}: {command}" if missing else ""
 
 
 def lacking(config: Mapping[str, Any], memory: str = "") -> list[str]:

@@ -28,25 +28,35 @@ class Done:
     readings: tuple[Reading, ...]
 
 
-def composed(overrides: Sequence[str], extra: Sequence[str], compose: Compose) -> dict[str, Any]:
-    """A row's config with those of the user's overrides that concern it."""
-    if not any(o.lstrip("+~").startswith(("backbone@", "extractor.")) for o in extra):  # these concern every row
-        return compose([*overrides, *extra])
-    config = compose(overrides)
-    mine = [o for o in extra if concerns(o, config)]
-    return compose([*overrides, *mine]) if mine else config
+class Evaluations:
+    """The evaluations behind a table: each configuration is carried out once.
 
+    extra: the user's own overrides, put after each row's; those of `extractor.` and `backbone@` concern only rows that have such
+    a key.
+    """
 
-def evaluated(config: dict[str, Any], metrics: Sequence[str], done: dict[str, Done], title: str) -> Done:
-    """Compute what is missing, once for every config of a table."""
-    place = canonical_json(config)
-    if place not in done:
-        evaluation = assemble(config)
-        carry_out(evaluation, title)
-        found = readings(evaluation, metrics)
-        write_results(evaluation, found)
-        done[place] = Done(evaluation, tuple(found))
-    return done[place]
+    def __init__(self, compose: Compose, extra: Sequence[str]) -> None:
+        self.compose, self.extra = compose, extra
+        self._done: dict[str, Done] = {}
+
+    def config(self, overrides: Sequence[str]) -> dict[str, Any]:
+        """A row's config with those of the user's overrides that concern it."""
+        if not any(o.lstrip("+~").startswith(("backbone@", "extractor.")) for o in self.extra):  # these concern every row
+            return self.compose([*overrides, *self.extra])
+        config = self.compose(overrides)
+        mine = [o for o in self.extra if concerns(o, config)]
+        return self.compose([*overrides, *mine]) if mine else config
+
+    def carried_out(self, config: dict[str, Any], metrics: Sequence[str], title: str) -> Done:
+        """Compute what is missing."""
+        place = canonical_json(config)
+        if place not in self._done:
+            evaluation = assemble(config)
+            carry_out(evaluation, title)
+            found = readings(evaluation, metrics)
+            write_results(evaluation, found)
+            self._done[place] = Done(evaluation, tuple(found))
+        return self._done[place]
 
 
 def concerns(override: str, config: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conceptseg import __version__
-from conceptseg.errors import ConfigError, DataError, did_you_mean
+from conceptseg.errors import DataError
 from conceptseg.evaluation.assemble import Evaluation
 from conceptseg.evaluation.readings import Reading, interval_text, scored
 from conceptseg.metrics.breakdowns import clusters_by_word
@@ -17,7 +17,8 @@ from conceptseg.metrics.comparisons import compare
 from conceptseg.metrics.definitions import Rows, definition_of
 from conceptseg.report.results import Block, Column, Results, Row, Value
 from conceptseg.tables.pictures import draw_sheet
-from conceptseg.tables.row import COSTS, Compose, Done, chosen, composed, costs_of, declared, evaluated, value_of
+from conceptseg.tables.row import COSTS, Compose, Evaluations, chosen, costs_of, declared, value_of
+from conceptseg.tables.sheet import Against, RowSheet, TableSheet
 
 
 def columns_of(names: Sequence[str]) -> tuple[Column, ...]:
@@ -28,87 +29,76 @@ def columns_of(names: Sequence[str]) -> tuple[Column, ...]:
     )
 
 
-def compute_table(
-    name: str, table: Mapping[str, Any], compose: Compose, extra: Sequence[str], folder: Path, command: str
-) -> Results:
+def compute_table(name: str, table: TableSheet, compose: Compose, extra: Sequence[str], folder: Path, command: str) -> Results:
     """Compute the table's missing rows and return it, with a picture sheet at folder/sheet.png.
 
     `extra` are the user's own overrides, put after each row's; those of `extractor.` and `backbone@` concern only rows
     that have such a key.
     """
-    columns: tuple[Column, ...] = columns_of(table["columns"])
-    against: Sequence[Mapping[str, str]] = table.get("against", ())
-    columns += tuple(difference_column(other, table["columns"]) for other in against)
-    done: dict[str, Done] = {}
+    columns: tuple[Column, ...] = columns_of(table.columns)
+    columns += tuple(difference_column(against) for against in table.against)
+    evaluations = Evaluations(compose, extra)
     blocks = []
     pictures: list[tuple[str, Evaluation, str, str]] = []
     report: Mapping[str, Any] = {}
-    for block in table["blocks"]:
+    for block in table.blocks:
         rows = []
         read: dict[str, tuple[Evaluation, Reading]] = {}
-        first: Evaluation | None = None
-        for row in block["rows"]:
-            config = composed([*block.get("overrides", []), *row["overrides"]], extra, compose)
-            finished = evaluated(config, table["columns"], done, row["name"])
+        for row in block.rows:
+            config = evaluations.config([*block.overrides, *row.overrides])
+            finished = evaluations.carried_out(config, table.columns, row.name)
             evaluation = finished.evaluation
             report = evaluation.config["report"]
-            first = first or evaluation
-            reading = chosen(finished, row.get("view"), row.get("segmenter", block["segmenter"]), row["name"])
-            rows.append(_row(row, evaluation, reading, row["overrides"]))
-            read[row["name"]] = evaluation, reading
-            if row.get("picture") and block.get("pictures", False) and reading.n:
-                pictures.append((row["name"], evaluation, reading.view, reading.segmenter))
-        assert first is not None, "a block has at least one row"
-        held = {name: scored(e, r) for name, (e, r) in read.items() if r.n} if against else {}
-        for other in against:
-            if other["row"] not in read:
-                nearest = did_you_mean(other["row"], read)
-                raise ConfigError(f'table.against.row: block "{block["name"]}" has no row "{other["row"]}". {nearest}')
-            found = differences(held, other, report)
+            reading = chosen(finished, row.view, row.segmenter or block.segmenter, row.name)
+            rows.append(_row(row, evaluation, reading))
+            read[row.name] = evaluation, reading
+            if row.picture and block.pictures and reading.n:
+                pictures.append((row.name, evaluation, reading.view, reading.segmenter))
+        held = {name: scored(e, r) for name, (e, r) in read.items() if r.n} if table.against else {}
+        for against in table.against:
+            found = differences(held, against, report)
             rows = [replace(row, values={**row.values, **found.get(row.name, {})}) for row in rows]
+        first, _ = next(iter(read.values()))
         count = len(first.dataset.keys())
-        blocks.append(Block(block["name"], f"{block['data']}, {count} samples", first.protocol.label, block["text"], tuple(rows)))
+        blocks.append(Block(block.name, f"{block.data}, {count} samples", first.protocol.label, block.text, tuple(rows)))
     sheet = None
     if pictures:
         sheet = draw_sheet(folder / "sheet.png", pictures, report["pictures"])
     if report["costs"]:
         columns += COSTS
     return Results(
-        name, table["title"], command, __version__, columns, tuple(blocks), tuple(table.get("notes", ())), interval_text(report),
+        name, table.title, command, __version__, columns, tuple(blocks), table.notes, interval_text(report),
         None if sheet is None or sheet.is_absolute() or ".." in sheet.parts else sheet.as_posix(),
     )  # fmt: skip
 
 
-def difference_column(against: Mapping[str, str], columns: Sequence[str]) -> Column:
-    """The column for an entry (row, metric) of a sheet's `against`. Raises ConfigError for a metric the table does not print."""
-    metric = against["metric"]
-    if metric not in columns:
-        raise ConfigError(f'table.against.metric: the table has no column "{metric}". {did_you_mean(metric, columns)}')
-    of = definition_of(metric, "table.against.metric")
+def difference_column(against: Against) -> Column:
+    """The column for an entry of a sheet's `against`. Raises ConfigError for a metric that is not defined."""
+    of = definition_of(against.metric, "table.against.metric")
     text = (
-        f"{of.label} less that of {against['row']}, image by image: an interval without 0 says that the two differ measurably "
+        f"{of.label} less that of {against.row}, image by image: an interval without 0 says that the two differ measurably "
         "(each row for itself, no correction for many rows)."
     )
     return Column(
-        _difference(against), f"{of.label} over {against['row']}", of.percent, text,
+        _difference(against), f"{of.label} over {against.row}", of.percent, text,
         "paired bootstrap, Efron and Tibshirani 1993", "difference",
     )  # fmt: skip
 
 
-def differences(held: Mapping[str, Rows], against: Mapping[str, str], report: Mapping[str, Any]) -> dict[str, dict[str, Value]]:
+def differences(held: Mapping[str, Rows], against: Against, report: Mapping[str, Any]) -> dict[str, dict[str, Value]]:
     """Row name -> its paired difference to the row that the entry `against` names, under the difference's column.
 
     held: scored rows behind every row of a block that has some. Rows that share no sample with that row have no difference.
     """
-    if (baseline := held.get(against["row"])) is None:
+    if (baseline := held.get(against.row)) is None:
         return {}
     rows = {
         name: mine
         for name, mine in held.items()
-        if name != against["row"] and not set(mine.samples).isdisjoint(baseline.samples)
+        if name != against.row and not set(mine.samples).isdisjoint(baseline.samples)
     }  # fmt: skip
     clusters = clusters_by_word(baseline) if report["draw"] == "words" else None
-    of = definition_of(against["metric"], "table.against.metric")
+    of = definition_of(against.metric, "table.against.metric")
     compared = compare([of], baseline, rows, report["resamples"], level=report["level"], clusters=clusters)
     return {
         name: {_difference(against): value_of(comparison.difference)}
@@ -117,19 +107,19 @@ def differences(held: Mapping[str, Rows], against: Mapping[str, str], report: Ma
     }
 
 
-def _difference(against: Mapping[str, str]) -> str:
-    return f"{against['metric']} over {against['row']}"
+def _difference(against: Against) -> str:
+    return f"{against.metric} over {against.row}"
 
 
-def _row(row: Mapping[str, Any], evaluation: Evaluation, reading: Reading, overrides: Sequence[str]) -> Row:
-    named = dict(o.split("=", 1) for o in overrides if "=" in o)
+def _row(row: RowSheet, evaluation: Evaluation, reading: Reading) -> Row:
+    named = dict(o.split("=", 1) for o in row.overrides if "=" in o)
     backbone = getattr(getattr(evaluation.extractor, "backbone", None), "checkpoint", None)
-    note = row.get("note", "")
+    note = row.note
     if reading.waiting:
         note = (note + " " if note else "") + f"{reading.waiting} samples are not computed yet"
     extractor = named.get("extractor", type(evaluation.extractor).__name__)
     return Row(
-        name=row["name"], group=row.get("group", "methods"), extractor=extractor,
+        name=row.name, group=row.group, extractor=extractor,
         backbone=backbone.path if backbone else None, provenance=evaluation.extractor.provenance, run_id=evaluation.run_id,
         view=reading.view, segmenter=reading.segmenter, n=reading.n, excluded=reading.excluded, failed=reading.failed,
         values={m: value_of(i) for m, i in reading.values.items()} | costs_of(evaluation), status="ok" if reading.n else "failed",

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import yaml
 from composing import CONF, GROUPS, OPTIONS, chosen, composed, hydra, plainly
+from hydra.core.object_type import ObjectType
 from omegaconf import OmegaConf
 
 from conceptseg.backbones.base import Checkpoint
-from conceptseg.config import Root, check_targets, instantiate, plain, targets
+from conceptseg.config import MOVED_VIEWS, Root, check_targets, instantiate, plain, targets
 from conceptseg.errors import ConfigError, ViewError
 from conceptseg.saliency.views import Axes, expand_views
 
@@ -59,14 +60,27 @@ def assert_whole(*overrides: str) -> None:
 
 def test_hydra_offers_exactly_the_sheets_that_lie_in_the_tree():
     with hydra() as loader:
-        offered = {group: sorted(loader.get_group_options(group)) for group in GROUPS}
-    assert offered == GROUPS
+        offered = {
+            group: sorted(
+                [*loader.get_group_options(group, ObjectType.CONFIG)]
+                + [f"{folder}/{o}" for folder in loader.list_groups(group) for o in loader.get_group_options(f"{group}/{folder}")]
+            )
+            for group in GROUPS
+        }
+    parts = {group: [o for o in options if o.rpartition("/")[2].startswith("_")] for group, options in offered.items()}
+    assert {group: sorted({*offered[group]} - {*parts[group]} - {*MOVED_VIEWS}) for group in GROUPS} == GROUPS
 
 
-def test_groups_are_one_level_deep_but_for_tables_of_papers():
-    """What lies deeper is found neither by glob() nor by help; a paper's tables are asked for by name."""
-    assert {p.relative_to(CONF).parts[0] for p in CONF.glob("*/*/*.yaml")} <= {"table"}
+def test_families_of_views_and_the_tables_of_a_paper_are_folders_and_nothing_lies_deeper():
+    assert {p.relative_to(CONF).parts[0] for p in CONF.glob("*/*/*.yaml")} == {"table", "views"}
     assert not list(CONF.glob("*/*/*/*.yaml"))
+
+
+@pytest.mark.parametrize("old", MOVED_VIEWS)
+def test_views_go_by_their_former_name_too(old):
+    """On the command line and in the defaults list of somebody's own sheet, which Hydra resolves alike."""
+    assert old not in GROUPS["views"]
+    assert plainly(f"views={old}") == plainly(f"views={MOVED_VIEWS[old]}")
 
 
 def test_no_sheet_has_the_suffix_that_hydra_will_refuse():

@@ -24,9 +24,9 @@ HEADLINES: dict[str, tuple[str, ...]] = {
     "daam_sdxl_imagenet_released": ("experiment=daam_sdxl_imagenet_released",),
     "daam_sd2_imagenet_standard": ("experiment=daam_sd2_imagenet_standard",),
     "daam_sdxl_imagenet_standard": ("experiment=daam_sdxl_imagenet_standard",),
-    "flux_imagenet_released": (*FLUX, "dataset=imagenet_segmentation", "protocol=imagenet_released", "views=released_imagenet"),
-    "flux_voc_single_released": (*FLUX, "dataset=pascal_voc", "protocol=voc_single_released", "views=released_voc_single"),
-    "flux_voc_multi_released": (*FLUX, "dataset=pascal_voc", "protocol=voc_multi_released", "views=released_voc_multi"),
+    "flux_imagenet_released": (*FLUX, "dataset=imagenet_segmentation", "protocol=imagenet_released", "views=released/imagenet"),
+    "flux_voc_single_released": (*FLUX, "dataset=pascal_voc", "protocol=voc_single_released", "views=released/voc_single"),
+    "flux_voc_multi_released": (*FLUX, "dataset=pascal_voc", "protocol=voc_multi_released", "views=released/voc_multi"),
     "flux_imagenet_standard": (*FLUX, "dataset=imagenet_segmentation", "protocol=imagenet_standard"),
     "flux_voc_single_standard": (*FLUX, "dataset=pascal_voc", "protocol=voc_single_standard"),
     "flux_voc_multi_standard": (*FLUX, "dataset=pascal_voc", "protocol=voc_multi_standard"),
@@ -35,7 +35,7 @@ HEADLINES |= {
     name: (f"experiment={name}",)
     for name in (
         "ca_imagenet_paper", "ca_imagenet_standard", "ca_voc_single_paper", "ca_voc_single_standard", "ca_voc_multi_paper",
-        "ca_voc_multi_standard", "ca_table1_imagenet_sd35", "ca_table1_voc_single_sd35", "ca_table3", "ca_table4_both",
+        "ca_voc_multi_standard", "ca_table3", "ca_table4_both",
         "ca_table4_cross_only", "ca_table4_self_only", "ca_table4_neither", "ca_figure7_layers", "ca_figure7_timesteps",
         "ca_imagenet_int8",
     )

@@ -8,7 +8,7 @@ import pytest
 from commands import TESTS
 
 SHEETS = TESTS.parent / "conf" / "table"
-PAPER = sorted(path.relative_to(SHEETS).with_suffix("").as_posix() for path in SHEETS.glob("*/*.yaml"))
+PAPER = sorted(path.relative_to(SHEETS).with_suffix("").as_posix() for path in SHEETS.glob("*/[!_]*.yaml"))
 LAB_MODELS = TESTS.parent / "conceptseg" / "lab" / "weights"
 NEVER = ("COCO-Gen", "a dependency parser", "no model of the lab does this")
 """What no table can be filled without, even on the lab: its data are gone, or nothing of it is run here."""
@@ -69,6 +69,15 @@ def test_the_lab_fills_both_protocols_beside_the_quoted_numbers(shared):
         accuracy = row["values"]["released/accuracy"]["value"]
         assert row["values"]["released/published_miou_from_accuracy"]["value"] == pytest.approx(accuracy / (2 - accuracy))
     assert "not to be held against quoted ones" in table["notes"][0]
+
+
+def test_one_row_of_a_table_runs_alone(shared):
+    name = "conceptattention/imagenet_segmentation"
+    shared.run(f"table={name}", "table.only=[DINOv2]", "table.backbones=lab", "dataset.count=2")
+    table, rows = results_of(latest(shared, name))
+    assert [(row["name"], row["status"], row["provenance"], row["n"]) for row in rows] == [("DINOv2", "ok", "lab", 2)]
+    assert "'table.only=[DINOv2]'" in table["command"]
+    assert not list((shared.folder / "benchmarks").glob("conceptattention-imagenet_segmentation*"))
 
 
 def test_the_layers_of_a_model_are_points_of_a_curve(shared):

@@ -189,7 +189,7 @@ def test_two_processes_with_the_same_shard_are_told_so(commands):
 
 
 def test_a_wider_list_of_layers_adds_only_the_rows_that_are_missing(commands):
-    sweep = ("backbone@extractor.backbone=lab_flux", "views=sweep_layers", "dataset.count=4")
+    sweep = ("backbone@extractor.backbone=lab_flux", "views=sweep/layers", "dataset.count=4")
     commands.run(*sweep, "views.layer.layers=0-1")
     (file,) = commands.the_run().glob("rows-*")
     before = file.read_bytes()
@@ -202,7 +202,7 @@ def test_a_wider_list_of_layers_adds_only_the_rows_that_are_missing(commands):
 
 
 def test_rows_that_were_added_by_widening_are_those_of_one_wide_run(commands):
-    sweep = ("backbone@extractor.backbone=lab_flux", "views=sweep_layers", "dataset.count=3")
+    sweep = ("backbone@extractor.backbone=lab_flux", "views=sweep/layers", "dataset.count=3")
     commands.run(*sweep, "views.layer.layers=1")
     commands.run(*sweep, "views.layer.layers=all")
     commands.run(*sweep, "views.layer.layers=all", "runtime.runs=wide")

@@ -49,12 +49,12 @@ VALUE = "blocks/0/rows/1/values/miou"
     [
         ("schema", 2, "schema 1.*schema 2"),
         ("titel", "x", 'unknown key "titel". Did you mean "title"'),
-        ("blocks/0/rows/1/n", "64", r"blocks\[0\].rows\[1\].n: wanted an integer, got '64'"),
+        ("blocks/0/rows/1/n", "64", r'blocks\["one object"\].rows\["ConceptAttention"\].n: wanted an integer, got \'64\''),
         ("blocks/0/rows/1/n", True, "wanted an integer, got True"),
         ("blocks/0/rows/1/status", "done", '"ok" or "not run" or "failed"'),
         ("blocks/0/rows/1/backbone", 3, "wanted a string or null"),
         ("blocks", {}, "wanted a list"),
-        ("notes", "none", "wanted a list of sentences"),
+        ("notes", "none", "wanted a list of strings"),
         (f"{VALUE}/low", 0.7, r"its interval \[0.7, 0.612\] is upside down"),
         (f"{VALUE}/value", float("nan"), "not finite"),
         (f"{VALUE}/low", None, "one end of an interval"),
@@ -81,7 +81,7 @@ def test_a_table_that_may_not_be_printed_is_refused(path, value, message):
 def test_a_missing_key_is_named():
     data = plain_table()
     del data["blocks"][0]["rows"][0]["provenance"]
-    with pytest.raises(ReportError, match=r"rows\[0\]: lacks provenance"):
+    with pytest.raises(ReportError, match=r'rows\["DAAM"\]: lacks provenance'):
         Results.from_json(data)
 
 

@@ -10,6 +10,7 @@ from conceptseg.errors import ConfigError
 from conceptseg.evaluation.readings import scored
 from conceptseg.metrics.definitions import Rows
 from conceptseg.tables import table
+from conceptseg.tables.sheet import read_sheet
 from conceptseg.tables.table import compute_table
 
 ROWS = ("constant", "centre_prior", "colour_contrast", "oracle")
@@ -37,7 +38,9 @@ def compute(tmp_path):
             def composed(overrides):
                 return plain(compose("evaluate", overrides=[*overrides, f"runtime.runs={tmp_path}", *extra]))
 
-            return compute_table("controls", {**TABLE, "against": list(against)}, composed, [], tmp_path, "conceptseg")
+            return compute_table(
+                "controls", read_sheet({**TABLE, "against": list(against)}), composed, [], tmp_path, "conceptseg"
+            )
 
         yield made
 
