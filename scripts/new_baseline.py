@@ -2,8 +2,8 @@
 
     python scripts/new_baseline.py edge_energy
 
-The method then shows up in `conceptseg --help`, runs with `conceptseg extractor=edge_energy`, and is covered by the contract
-tests without further edits.
+The method then shows up in `conceptseg --help extractor`, runs with `conceptseg extractor=edge_energy`, and is covered by
+the contract tests without further edits.
 """
 
 from __future__ import annotations

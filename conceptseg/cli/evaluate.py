@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 
 from conceptseg.cli.composing import quiet_libraries, run_hydra
+from conceptseg.cli.help import asked, print_help
 from conceptseg.cli.table import QUIET, print_table_of
 from conceptseg.config import plain, register
 from conceptseg.errors import guarded
@@ -27,6 +28,8 @@ def evaluate() -> int:
     asks = [a for a in sys.argv[1:] if a in ("--help", "-h", "--hydra-help", "--version", "--info", "--cfg", "-c", "--resolve")]
     if not asks and all(a.lstrip("+~").startswith(QUIET) for a in said):
         sys.argv.append("table=lab")
+    if asked(sys.argv[1:]) is not None:
+        return print_help(sys.argv[1:])
     if "--version" in asks:
         from conceptseg import __version__
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conceptseg.cli.options import groups
+from conceptseg.config import MOVED_VIEWS
 from conceptseg.errors import did_you_mean
 
 
@@ -19,25 +21,24 @@ def explain_refusal(overrides: Sequence[str]) -> str | None:
 
     if unreadable := next(filter(None, map(_unreadable, overrides)), None):
         return unreadable
+    offered = {name: list(options) for name, options in groups().items()}
     GlobalHydra.instance().clear()
     with initialize_config_module("conceptseg.conf", version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        groups = {name: list(_options(loader, name)) for name in loader.list_groups("") if name != "hydra"}
         chosen, options = [], []
         for override in overrides:
             key, _, value = override.lstrip("+~").partition("=")
-            if (group := key.partition("@")[0]) in groups:
+            if (group := key.partition("@")[0]) in offered:
                 chosen.append(override)
-                if value in groups[group]:
+                if value in offered[group] or (group == "views" and value in MOVED_VIEWS):
                     options.append(override)
                 elif value not in ("null", "") and "," not in value:
-                    return f'{key}: unknown option "{value}". {did_you_mean(value, groups[group])}'
+                    return f'{key}: unknown option "{value}". {did_you_mean(value, offered[group])}'
         known = _keys_of(options)  # what a key may be depends on the options
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         if override in chosen or override[0] in "+~" or key.startswith("hydra"):
             continue
-        if refused := _unknown_key(key, known, groups):
+        if refused := _unknown_key(key, known, offered):
             return f"{refused} To add one, write +{key}=..."
     return None
 
@@ -75,15 +76,6 @@ def _unreadable(override: str) -> str | None:
         quoted = ""
     advice = f" Braces, brackets, commas, colons and quotes want quotes of their own: {shlex.quote(quoted)}" if quoted else ""
     return f"{override}: the value of {key.lstrip('+~')} can't be read ({reason}).{advice}"
-
-
-def _options(loader: Any, group: str, prefix: str = "") -> Iterator[str]:
-    """Options of a group, those in folders below it as folder/option."""
-    from hydra.core.object_type import ObjectType
-
-    yield from (prefix + option for option in loader.get_group_options(group, ObjectType.CONFIG))
-    for folder in loader.get_group_options(group, ObjectType.GROUP):
-        yield from _options(loader, f"{group}/{folder}", f"{prefix}{folder}/")
 
 
 def _unknown_key(key: str, known: Mapping[Any, Any], groups: Iterable[str]) -> str | None:

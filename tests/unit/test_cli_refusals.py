@@ -30,7 +30,8 @@ OPTIONS = {
     "extractor=concept_atention": "concept_attention",
     "dataset=pascal_vok": "pascal_voc",
     "protocol=voc_single_releasd": "voc_single_released",
-    "views=sweep_layer": "sweep_layers",
+    "views=sweep/layer": "sweep/layers",
+    "views=lab_unit": "lab/unet",
     "backbone@extractor.backbone=lab_flx": "lab_flux",
     "table=lba": "lab",
     "experiment=ca_imagenet_relased": "ca_imagenet_released",
@@ -42,6 +43,7 @@ KEYS = {
     "report.resample=10": "resamples",
     "views.outptu.layers=1": "output",
     "tabel=lab": "table",
+    "lanucher.x=1": "launcher",
     "extractr=oracle": "extractor",
 }
 
@@ -67,8 +69,8 @@ def test_a_misspelt_key_is_refused_with_the_nearest(refused, said, meant):
 
 
 OF_AN_OPTION = [
-    ("views=lab_unet", "views.wrds.layers=3", 'Did you mean "words"? Choices: words, words_standardized.'),
-    ("views=lab_unet", "views.words.layer=3", 'Did you mean "layers"?'),
+    ("views=lab/unet", "views.wrds.layers=3", 'Did you mean "words"? Choices: words, words_standardized.'),
+    ("views=lab/unet", "views.words.layer=3", 'Did you mean "layers"?'),
     ("extractor=daam", "extractor.encod=separate", 'Did you mean "encode"?'),
     ("dataset=pascal_voc", "dataset.splt=val", 'Did you mean "split"?'),
 ]
@@ -82,6 +84,23 @@ def test_a_misspelt_key_of_a_chosen_option_is_refused_with_the_nearest_of_that_o
 @pytest.mark.parametrize("said", ["runtime.batch_size=many", "report.level=high", "runtime.keep_maps=perhaps"])
 def test_a_value_of_another_type_is_refused_with_its_key(refused, said):
     assert said.partition("=")[0].rpartition(".")[2] in refused(said)
+
+
+ROWS = {
+    "table.only=[dinov2]": 'table.only: the table has no row "dinov2". Did you mean "DINOv2"?',
+    "+table.colums=[accuracy]": 'table: unknown key "colums".',
+    "table.backbones=lba": 'table.backbones: wanted "real" or "lab", got \'lba\'. Did you mean "lab"?',
+}
+
+
+@pytest.mark.parametrize(("said", "advice"), ROWS.items())
+def test_a_table_that_is_misspelt_is_refused_before_anything_runs(refused, said, advice):
+    assert advice in refused("table=conceptattention/imagenet_segmentation", said)
+
+
+def test_a_part_of_a_table_is_never_published(refused):
+    message = refused("table=lab", "table.only=[DAAM]", "report.publish=yes")
+    assert "report.publish=yes publishes whole tables, but table.only names 1 of the rows of lab" in message
 
 
 def test_a_command_line_that_cannot_be_read_is_refused(refused):

@@ -1,0 +1,77 @@
+"""conceptseg --help: two screens, every group that can be chosen, and the options of each on demand."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import conceptseg
+from conceptseg.cli.evaluate import evaluate
+from conceptseg.config import Report, Runtime
+
+CONF = Path(conceptseg.__file__).parents[1] / "conf"
+GROUPS = ("backbone", "dataset", "experiment", "extractor", "launcher", "protocol", "table", "views")
+
+
+@pytest.fixture
+def said(monkeypatch, capsys):
+    def run(*arguments: str, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["conceptseg", *arguments])
+        with pytest.raises(SystemExit) as end:
+            evaluate()
+        assert end.value.code == code
+        printed = capsys.readouterr()
+        return printed.err if code else printed.out
+
+    return run
+
+
+def options(group: str) -> list[str]:
+    return [p.relative_to(CONF / group).with_suffix("").as_posix() for p in (CONF / group).rglob("[!_]*.yaml")]
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_fits_two_screens(said, flag):
+    lines = said(flag).splitlines()
+    assert len(lines) <= 100 and max(map(len, lines)) <= 100
+
+
+def test_help_counts_the_options_of_every_group_that_can_be_chosen_and_says_how_to_list_them(said):
+    text = said("--help")
+    listed = [line for line in text.splitlines() if "conceptseg --help " in line and " options  " in line]
+    assert [line.split()[-1] for line in listed] == [*GROUPS]
+    assert [int(line.split()[1]) for line in listed] == [len(options(group)) for group in GROUPS]
+    for schema, key in ((Runtime, "runtime"), (Report, "report")):
+        assert all(f"  {key}.{field.name}=" in text for field in fields(schema))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_lists_each_option_with_the_beginning_of_its_comment(said, group):
+    head, _, *lines = said("--help", group).splitlines()
+    assert head.startswith(f"{group}: {len(options(group))} options") and max(map(len, lines)) <= 100
+    assert [line.split()[0] for line in lines] == sorted(options(group))
+    assert all(len(line.split()) > 3 and "@package" not in line for line in lines)
+
+
+def test_a_family_of_views_is_listed_alone(said):
+    names = [line.split()[0] for line in said("--help", "views/lab").splitlines()[2:]]
+    assert "lab/unet" in names and all(name.startswith("lab/") for name in names)
+
+
+def test_the_sheets_of_a_folder_of_ones_own_are_listed(said, tmp_path):
+    (tmp_path / "extractor").mkdir()
+    (tmp_path / "extractor" / "mine.yaml").write_text("# A method of mine.\n")
+    assert "mine" in said("--config-dir", str(tmp_path), "--help", "extractor")
+
+
+def test_an_unknown_group_is_refused_with_the_nearest_and_recipes_are_no_group(said):
+    assert 'no group "extracter". Did you mean "extractor"?' in said("--help", "extracter", code=1)
+    assert 'no group "lab"' in said("--help", "lab", code=1)
+    assert "lab: there is no such key" in said("lab=flux", code=1)
+
+
+def test_help_with_settings_shows_their_configuration(said):
+    assert "conceptseg.extractors.lrp.LRP" in said("--help", "extractor=lrp")
