@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
 
@@ -15,7 +15,8 @@ from conceptseg.errors import ConfigError, did_you_mean
 def load_recipe(name: str, overrides: Sequence[str] = (), device: str = "cpu") -> dict[str, Any]:
     """The recipe conf/lab/<name>.yaml, on a GPU with its `gpu` settings laid over it, then with "key=value" overrides.
 
-    Raises ConfigError for an unknown name or key, and for a share of plain scenes where there are none.
+    Raises ConfigError for an unknown name, for an unknown key (of `phases` and `gpu` too), and for a share of plain scenes where
+    there are none.
     """
     folder = resources.files("conceptseg.conf").joinpath("lab")
     names = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
@@ -24,6 +25,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), device: str = "cpu") -
     recipe = OmegaConf.create(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
     assert isinstance(recipe, DictConfig)
     on_gpu = recipe.pop("gpu", {})
+    _check_keys(on_gpu, recipe, f"conf/lab/{name}.yaml, gpu")
     OmegaConf.set_struct(recipe, True)
     if device.startswith("cuda"):
         recipe.merge_with(on_gpu)
@@ -31,8 +33,15 @@ def load_recipe(name: str, overrides: Sequence[str] = (), device: str = "cpu") -
         whole = OmegaConf.merge(recipe, OmegaConf.from_dotlist(list(overrides)))
     except OmegaConfBaseException as error:
         key = next((o.split("=")[0] for o in overrides if OmegaConf.select(recipe, o.split("=")[0]) is None), "")
-        raise ConfigError(f'conceptseg-lab train {name}: can\'t set "{key}". {did_you_mean(key, map(str, recipe))}') from error
+        part, _, last = key.rpartition(".")
+        known = OmegaConf.select(recipe, part) if part else recipe
+        nearest = did_you_mean(last, map(str, known if isinstance(known, DictConfig) else recipe))
+        raise ConfigError(f'conceptseg-lab train {name}: can\'t set "{key}". {nearest}') from error
     found: dict[str, Any] = OmegaConf.to_container(whole, resolve=True)  # type: ignore[assignment]
+    for number, phase in enumerate(found.get("phases", ())):
+        _check_keys(phase, {"from", *found}, f"conceptseg-lab train {name}: phases[{number}]")
+        if "from" not in phase:
+            raise ConfigError(f"conceptseg-lab train {name}: phases[{number}] lacks from, the step at which it begins.")
     asks = [part for part in (found, *found.get("phases", ())) if part.get("plain_share")]
     if asks and not found["plain_scenes"]:
         raise ConfigError(
@@ -41,3 +50,11 @@ def load_recipe(name: str, overrides: Sequence[str] = (), device: str = "cpu") -
         )
     found["learning_rate"] = float(found["learning_rate"])  # YAML 1.1 reads 1.5e-3 as a word
     return found
+
+
+def _check_keys(part: Iterable[Any], known: Iterable[Any], where: str) -> None:
+    """Raises ConfigError for a key that the recipe does not have: it would be laid over it and never be read."""
+    choices = {str(key) for key in known}
+    for key in part:
+        if str(key) not in choices:
+            raise ConfigError(f'{where}: unknown key "{key}". {did_you_mean(str(key), choices)}')

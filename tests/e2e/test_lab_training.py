@@ -239,6 +239,19 @@ def test_a_misspelt_recipe_setting_is_refused_with_the_nearest():
         load_recipe("flux", ["stpes=3"])
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("sizes.headz=3", 'Did you mean "heads"'),
+        ("phases=[{from: 1, plain_sahre: 0.1}]", r'phases\[0\]: unknown key "plain_sahre"\. Did you mean "plain_share"'),
+        ("phases=[{plain_share: 0.1}]", r"phases\[0\] lacks from"),
+    ],
+)
+def test_a_misspelt_part_of_a_recipe_is_refused(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("flux", [setting])
+
+
 def test_an_unknown_kind_of_model_is_refused_with_the_nearest():
     with pytest.raises(ConfigError, match='Did you mean "sd3"'):
         make_trainer({**load_recipe("sd3"), "kind": "sd33"})
