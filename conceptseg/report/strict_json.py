@@ -92,7 +92,9 @@ def _wanted(hint: Any) -> str:
         return " or ".join("null" if choice is NoneType else _wanted(choice) for choice in get_args(hint))
     if get_origin(hint) is tuple:
         item: Any = get_args(hint)[0]
-        return "a list of " + ("strings" if item is str else f"{item.__name__} objects" if isinstance(item, type) else _wanted(item))
+        if item is str or not isinstance(item, type):
+            return "a list of " + ("strings" if item is str else _wanted(item))
+        return f"a list of {item.__name__} objects"
     if get_origin(hint) is Mapping:
         return "an object"
     if is_dataclass(hint) and isinstance(hint, type):
