@@ -13,6 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from conceptseg.cli.options import added_folders
 from conceptseg.cli.refusals import explain_refusal
 from conceptseg.config import check_allowance, packages
 from conceptseg.errors import ConceptSegError, ConfigError
@@ -65,7 +66,6 @@ def run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
 
 
 PRIMARY = ("--config-path", "-cp", "--config-name", "-cn")
-FOLDERS = ("--config-dir", "-cd")
 
 
 def prepare_search_path() -> None:
@@ -98,11 +98,7 @@ def check_foreign_sources(arguments: Sequence[str], config_name: str) -> None:
             "hydra.searchpath=[file://FOLDER]."
         )
     overrides = [word for word in arguments if not word.startswith("-") and "=" in word]
-    folders = [
-        word.partition("=")[2] or "".join(arguments[place + 1 : place + 2])
-        for place, word in enumerate(arguments)
-        if word.partition("=")[0] in FOLDERS
-    ]
+    folders = added_folders(arguments)
     if not folders and not any(word.lstrip("+~").startswith("hydra.searchpath") for word in overrides):
         return
     from hydra import compose, initialize_config_module

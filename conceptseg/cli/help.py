@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from textwrap import shorten, wrap
 
-from conceptseg.cli.options import groups
+from conceptseg.cli.options import added_folders, groups
 from conceptseg.config import Report, Runtime
 from conceptseg.errors import ConfigError, did_you_mean
 
@@ -39,14 +39,13 @@ def asked(arguments: Sequence[str]) -> list[str] | None:
     if not {"--help", "-h"} & {*arguments} or any("=" in word for word in arguments if not word.startswith("-")):
         return None
     words = [word for word in arguments if word not in ("--help", "-h")]
-    folder = _folder(words)
-    return [word for word in words if not word.startswith("-") and word != folder]
+    folders = added_folders(words)
+    return [word for word in words if not word.startswith("-") and word not in folders]
 
 
 def print_help(arguments: Sequence[str]) -> int:
     """Print all of the help, or the options of the groups that are named. Raises ConfigError for an unknown group."""
-    folder = _folder(arguments)
-    offered = groups(Path(folder) if folder else None)
+    offered = groups(added_folders(arguments))
     words = asked(arguments)
     for word in words or ():
         group, _, family = word.partition("@")[0].partition("/")
@@ -57,15 +56,6 @@ def print_help(arguments: Sequence[str]) -> int:
     if not words:
         print(COMMANDS, *_groups({name: len(options) for name, options in offered.items()}), "", *_settings(), MORE, sep="\n")
     return 0
-
-
-def _folder(arguments: Sequence[str]) -> str | None:
-    """The folder of the user's own sheets."""
-    for place, word in enumerate(arguments):
-        name, _, value = word.partition("=")
-        if name in ("--config-dir", "-cd"):
-            return value or (arguments[place + 1] if place + 1 < len(arguments) else None)
-    return None
 
 
 def _groups(counts: dict[str, int]) -> Iterator[str]:
