@@ -79,7 +79,7 @@ class Allowed:
 VECTORS = Allowed(1e-5, units=24)
 SCORES = Allowed(5e-5, units=24)  # dot products over up to 48 features, of magnitude 10 and more
 SUMS = Allowed(2e-4, units=24)  # VOC maps: scores summed over layers and heads, of magnitude 100
-QUOTIENTS = Allowed(1e-5)  # normalised by sums over concepts, some of which are small
+QUOTIENTS = Allowed(2e-5)  # normalised by sums over concepts, some of which are small
 SHARES = Allowed(1e-5)  # softmaxed maps lie in 0..1; their error is that of scores, whatever their own scale
 EXACT = Allowed(0.0)  # inputs and decisions: the map nearest to its cut is 1.8e-5 away from it
 

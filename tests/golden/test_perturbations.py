@@ -368,3 +368,9 @@ def test_what_is_wrong_is_far_outside(judges, row, monkeypatch):
     least = min(noticing, key=noticing.get)
     print(f"\n| {row.name} | {noticing[least]:,.0f} ({least}) |", end="")
     assert noticing[least] > WIDE
+
+
+def test_the_documented_table_is_of_these_perturbations():
+    written = (Path(__file__).parents[2] / "docs" / "golden.md").read_text().split("## How sharp the judgement is")[1]
+    named = [line.split(" | ")[0].removeprefix("| ") for line in written.splitlines() if line.startswith("| ")]
+    assert [n for n in named if n not in ("what is wrong", "tensors")] == [*(row.name for row in ROWS), *RIGHT]
