@@ -23,6 +23,7 @@ from conceptseg.backbones.unets.cross_attention import (
     CrossAttention,
     CrossAttentionTap,
     grid_factor,
+    kept_heads,
     kept_rows,
     reference_half,
 )
@@ -264,6 +265,10 @@ def test_one_attention_module(name):
         if grid_factor((int(case["latent_hw"] ** 0.5),) * 2, case["n_query"]) != 8:
             rows = kept_rows(case["batch"], guided, "conditional")
             kept = seen[-1][rows][0] if guided else reference_half(seen[-1])
+            if case["batch"] == 1:  # what the DAAM extractor keeps of a single unguided image: the larger half of 5 heads
+                heads = kept_heads(case["heads"], "legacy_half_of_heads")
+                kept = seen[-1][0, heads.start : heads.stop]
+                assert torch.equal(kept, reference_half(seen[-1]))
             collected.append(kept.unflatten(1, grid).permute(0, 3, 1, 2))
 
     with TapSet(host) as taps, torch.inference_mode():
@@ -298,6 +303,19 @@ def test_aggregation_of_given_maps():
     with pytest.raises(ViewError, match="no heat maps for layers"):
         sums.mean(side, 0, layers=[9])
     assert PromptMaps(sums.mean(side, 0), None, None).token_map([0]).values.shape == side
+
+
+@pytest.mark.parametrize("side", [64, 62, 40, 32, 24, 16, 14, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 80])
+def test_released_factors_leave_out_grids_that_no_power_of_two_widens(side):
+    """Of two layers, a full-size one and one of this side: castorini/daam 0.2.0 aggregates factors 0, 1, 2, 4, ..., 64."""
+    sums, size, generator = RunningSums(), (64, 64), torch.Generator().manual_seed(0)
+    for layer, rows in enumerate((64, side)):
+        sums.add(layer, torch.rand(1, 1, 2, rows, rows, generator=generator), slice(0, 1), 1)
+    factor = int(64 / side)
+    counted = factor in {0, *(2**n for n in range(7))}
+    wanted = sums.mean(size, 0, layers=[0, 1] if counted else [0])
+    assert torch.equal(sums.mean(size, 0, factors=RELEASED_FACTORS), wanted)
+    assert grid_factor(size, side * side) == factor
 
 
 def test_word_positions_by_the_reference_rule():

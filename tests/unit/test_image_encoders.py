@@ -165,3 +165,18 @@ def test_positions_of_the_same_grid_are_left_alone(rule):
     positions = torch.randn(1 + 16, 8)
     assert torch.equal(resized_positions(positions, 1, (4, 4), (4, 4), rule), positions)
     assert resized_positions(positions, 1, (4, 4), (3, 5), rule).shape == (16, 8)
+
+
+@pytest.mark.parametrize("grid", [(2, 8), (8, 2), (4, 4), (5, 5), (3, 5)])
+def test_dinos_positions_are_resampled_on_any_grid_but_the_square_of_the_native_patch_count(grid):
+    """facebookresearch/dino 7c446df, vision_transformer.py, interpolate_pos_encoding, written out: `npatch == N and w == h`."""
+    positions, side, (rows, columns) = torch.randn(1 + 16, 8), 4, grid
+    if rows * columns == 16 and rows == columns:
+        wanted = positions
+    else:
+        patches = positions[None, 1:].reshape(1, side, side, 8).permute(0, 3, 1, 2)
+        factors = ((rows + 0.1) / side, (columns + 0.1) / side)
+        resampled = torch.nn.functional.interpolate(patches, scale_factor=factors, mode="bicubic")
+        wanted = torch.cat([positions[:1], resampled.permute(0, 2, 3, 1).reshape(-1, 8)])
+        assert len(wanted) == 1 + rows * columns
+    assert torch.equal(resized_positions(positions, 1, (side, side), grid, "dino"), wanted)
