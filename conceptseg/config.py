@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib import import_module, metadata, resources
 from inspect import signature
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from conceptseg.errors import ConceptSegError, ConfigError, did_you_mean
+from conceptseg.errors import ConceptSegError, ConfigError, did_you_mean, one_of
 from conceptseg.keys import digest
 
 
@@ -107,6 +109,51 @@ def register() -> None:
     store.store(name="root_schema", node=Root)
     for old, new in MOVED_VIEWS.items():
         store.store(group="views", name=old, node={"defaults": [f"/views/{new}@_here_"]})
+
+
+LIMITS: dict[str, tuple[float, float]] = {
+    "runtime.batch_size": (1, 100_000),
+    "runtime.threads": (0, 4096),
+    "runtime.shard_index": (-1, 1_000_000),
+    "runtime.max_failures": (1, inf),
+    "report.resamples": (1, 10_000_000),
+    "report.pictures": (0, 100_000),
+}
+"""Smallest and greatest value of settings of the frame."""
+WHEN_CODE_CHANGED = ("refuse", "accept", "fork")
+
+
+def check_frame(config: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a setting of runtime or report that can't be, before anything is built, made or written."""
+    runtime, report = config["runtime"], config["report"]
+    for name, (least, most) in LIMITS.items():
+        part, _, key = name.partition(".")
+        value = config[part][key]
+        if not least <= value <= most:
+            upto = f" to {most:,.0f}" if most < inf else " or more"
+            raise ConfigError(f"{name} is {value}; wanted {least}{upto}.")
+    if runtime["shard_count"] != -1 and not 1 <= runtime["shard_count"] <= 1_000_000:
+        raise ConfigError(f"runtime.shard_count is {runtime['shard_count']}; wanted 1 to 1,000,000, or -1 to read WORLD_SIZE.")
+    if not 0 < report["level"] < 1:
+        raise ConfigError(f"report.level is {report['level']:g}; wanted a share between 0 and 1, such as 0.95.")
+    one_of("runtime.on_code_change", runtime["on_code_change"], WHEN_CODE_CHANGED)
+    for part, key, kind in (("runtime", "runs", "folder"), ("report", "benchmarks", "folder"), ("report", "results_md", "file")):
+        _check_place(f"{part}.{key}", config[part][key], kind)
+    if not report["columns"]:
+        raise ConfigError("report.columns is empty; wanted at least one metric, such as [accuracy].")
+
+
+def _check_place(name: str, value: str, kind: str) -> None:
+    """A folder or file that may not exist yet, but must not be of another kind."""
+    if not value.strip() or "\0" in value:
+        raise ConfigError(f"{name} is {value!r}; wanted the path of a {kind}.")
+    try:
+        there = Path(value).exists()
+        wrong = there and (not Path(value).is_dir() if kind == "folder" else not Path(value).is_file())
+    except OSError as error:
+        raise ConfigError(f"{name}: can't look at {value}: {error.strerror}. Name another {kind}.") from error
+    if wrong:
+        raise ConfigError(f"{name} is {value}, which exists and is no {kind}. Name another {kind}.")
 
 
 OWN_SOURCES = {"pkg://hydra.conf", "pkg://conceptseg.conf", "structured://"}
@@ -222,6 +269,55 @@ def instantiate(config: Mapping[str, Any], path: str, allowed: Iterable[str] = (
         raise ConfigError(f"{path}: {error}") from error
 
 
+def _annotations(kind: type) -> dict[str, Any]:
+    """Setting -> its annotation, those that a class hands on to its base included."""
+    found: dict[str, Any] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        if hasattr(base, "__dataclass_fields__"):
+            found |= get_type_hints(base)
+        elif "__init__" in vars(base):
+            found |= get_type_hints(base.__init__)  # type: ignore[misc]
+    return found
+
+
+def _check_types(settings: Mapping[str, Any], kind: type, path: str) -> None:
+    """Raises ConfigError for a value that does not fit the annotation of its parameter, and for numbers that are not finite."""
+    from beartype import BeartypeConf
+    from beartype.door import is_bearable
+
+    try:
+        hints = _annotations(kind)
+    except (NameError, TypeError):  # a class of somebody else's whose annotations can't be read where it is not defined
+        hints = {}
+    for key, value in settings.items():
+        if any(number != number or number in (inf, -inf) for number in _floats(value)):
+            raise ConfigError(f"{path}.{key} is {value}; wanted finite numbers.")
+        hint = hints.get(key, Any)
+        if hint is Any or any("_target_" in part for part in _mappings(value)):
+            continue
+        fits = is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True))
+        if not fits or (isinstance(value, bool) and bool not in (hint, *get_args(hint))):
+            raise ConfigError(f"{path}.{key} is {value!r}; {kind.__name__} wants {_in_words(hint)}.")
+
+
+def _in_words(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else re.sub(r"[\w.]+\.(?=\w)", "", str(hint))
+
+
+def _floats(value: Any) -> Iterator[float]:
+    """Every float in plain data, however deep."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _floats(inner)
+
+
+def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
+    """A value that is a mapping, or the mappings in a list."""
+    yield from (part for part in (value if isinstance(value, list) else [value]) if isinstance(part, Mapping))
+
+
 def _imported(target: str, path: str) -> Any:
     module_name, _, name = target.rpartition(".")
     try:
@@ -256,6 +352,7 @@ def _check_settings(config: Any, path: str, base: str | None, nested: str | None
         for key in given:
             if key not in accepted:
                 raise ConfigError(f"{path}.{key}: {name} takes no such setting. {did_you_mean(key, accepted)}")
+    _check_types({key: config[key] for key in given}, kind, path)
     for key, parameter in accepted.items():
         if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD and key not in given:
             raise ConfigError(f"{path}.{key} is not set, and {name} needs it.")

@@ -64,6 +64,17 @@ def one_of(key: str, value: Any, choices: Iterable[str], error: type[ConceptSegE
         raise error(f'{key}: unknown "{value}". {did_you_mean(str(value), offered)}')
 
 
+def in_range(key: str, value: float | None, least: float, most: float) -> None:
+    """Raise ConfigError if the setting `key` is not from `least` to `most`; None means that it is not set.
+
+    >>> in_range("extractor.grid", 0, 1, 1024)
+    Traceback (most recent call last):
+    conceptseg.errors.ConfigError: extractor.grid is 0; wanted 1 to 1,024.
+    """
+    if value is not None and not least <= value <= most:
+        raise ConfigError(f"{key} is {value}; wanted {least:,} to {most:,}.")
+
+
 def guarded(main: Callable[[], int | None]) -> Callable[[], None]:
     """Print our own errors bare, on stderr, and exit with 1; let everything else show its traceback."""
 

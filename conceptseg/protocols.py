@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from conceptseg.errors import ConfigError, DataError, one_of
+from conceptseg.errors import ConfigError, DataError, in_range, one_of
 from conceptseg.metrics.average_precision import average_precision, minmax_scaled, two_channel_average_precision
 from conceptseg.metrics.counts import count
 from conceptseg.metrics.published import f1_over_rows
@@ -80,6 +80,8 @@ class SegmentationProtocol:
         self.caption, self.caption_join = caption, caption_join
         self.image_size, self.image_resample, self.mask_size = image_size, image_resample, mask_size
         self.image_fit, self.f1_over_rows = image_fit, f1_over_rows
+        in_range("protocol.image_size", image_size, 1, 16_384)
+        in_range("protocol.mask_size", mask_size, 1, 16_384)
         self.segmenters = tuple(segmenters)
         if not self.segmenters:
             raise ConfigError("protocol.segmenters is empty: name at least one decision, for example {decision: mean}.")

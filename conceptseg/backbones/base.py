@@ -21,6 +21,7 @@ from torch.nn.functional import interpolate
 from conceptseg.errors import ConfigError, did_you_mean
 
 RESIZES = ("nearest", "bicubic")
+GREATEST_SIDE = 8192  # pixels that a model may be shown
 
 Provenance = Literal["lab", "weights", "random"]
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
-from conceptseg.backbones.base import RESIZES, Backbone, Checkpoint, Provenance
+from conceptseg.backbones.base import GREATEST_SIDE, RESIZES, Backbone, Checkpoint, Provenance
 from conceptseg.backbones.settings import device_of, dtype_of
-from conceptseg.errors import ConfigError, DataError, did_you_mean, one_of
+from conceptseg.errors import ConfigError, DataError, did_you_mean, in_range, one_of
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ class LatentCheckpoint(Backbone):
         self.device = device_of(device)
         one_of("extractor.backbone.resize", resize, RESIZES)
         self.size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
+        for side in self.size:
+            in_range("extractor.backbone.image_size", side, 1, GREATEST_SIDE)
         self.resize = resize
         self._warned: set[str] = set()
 

@@ -47,7 +47,7 @@ def _evaluate(config: DictConfig) -> int:
     if config.get("table"):
         return print_table_of(config, overrides)
     from conceptseg.evaluation.assemble import assemble
-    from conceptseg.evaluation.carry_out import carry_out, check_decisions
+    from conceptseg.evaluation.carry_out import carry_out
     from conceptseg.evaluation.readings import readings, write_results
     from conceptseg.report.results import save
     from conceptseg.report.terminal import print_table
@@ -58,7 +58,6 @@ def _evaluate(config: DictConfig) -> int:
     whole = plain(config)
     check_trackers(whole["report"]["trackers"])
     evaluation = assemble(whole)
-    check_decisions(evaluation)
     carry_out(evaluation)
     found = readings(evaluation, whole["report"]["columns"])
     write_results(evaluation, found)

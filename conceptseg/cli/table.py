@@ -27,7 +27,7 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
 
-    from conceptseg.config import check_allowance, composing_source
+    from conceptseg.config import check_allowance, check_frame, composing_source
     from conceptseg.errors import ConfigError
     from conceptseg.keys import digest
     from conceptseg.report.trackers import check_trackers
@@ -37,6 +37,7 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
 
     name = str(HydraConfig.get().runtime.choices["table"])
     whole = plain(config)
+    check_frame(whole)
     report, sheet = whole["report"], read_sheet(whole["table"])
     if sheet.only and report["publish"] == "yes":
         raise ConfigError(

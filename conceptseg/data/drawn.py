@@ -10,7 +10,7 @@ from conceptseg.data.base import SegmentationDataset
 from conceptseg.data.drawings import OBJECTS, TINTS
 from conceptseg.data.images import present_labels, unknown_key
 from conceptseg.data.scenes import DRAWING_VERSION, HARD_KINDS, PLACEMENTS, Layout, draw_hard_scene, draw_scene
-from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.errors import ConfigError, did_you_mean, in_range
 from conceptseg.types import BACKGROUND, VOID, Sample
 
 SPLITS: tuple[str, ...] = ("train", "val", "unseen")
@@ -21,6 +21,12 @@ MEASURED = Layout(distractors=(5, 8), distractor_tints=3, placement="anywhere")
 is told no word and looks for odd colours finds them first; and nothing stands in the middle more often than elsewhere, so that a
 guess at the middle is no better than others."""
 SMALLEST = 16  # pixels; below, an object's rim is all that is left of it
+
+
+def _check_numbers(seed: int, count: int, size: int) -> None:
+    in_range("dataset.seed", seed, 0, 2**63 - 1)
+    in_range("dataset.count", count, 1, 1_000_000)
+    in_range("dataset.size", size, SMALLEST, 4096)
 
 
 def _layout(distractors: Sequence[int], tints: int, placement: str) -> Layout:
@@ -54,12 +60,7 @@ class Scenes(SegmentationDataset):
             raise ConfigError(f'dataset.split is "{split}". {did_you_mean(split, SPLITS)}')
         if len(objects) != 2 or not 1 <= objects[0] <= objects[1] <= 3:
             raise ConfigError(f"dataset.objects is {list(objects)}; the least and the greatest number of 1, 2, 3 were wanted.")
-        if size < SMALLEST:
-            raise ConfigError(f"dataset.size is {size}; at least {SMALLEST} pixels were wanted.")
-        if seed < 0:
-            raise ConfigError(f"dataset.seed is {seed}; 0 or more was wanted.")
-        if count < 1:
-            raise ConfigError(f"dataset.count is {count}; at least 1 scene was wanted.")
+        _check_numbers(seed, count, size)
         self.split, self.seed, self.count, self.size = split, seed, count, size
         self.objects = (int(objects[0]), int(objects[1]))
         self.layout = _layout(distractors, distractor_tints, placement)
@@ -113,11 +114,9 @@ class HardScenes(SegmentationDataset):
             raise ConfigError(f'dataset.split is "{split}". {did_you_mean(split, SPLITS)}')
         if wrong := [k for k in kinds if k not in HARD_KINDS]:
             raise ConfigError(f'dataset.kinds names "{wrong[0]}". {did_you_mean(wrong[0], HARD_KINDS)}')
-        if not kinds or seed < 0 or count < 1 or size < SMALLEST:
-            raise ConfigError(
-                f"dataset: kinds {list(kinds)}, seed {seed}, count {count}, size {size}; wanted at least one kind, a seed of 0 "
-                f"or more, at least 1 scene and at least {SMALLEST} pixels."
-            )
+        if not kinds:
+            raise ConfigError(f"dataset.kinds is empty; wanted at least one of {', '.join(HARD_KINDS)}.")
+        _check_numbers(seed, count, size)
         self.split, self.seed, self.count, self.size, self.kinds = split, seed, count, size, tuple(kinds)
         self.layout = _layout(distractors, distractor_tints, placement)
         self._places = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conceptseg import keys
-from conceptseg.config import check_targets, instantiate
+from conceptseg.config import check_frame, check_targets, instantiate
 from conceptseg.data.base import SegmentationDataset
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.evaluation.loop import Shard
@@ -48,16 +48,23 @@ class Evaluation:
         return self.store.folder.name
 
 
-def assemble(config: Mapping[str, Any]) -> Evaluation:
-    """Build the parts and open the run folder. Loads no weights. Raises ConfigError, ViewError, DataError or ResumeError."""
+def assemble(config: Mapping[str, Any], in_table: bool = False) -> Evaluation:
+    """Build the parts and open the run folder. Loads no weights.
+
+    in_table: whether a row that scores nothing is allowed, since a table prints it as such. Raises ConfigError, ViewError,
+    DataError or ResumeError; no folder is made for a configuration that is refused.
+    """
     whole = dict(config)
     runtime = whole["runtime"]
+    check_frame(whole)
     _check_report(whole["report"])
     allowed = runtime["allow_targets"]
     check_targets(whole, allowed)
     dataset: SegmentationDataset = instantiate(whole["dataset"], "dataset", allowed)
     protocol: SegmentationProtocol = instantiate(whole["protocol"], "protocol", allowed)
     extractor: Extractor = instantiate(whole["extractor"], "extractor", allowed)
+    if not in_table:
+        _check_decisions(protocol, extractor)
     views = expand_views(whole["views"], extractor.axes())
     identity = {
         "extractor": {k: v for k, v in whole["extractor"].items() if k not in ("backbone", "device")},
@@ -67,11 +74,6 @@ def assemble(config: Mapping[str, Any]) -> Evaluation:
     }
     source = keys.source_digests()
     name = keys.run_id(identity)
-    choices = ("refuse", "accept", "fork")
-    if runtime["on_code_change"] not in choices:
-        raise ConfigError(
-            f'runtime.on_code_change: unknown "{runtime["on_code_change"]}". {did_you_mean(runtime["on_code_change"], choices)}'
-        )
     if runtime["on_code_change"] == "fork":
         name += "-" + keys.digest(source, 6)
     shard = shard_of(runtime)
@@ -86,12 +88,18 @@ def assemble(config: Mapping[str, Any]) -> Evaluation:
     return Evaluation(whole, dataset, extractor, protocol, views, store, keeper, shard, manifest)
 
 
+def _check_decisions(protocol: SegmentationProtocol, extractor: Extractor) -> None:
+    """Raise ConfigError where a protocol decides between words only, and the extractor's maps of words can't be compared."""
+    if not extractor.comparable and all(s.decision == "argmax" for s in protocol.segmenters):
+        raise ConfigError(
+            f"protocol {protocol.label} gives a pixel to the word with the greatest score, and {type(extractor).__name__}'s maps "
+            "of different words can't be compared: nothing would be scored. Take a protocol that cuts one word's map, such as "
+            "protocol=scenes_single 'dataset.objects=[1,1]' (its key: protocol.segmenters)"
+        )
+
+
 def _check_report(report: Mapping[str, Any]) -> None:
     """What would otherwise be noticed when everything is computed."""
-    if report["resamples"] < 1:
-        raise ConfigError(f"report.resamples is {report['resamples']}; wanted 1 or more, such as 10000.")
-    if not 0 < report["level"] < 1:
-        raise ConfigError(f"report.level is {report['level']:g}; wanted a share between 0 and 1, such as 0.95.")
     if report["draw"] not in DRAWN:
         raise ConfigError(f'report.draw: unknown "{report["draw"]}". {did_you_mean(report["draw"], DRAWN)}')
     for name in report["columns"]:
@@ -100,15 +108,22 @@ def _check_report(report: Mapping[str, Any]) -> None:
 
 def shard_of(runtime: Mapping[str, Any]) -> Shard:
     """This process's share, from the settings or from what torchrun and accelerate put into the environment."""
-    count = int(os.environ.get("WORLD_SIZE", "1")) if runtime["shard_count"] < 0 else runtime["shard_count"]
-    index = int(os.environ.get("RANK", "0")) if runtime["shard_index"] < 0 else runtime["shard_index"]
+    count = _of_environment("WORLD_SIZE", 1) if runtime["shard_count"] < 0 else runtime["shard_count"]
+    index = _of_environment("RANK", 0) if runtime["shard_index"] < 0 else runtime["shard_index"]
     if not 0 <= index < count or runtime["shard_index"] < -1:
         raise ConfigError(
             f"runtime.shard_index is {index}, but there are {count} shards (runtime.shard_count): wanted 0 to {count - 1}."
         )
-    if runtime["batch_size"] < 1:
-        raise ConfigError(f"runtime.batch_size is {runtime['batch_size']}; wanted 1 or more.")
     return Shard(index, count, runtime["batch_size"])
+
+
+def _of_environment(name: str, default: int) -> int:
+    """A number that torchrun or accelerate put into the environment. Raises ConfigError for anything else."""
+    value = os.environ.get(name, str(default))
+    if not value.isascii() or not value.isdigit():
+        setting = "runtime.shard_index" if name == "RANK" else "runtime.shard_count"
+        raise ConfigError(f'the environment variable {name} is "{value}"; wanted a number. Unset it, or set {setting}.')
+    return int(value)
 
 
 @cache  # of this process

@@ -11,23 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from conceptseg.errors import ConfigError
 from conceptseg.evaluation.assemble import Evaluation
 from conceptseg.evaluation.loop import Tally, evaluate
 from conceptseg.store.cost import measured
 
 log = logging.getLogger(__name__)
-
-
-def check_decisions(evaluation: Evaluation) -> None:
-    """Raise ConfigError where a protocol decides between words only, and the extractor's maps of words can't be compared."""
-    protocol, extractor = evaluation.protocol, evaluation.extractor
-    if not extractor.comparable and all(s.decision == "argmax" for s in protocol.segmenters):
-        raise ConfigError(
-            f"protocol {protocol.label} gives a pixel to the word with the greatest score, and {type(extractor).__name__}'s maps "
-            "of different words can't be compared: nothing would be scored. Take a protocol that cuts one word's map, such as "
-            "protocol=scenes_single 'dataset.objects=[1,1]' (its key: protocol.segmenters)"
-        )
 
 
 def carry_out(evaluation: Evaluation, title: str = "") -> Tally:

@@ -8,8 +8,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from conceptseg.backbones.base import sample_seed
+from conceptseg.errors import in_range
 from conceptseg.extractors.base import OneView
 from conceptseg.types import VOID, Batch, Task
+
+GREATEST_GRID = 2048
+"""Cells per side of a map: as many as a large image has pixels."""
 
 
 def _truth_of(task: Task, spread: bool = False) -> Float[Tensor, "C H W"]:
@@ -40,6 +44,7 @@ class Oracle(OneView):
     needs_truth = True
 
     def __init__(self, grid: int | None = None) -> None:
+        in_range("extractor.grid", grid, 1, GREATEST_GRID)
         self.grid = grid
 
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
@@ -82,6 +87,7 @@ class RandomMap(OneView):
     trained_on = "nothing"
 
     def __init__(self, grid: int = 16, seed: int = 0) -> None:
+        in_range("extractor.grid", grid, 1, GREATEST_GRID)
         self.grid, self.seed = grid, seed
 
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
@@ -107,6 +113,8 @@ class CentrePrior(OneView):
     trained_on = "nothing"
 
     def __init__(self, sigma: float = 0.25, grid: int = 64) -> None:
+        in_range("extractor.grid", grid, 1, GREATEST_GRID)
+        in_range("extractor.sigma", sigma, 1e-3, 1e3)
         self.sigma, self.grid = sigma, grid
 
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
@@ -123,6 +131,7 @@ class ColourContrast(OneView):
     trained_on = "nothing"
 
     def __init__(self, grid: int = 32) -> None:
+        in_range("extractor.grid", grid, 1, GREATEST_GRID)
         self.grid = grid
 
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:

@@ -51,7 +51,7 @@ class Evaluations:
         """Compute what is missing."""
         place = canonical_json(config)
         if place not in self._done:
-            evaluation = assemble(config)
+            evaluation = assemble(config, in_table=True)
             carry_out(evaluation, title)
             found = readings(evaluation, metrics)
             write_results(evaluation, found)

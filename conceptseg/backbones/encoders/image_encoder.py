@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from conceptseg.backbones.base import RESIZES, Backbone, Checkpoint, Provenance, stack_images
+from conceptseg.backbones.base import GREATEST_SIDE, RESIZES, Backbone, Checkpoint, Provenance, stack_images
 from conceptseg.backbones.encoders.tower import Tower
 from conceptseg.backbones.settings import device_of, dtype_of
 from conceptseg.backbones.taps import TapSet
-from conceptseg.errors import ConfigError, one_of
+from conceptseg.errors import ConfigError, in_range, one_of
 from conceptseg.types import Task, TrainedOn
 
 LABEL_LISTS = ("imagenet", "scenes")
@@ -69,6 +69,8 @@ class ImageEncoder(Backbone, ABC):
         one_of("extractor.backbone.trained_on", trained_on, get_args(TrainedOn))
         if isinstance(labels, str):
             one_of("extractor.backbone.labels", labels, LABEL_LISTS)
+        for side in [image_size] if image_size is None or isinstance(image_size, int) else image_size:
+            in_range("extractor.backbone.image_size", side, 1, GREATEST_SIDE)
         self.trained_on: TrainedOn = trained_on  # type: ignore[assignment]
         self.resize, self.position_resize = resize, position_resize
         self._image_size, self._mean, self._std, self._labels = image_size, mean, std, labels
