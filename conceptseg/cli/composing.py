@@ -52,19 +52,19 @@ def run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
         prepare_search_path()
         check_foreign_sources(sys.argv[1:], config_name)
         hydra.main(version_base="1.3", config_path="pkg://conceptseg.conf", config_name=config_name)(run)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, *SLIPS) as error:
         if isinstance(error.__cause__, ConceptSegError):
             raise error.__cause__ from None
-        raise ConfigError(explain_refusal(overrides) or _readable(error)) from error
-    except ValueError as error:
-        if started:
+        if started and isinstance(error, SLIPS):
             raise
-        raise ConfigError(explain_refusal(overrides) or f"{', '.join(overrides)}: {error}") from error
+        raise ConfigError(_explained(overrides) or _readable(error, overrides)) from error
     if errors:
         raise errors[0]
     return max(codes, default=0)
 
 
+SLIPS = (ValueError, TypeError, AssertionError, AttributeError, KeyError, IndexError, RecursionError)
+"""Python's own errors that Hydra and OmegaConf let out while they compose settings that make no sense."""
 PRIMARY = ("--config-path", "-cp", "--config-name", "-cn")
 
 
@@ -122,12 +122,21 @@ def _plainly(config: DictConfig, key: str) -> Any:
     return OmegaConf.to_container(found, resolve=False) if found else {}
 
 
-def _readable(error: Exception) -> str:
+def _explained(overrides: Sequence[str]) -> str | None:
+    """The first override that does not fit, if it can be told apart."""
+    try:
+        return explain_refusal(overrides)
+    except SLIPS:
+        return None
+
+
+def _readable(error: Exception, overrides: Sequence[str]) -> str:
     """Hydra's message and what lies behind it, without frames."""
-    lines = [str(error)]
+    lines = [str(error) or type(error).__name__]
     cause = error.__cause__
     while cause is not None:
         if str(cause) and str(cause) not in lines:
             lines.append(str(cause))
         cause = cause.__cause__
-    return "\n  ".join(lines)
+    shown = ", ".join(overrides)
+    return f"composing {shown} failed: " + "\n  ".join(lines) if isinstance(error, SLIPS) else "\n  ".join(lines)

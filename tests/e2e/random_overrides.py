@@ -23,11 +23,13 @@ KEYS = (
     "report.results_md", "hydra.run.dir", "new", "new.inner",
 )  # fmt: skip
 VALUES = (
-    "", "null", "true", "0", "1", "-1", "3", "1.5", "-0.5", "nan", "inf", "1e400", "99999", "100000000000000000000", "a", "no", "''",
-    "[]", "[[]]", "{}", "{a:1}", "[1,2]", "[1,1]", "[a]", "[null]", "[0.5]", "???", "${x}", "${oc.env:HOME}", "${runtime.device}", "..",
-    "/dev/null", "/proc/nowhere", "nowhere", "lab:flx", "lab:vit", "os.system", "conceptseg.keys.digest", "oracle", "constant",
-    "concept_attention", "lab_clip", "lab_flux", "scenes", "scenes_hard", "scenes_single", "scenes_multi", "map", "lab", "cpu", "cuda",
-    "accept", "fork", "words", "per_cell", "output", "all", "last 2", "mean", "accuracy", "ap_image", "\u00e9", "a b", "x" * 300,
+    "", "null", "true", "0", "1", "-1", "3", "1.5", "-0.5", "nan", "inf", "1e400", "99999",
+    "100000000000000000000", "a", "no", "''", "[]", "[[]]", "{}", "{a:1}", "[1,2]", "[1,1]", "[a]", "[null]",
+    "[0.5]", "???", "${x}", "${oc.env:HOME}", "${runtime.device}", "..", "/dev/null", "/proc/nowhere",
+    "nowhere", "lab:flx", "lab:vit", "os.system", "conceptseg.keys.digest", "oracle", "constant",
+    "concept_attention", "lab_clip", "lab_flux", "scenes", "scenes_hard", "scenes_single", "scenes_multi",
+    "map", "lab", "cpu", "cuda", "accept", "fork", "words", "per_cell", "output", "all", "last 2", "mean",
+    "accuracy", "ap_image", "\u00e9", "a b", "x" * 300,
 )  # fmt: skip
 PREFIXES = ("", "", "", "", "+", "++", "~")
 BASE = ("extractor=constant", "dataset=scenes", "dataset.count=1", "protocol=scenes_single", "runtime.threads=1")
