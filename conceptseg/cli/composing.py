@@ -124,9 +124,12 @@ def _plainly(config: DictConfig, key: str) -> Any:
 
 def _explained(overrides: Sequence[str]) -> str | None:
     """The first override that does not fit, if it can be told apart."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         return explain_refusal(overrides)
-    except SLIPS:
+    except (HydraException, OmegaConfBaseException, *SLIPS):
         return None
 
 
