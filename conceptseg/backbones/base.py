@@ -121,16 +121,20 @@ class Checkpoint:
 
 
 def stack_images(
-    images: Sequence[np.ndarray], size: tuple[int, int], resize: str, device: torch.device | str = "cpu"
+    images: Sequence[np.ndarray],
+    size: tuple[int, int],
+    resize: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "B 3 h w"]:
     """Images, float [H W 3] in 0..1 each, at one size, on a device that also resizes them: on a host it would hold up the model.
 
     resize "nearest" takes the pixel at floor(i · H / h), as torch does; "bicubic" is antialiased, and
-    what it overshoots is cut back to 0..1.
+    what it overshoots is cut back to 0..1. dtype: what they are resized in, float32 or float64.
     """
     resized = []
     for image in images:
-        held = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)).to(device)
+        held = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)).to(device, dtype)
         tensor = rearrange(held, "H W c -> 1 c H W")
         if tuple(tensor.shape[-2:]) != size:
             if resize == "nearest":

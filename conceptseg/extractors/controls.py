@@ -137,7 +137,7 @@ class ColourContrast(OneView):
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
         maps = []
         for task in batch.tasks:
-            image = torch.from_numpy(np.ascontiguousarray(task.image, dtype=np.float32)).permute(2, 0, 1)[None]
+            image = torch.from_numpy(np.ascontiguousarray(task.image, dtype=np.float64)).permute(2, 0, 1)[None]
             small = torch.nn.functional.interpolate(image, size=(self.grid, self.grid), mode="bilinear", antialias=True)[0]
             contrast = (small - small.mean((1, 2), keepdim=True)).norm(dim=0)
             contrast = contrast / contrast.max().clamp_min(1e-6)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conceptseg.backbones.encoders.activations import Activations
 from conceptseg.backbones.encoders.image_encoder import Explained, ImageEncoder
-from conceptseg.backbones.encoders.relevance import full_precision, patch_relevance, relevance_graph, token_relevance
+from conceptseg.backbones.encoders.relevance import patch_relevance, relevance_graph, token_relevance
 from conceptseg.extractors.relevance_method import RelevanceMethod
 
 
@@ -29,7 +29,6 @@ class LRP(RelevanceMethod):
     def explain(self, images: Tensor, output: Tensor, activations: Activations, explained: Explained) -> Float[Tensor, "B h w"]:
         tower = self.backbone.tower
         graph = relevance_graph(tower, activations, explained.rows, self.rules)
-        with full_precision():
-            (relevance,) = graph.relevance_of(graph.inputs[0])
-            of_tokens = token_relevance(tower, images, relevance, self.rules)
-            return patch_relevance(images, of_tokens[:, tower.prefix :], tower.patch, tower.grid)
+        (relevance,) = graph.relevance_of(graph.inputs[0])
+        of_tokens = token_relevance(tower, images, relevance, self.rules)
+        return patch_relevance(images, of_tokens[:, tower.prefix :], tower.patch, tower.grid)

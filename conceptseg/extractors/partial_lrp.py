@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conceptseg.backbones.encoders.activations import Activations
 from conceptseg.backbones.encoders.image_encoder import Explained, ImageEncoder
-from conceptseg.backbones.encoders.relevance import full_precision, relevance_graph
+from conceptseg.backbones.encoders.relevance import relevance_graph
 from conceptseg.extractors.relevance_method import RelevanceMethod
 
 
@@ -29,6 +29,5 @@ class PartialLRP(RelevanceMethod):
     def explain(self, images: Tensor, output: Tensor, activations: Activations, explained: Explained) -> Float[Tensor, "B h w"]:
         tower = self.backbone.tower
         graph = relevance_graph(tower, activations, explained.rows, self.rules)
-        with full_precision():
-            (relevance,) = graph.relevance_of(graph.attention[-1])
+        (relevance,) = graph.relevance_of(graph.attention[-1])
         return tower.maps(relevance.clamp(min=0).mean(1)[:, 0, tower.prefix :])

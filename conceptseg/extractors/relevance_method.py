@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from functools import partial
 from typing import ClassVar
@@ -17,6 +18,8 @@ from conceptseg.backbones.taps import TapSet
 from conceptseg.extractors.image_model import ClassMethod, needs_gradient
 from conceptseg.types import Batch
 
+log = logging.getLogger(__name__)
+
 
 class RelevanceMethod(ClassMethod):
     """Implement `explain`. needs_gradients: whether the host's forward pass is kept for ordinary gradients too."""
@@ -26,19 +29,25 @@ class RelevanceMethod(ClassMethod):
     def __init__(self, backbone: ImageEncoder, explained_class: str, first_layer: int) -> None:
         super().__init__(backbone, explained_class)
         self.first_layer = first_layer
+        if backbone.dtype == torch.float32:
+            log.warning(
+                "extractor.backbone.dtype is float32: rounding decides the relevance maps of single images, so numbers differ "
+                "between machines. Use float64, the default of this method's sheet."
+            )
 
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
         tower = self.backbone.tower
         check_tower(tower)
         images = self.backbone.images(batch.tasks)
-        with torch.set_grad_enabled(self.needs_gradients), full_precision(), TapSet(self.backbone.model) as taps:
-            gathered = tap_activations(taps, tower, range(len(tower.blocks))[self.first_layer])
-            output = self.backbone.run(needs_gradient(images), taps)
-            activations = gathered()
-        return self.by_class(batch, output, partial(self.explain, images, output, activations))
+        with full_precision():
+            with torch.set_grad_enabled(self.needs_gradients), TapSet(self.backbone.model) as taps:
+                gathered = tap_activations(taps, tower, range(len(tower.blocks))[self.first_layer])
+                output = self.backbone.run(needs_gradient(images), taps)
+                activations = gathered()
+            return self.by_class(batch, output, partial(self.explain, images, output, activations))
 
     @abstractmethod
     def explain(
         self, images: Float[Tensor, "B 3 H W"], output: Float[Tensor, "B k"], activations: Activations, explained: Explained
     ) -> Float[Tensor, "B h w"]:
-        """One map an image, of one class each."""
+        """One map an image, of one class each. Called with products in full precision."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conceptseg.backbones.encoders.activations import Activations
 from conceptseg.backbones.encoders.image_encoder import Explained, ImageEncoder
-from conceptseg.backbones.encoders.relevance import full_precision, relevance_graph
+from conceptseg.backbones.encoders.relevance import relevance_graph
 from conceptseg.extractors.relevance_method import RelevanceMethod
 from conceptseg.extractors.rollout import layers_from
 from conceptseg.types import Batch
@@ -44,13 +44,12 @@ class TransInterp(RelevanceMethod):
         graph = relevance_graph(tower, activations, explained.rows, "new")
         attended = [block.attended for block in activations.blocks]
         row = None
-        with full_precision():
-            arriving = torch.autograd.grad(self.backbone.score(output, explained).sum(), attended, retain_graph=True)
-            relevances = graph.relevance_of(*graph.attention)
-            for layer in reversed(range(len(attended))):
-                _, _, values = tower.split_heads(activations.blocks[layer].mapped.detach())
-                queries = arriving[layer][:, : relevances[layer].shape[2]]  # of the last block the class token alone
-                gradient = tower.attention_gradient(activations.first + layer, values, queries)
-                row = class_row(row, gradient.mul_(relevances[layer]).clamp_(min=0).mean(1))
+        arriving = torch.autograd.grad(self.backbone.score(output, explained).sum(), attended, retain_graph=True)
+        relevances = graph.relevance_of(*graph.attention)
+        for layer in reversed(range(len(attended))):
+            _, _, values = tower.split_heads(activations.blocks[layer].mapped.detach())
+            queries = arriving[layer][:, : relevances[layer].shape[2]]  # of the last block the class token alone
+            gradient = tower.attention_gradient(activations.first + layer, values, queries)
+            row = class_row(row, gradient.mul_(relevances[layer]).clamp_(min=0).mean(1))
         assert row is not None, "there is at least one block"
         return tower.maps(row[:, tower.prefix :])

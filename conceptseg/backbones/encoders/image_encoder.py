@@ -64,6 +64,11 @@ class ImageEncoder(Backbone, ABC):
     ) -> None:
         self.checkpoint = Checkpoint(path, revision)
         self.dtype, self.device = dtype_of(dtype, "dtype"), device_of(device)
+        if (self.device.type, self.dtype) == ("mps", torch.float64):
+            raise ConfigError(
+                'extractor.backbone.dtype is float64, which runtime.device "mps" can\'t compute in. Use runtime.device=cpu, or '
+                "extractor.backbone.dtype=float32, in which single relevance maps differ between machines."
+            )
         one_of("extractor.backbone.resize", resize, RESIZES)
         one_of("extractor.backbone.position_resize", position_resize, POSITION_RULES)
         one_of("extractor.backbone.trained_on", trained_on, get_args(TrainedOn))
@@ -168,8 +173,8 @@ class ImageEncoder(Backbone, ABC):
         """The explained output itself: a logit before softmax, or the cosine of image and text."""
 
     def images(self, tasks: Sequence[Task]) -> Float[Tensor, "B 3 H W"]:
-        """What the model is shown, normalised."""
-        stacked = stack_images([task.image for task in tasks], self.image_size, self.resize)
+        """What the model is shown, normalised. Resized in float64 and then rounded, so that every machine shows the same bits."""
+        stacked = stack_images([task.image for task in tasks], self.image_size, self.resize, dtype=torch.float64).float()
         native_mean, native_std = self.native_normalisation
         mean, std = (torch.tensor(v)[:, None, None] for v in (self._mean or native_mean, self._std or native_std))
         return ((stacked - mean) / std).to(self.device, self.dtype)

@@ -1,8 +1,9 @@
 """Layer-wise relevance for vision transformers: autograd operations whose backward passes hand down relevance.
 
 What the stock model computed in its one forward pass is linked a second time by these operations, and one call of autograd
-gives the relevance of every attention matrix of a batch. The rules divide by signed activations and are numerically chaotic
-through many layers, so they refuse anything below float32.
+gives the relevance of every attention matrix of a batch. The rules divide by signed activations, which may be close to 0, layer
+after layer: in float32 the last bit of a matrix product can decide the whole map of an image, so that maps differ between
+processors. In float64 they agree (docs/baselines.md). Anything below float32 is refused.
 
 Source: Chefer et al. 2021 (arXiv:2012.09838) and
 hila-chefer/Transformer-Explainability at c3e578f, modules/layers_ours.py:
@@ -70,7 +71,8 @@ def equal_signs(x: Float[Tensor, "*n i"], weights: Weights, value: Float[Tensor,
     """x+ W+^T + x- W-^T, not negative, from the known value x W^T + b.
 
     x W^T is the sum of the products of equal sign and of those of unequal sign, |x| |W|^T their difference: half of both
-    together takes one matrix product where the definition takes two. Where nothing is of equal sign, rounding may leave a
+    together takes one matrix product where the definition takes two. Cancellation costs digits: on the lab's models at most
+    2e-5 relative in float32 (two products: 5e-7) and 3e-14 in float64. Where nothing is of equal sign, rounding may leave a
     little, which then divides relevance that nothing gets.
     """
     products = value if weights.bias is None else value - weights.bias
@@ -211,7 +213,7 @@ def relevance_graph(tower: Tower, activations: Activations, rows: Float[Tensor, 
     if rules not in RULES:
         raise ConfigError(f'relevance rules: unknown "{rules}". {did_you_mean(rules, RULES)}')
     joint = rules == "new"
-    with torch.enable_grad(), full_precision():
+    with torch.enable_grad():
         x = activations.entering.detach().requires_grad_()
         inputs, matrices = [x], []
         for block, seen in zip(tower.blocks[activations.first :], activations.blocks, strict=True):
@@ -275,12 +277,22 @@ def check_tower(tower: Tower) -> None:
         )
 
 
+def _float32_products() -> tuple[Any, ...]:
+    """torch's settings of the precision that each library may take float32 products in."""
+    b: Any = torch.backends
+    return b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """TF32 off: its ten-bit mantissa is reduced precision under a float32 name. Set back afterwards."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    """float32 products in float32: TF32 and bfloat16, which a GPU or a CPU may take instead, are off. Set back afterwards."""
+    before = [(library, library.fp32_precision) for library in _float32_products()]
     try:
+        for library, _ in before:
+            library.fp32_precision = "ieee"
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        for library, precision in before:
+            library.fp32_precision = "none"  # torch's setting for all libraries counts again, where there is one
+            if library.fp32_precision != precision:
+                library.fp32_precision = precision
