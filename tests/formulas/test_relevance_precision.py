@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from configs.composing import plainly
+from composing import plainly
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import conceptseg.backbones.encoders.relevance as relevance
