@@ -102,7 +102,7 @@ def test_words_of_ones_own_replace_the_shipped_ones(tmp_path, scenes):
     assert data.read(data.keys()[0]).words == {1: "horse"} and data.fingerprint() != ImageNetSegmentation(mat).fingerprint()
     own.write_text("wnid,name\nn99999999,unicorn\n")
     assert "lemma, noun lacking" in ImageNetSegmentation(mat, words=own).problems()[0]
-    assert "can't be read" in ImageNetSegmentation(mat, words=tmp_path / "none.csv").problems()[0]
+    assert "none.csv is missing" in ImageNetSegmentation(mat, words=tmp_path / "none.csv").problems()[0]
 
 
 def test_a_missing_file_says_how_to_get_it(tmp_path):
