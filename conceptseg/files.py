@@ -44,7 +44,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def open_regular(path: Path) -> Iterator[BinaryIO]:
+def open_regular(path: Path | str) -> Iterator[BinaryIO]:
     """A regular file, open for reading bytes. Opening never waits: a named pipe, a socket or a device is refused unopened.
 
     Raises FileNotFoundError where nothing is, and OSError for anything else that can't be opened or is no regular file.

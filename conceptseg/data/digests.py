@@ -36,14 +36,14 @@ State = tuple[int, int, int, int, int]
 class Extent:
     """A file, or a part of one: `size` bytes from `start`; without a size all of it."""
 
-    path: Path
+    path: Path | str
     start: int = 0
     size: int | None = None
 
     @cached_property
     def name(self) -> str:
         """What its digest is kept under."""
-        whole = os.path.abspath(self.path)
+        whole = str(self.path) if os.path.isabs(self.path) else os.path.abspath(self.path)
         return whole if self.size is None else f"{whole}:{self.start}+{self.size}"
 
 
@@ -64,7 +64,9 @@ def content_digests(extents: Sequence[Extent], owner: Path) -> list[str]:
     kept = _Kept(owner)
     found: dict[str, str] = {}
     unknown: list[Extent] = []
-    for extent in dict.fromkeys(extents):
+    for extent in extents:
+        if extent.name in found:
+            continue
         state = _state(extent.path)
         if isinstance(state, str):
             found[extent.name] = state
@@ -106,7 +108,7 @@ def kept_digest(name: str, files: Sequence[Path], compute: Callable[[], str], ow
     return value
 
 
-def _state(path: Path) -> State | str:
+def _state(path: Path | str) -> State | str:
     """(bytes, modified, changed, inode, device), or a word where there is no file."""
     try:
         status = os.stat(path)

@@ -218,7 +218,7 @@ class _Folder:
         return path.stat().st_size if path.is_file() else None
 
     def extent(self, member: str) -> Extent:
-        return Extent(self.base / member)
+        return Extent(f"{self.base}/{member}")
 
     def data(self, member: str, key: str) -> bytes:
         return read_regular(self.base / member, f"{key}: {self.where(member)}")
