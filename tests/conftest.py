@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from tempfile import gettempdir
 
 import pytest
 from loopback_only import refuse_sockets
@@ -12,6 +13,8 @@ from loopback_only import refuse_sockets
 # Read when torch and the loaders are imported, which no test module has done yet.
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HYDRA_FULL_ERROR"] = "1"
+# Nobody's own cache is written, and nothing that it holds is read.
+os.environ["CONCEPTSEG_CACHE"] = os.path.join(gettempdir(), f"conceptseg-tests-{os.getpid()}")
 for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     # One, whoever runs the test: workers of pytest-xdist inherit what the process that starts them has set.
     os.environ.setdefault(threads, "1")

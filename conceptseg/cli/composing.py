@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,6 +20,7 @@ from conceptseg.cli.options import added_folders
 from conceptseg.cli.refusals import explain_refusal
 from conceptseg.config import check_allowance, packages
 from conceptseg.errors import ConceptSegError, ConfigError
+from conceptseg.files import LARGEST_TEXT, decode_text, read_regular
 
 
 def quiet_libraries() -> None:
@@ -34,6 +38,7 @@ def run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    _check_config_files(sys.argv[1:])
     codes: list[int] = []
     errors: list[ConceptSegError] = []
 
@@ -58,6 +63,10 @@ def run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
         if started and isinstance(error, SLIPS):
             raise
         raise ConfigError(_explained(overrides) or _readable(error, overrides)) from error
+    except yaml.YAMLError as error:
+        if started:
+            raise
+        raise ConfigError(f"a configuration file can't be read as YAML: {' '.join(str(error).split())}.") from error
     if errors:
         raise errors[0]
     return max(codes, default=0)
@@ -120,6 +129,18 @@ def check_foreign_sources(arguments: Sequence[str], config_name: str) -> None:
 def _plainly(config: DictConfig, key: str) -> Any:
     found = config.hydra.get(key)
     return OmegaConf.to_container(found, resolve=False) if found else {}
+
+
+def _check_config_files(arguments: Sequence[str]) -> None:
+    """Files of --config-dir have to be UTF-8 without a mark: of others Hydra says that their option is unknown.
+
+    Raises ConfigError or DataError.
+    """
+    for path in (path for folder in added_folders(arguments) for path in sorted(Path(folder).rglob("*.yaml"))):
+        content = read_regular(path, str(path), LARGEST_TEXT)
+        decode_text(content, str(path))
+        if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ConfigError(f"{path} begins with a byte order mark; save it as UTF-8 without one.")
 
 
 def _explained(overrides: Sequence[str]) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conceptseg.errors import DataError, guarded
+from conceptseg.files import read_lines
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def _vocabulary(said: argparse.Namespace) -> Sequence[str]:
 
     if said.nouns is None:
         return COCO80
-    return [line.strip() for line in said.nouns.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line for line in read_lines(said.nouns) if line]
 
 
 # ---------------------------------------------------------------- noun segmentation
@@ -143,11 +144,14 @@ def _sheets(commands: Any) -> None:
         """Rating sheets. One HTML page a rater, with image and map of every word, and items.csv for the aggregation."""
         from conceptseg.studies.ratings import assign, choose_items, write_sheet
 
-        with said.tags.open(encoding="utf-8") as opened:
-            lines = [line.rstrip("\n").split("\t") for line in opened if line.strip()]
-        if bad := [line for line in lines if len(line) != 3]:
-            raise DataError(f"{said.tags}: wanted lines of id<tab>word<tab>tag, found {bad[0]}.")
-        items = choose_items(said.root, {(a, b): c for a, b, c in lines}, said.per_tag, said.seed)
+        tags: dict[tuple[str, str], str] = {}
+        for number, line in enumerate(read_lines(said.tags), 1):
+            parts = line.split("\t")
+            if line and len(parts) != 3:
+                raise DataError(f"{said.tags}, line {number}: wanted id<tab>word<tab>tag, found {parts}.")
+            if line and tags.setdefault((parts[0], parts[1]), parts[2]) != parts[2]:
+                raise DataError(f'{said.tags}, line {number}: "{parts[1]}" of {parts[0]} has another tag above.')
+        items = choose_items(said.root, tags, said.per_tag, said.seed)
         said.out.mkdir(parents=True, exist_ok=True)
         _write_rows(said.out / "items.csv", [asdict(item) for item in items])
         for number, share in enumerate(assign(items, said.raters, said.per_item, said.seed), 1):
@@ -167,11 +171,9 @@ def _sheets(commands: Any) -> None:
 def _ratings(commands: Any) -> None:
     def run(said: argparse.Namespace) -> dict[str, Any]:
         """Ratings. Mean opinion scores per part of speech with intervals, share of fair or better, and agreement."""
-        from conceptseg.studies.ratings import Item, opinion_scores, read_scores
+        from conceptseg.studies.ratings import opinion_scores, read_items, read_scores
 
-        with said.items.open(encoding="utf-8", newline="") as opened:
-            items = [Item(**row) for row in csv.DictReader(opened)]
-        return opinion_scores(items, read_scores(said.scores))
+        return opinion_scores(read_items(said.items), read_scores(said.scores))
 
     command = _command(commands, "ratings", run)
     command.add_argument("items", type=Path, help="items.csv of the sheets")
@@ -234,10 +236,18 @@ def _interactions(commands: Any) -> None:
 def _cohyponyms(commands: Any) -> None:
     def run(said: argparse.Namespace) -> dict[str, Any]:
         """Cohyponym entanglement. Two nouns of one kind against two of different kinds: overlap of maps, presence of both."""
-        from conceptseg.studies.entanglement import GROUPS, LAB_GROUPS, cohyponym_table, noun_overlap, noun_pairs
+        from conceptseg.studies.entanglement import (
+            GROUPS,
+            LAB_GROUPS,
+            cohyponym_table,
+            noun_overlap,
+            noun_pairs,
+            read_presence,
+        )
         from conceptseg.studies.folders import write_generation
         from conceptseg.studies.pictures import draw_rows
 
+        judged = None if said.presence is None else read_presence(said.presence)
         pairs = noun_pairs(said.count, LAB_GROUPS if said.lab_words else GROUPS, said.seed, said.seed, plain=said.lab_words)
         generator = _generator(said)
         overlap: dict[str, float] = {}
@@ -252,10 +262,6 @@ def _cohyponyms(commands: Any) -> None:
                 kinds = "one kind" if pair.same_kind else "two kinds"
                 pictures.append([(f"{pair.prompt}, {kinds}: IoU of maps {overlap[pair.id]:.2f}", made.image), *shown])
         draw_rows(said.out / "sheet.png", pictures)
-        judged = None
-        if said.presence is not None:
-            with said.presence.open(encoding="utf-8", newline="") as opened:
-                judged = {row["id"]: row["first"] == "1" and row["second"] == "1" for row in csv.DictReader(opened)}
         blank = {"first": "", "second": ""}
         rows = [{"id": p.id, "first_word": p.first, "second_word": p.second, "iou": overlap[p.id], **blank} for p in pairs]
         _write_rows(said.out / "pairs.csv", rows)

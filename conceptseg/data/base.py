@@ -23,7 +23,7 @@ class SegmentationDataset(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Changes when the content changes; goes into the run id. Cheap: no full read of the data."""
+        """Changes when any image, mask or word changes; goes into the run id. Contents are digested once: see `data.digests`."""
 
     @abstractmethod
     def problems(self) -> list[str]:

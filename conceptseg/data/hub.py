@@ -1,25 +1,27 @@
 """Any table of Hugging Face `datasets` with an image and a mask column: from the Hub at a pinned commit, or a local folder.
 
 Local folders: what `save_to_disk` writes, parquet shards ("val-00000-of-00002.parquet", also in data/), or an imagefolder
-whose metadata names the masks. Code that a repository brings along is never run.
+whose metadata names the masks. Code that a repository brings along is never run. Images and masks are read upright, as their EXIF
+orientation says and as `datasets` shows them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from conceptseg.data.base import SegmentationDataset
+from conceptseg.data.digests import Extent, content_digests, kept_digest
 from conceptseg.data.images import (
     check_mask,
     checked_encoding,
     checked_limit,
     one_line,
+    orientation_note,
     present_labels,
     read_image,
     read_mask,
@@ -35,6 +37,8 @@ _LISTS = {"voc": VOC_WORDS, "voc_official": VOC_OFFICIAL}
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"(?P<split>.+?)(?:-\d+-of-\d+(?:-[0-9a-f]+)?)?")
+_NUMBERED = re.compile(r"-(?P<number>\d+)-of-(?P<total>\d+)(?:-[0-9a-f]+)?$")
+_OPENED_WHOLE = (".arrow", ".parquet", ".json", ".jsonl", ".csv")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -82,25 +86,34 @@ class HubTable(SegmentationDataset):
             raise unknown_key(key, rows, self.name)
         row = self._open()[rows[key]]
         where = f"{self._where()}, row {rows[key]}"
-        image = read_image(_content(row, self.image_column, key, where), key, f'{where}, column "{self.image_column}"')
+        photo, column = self._content(row, self.image_column, key, where), f'{where}, column "{self.image_column}"'
+        image = read_image(photo, key, column)
         mask = read_mask(
-            _content(row, self.mask_column, key, where), key, f'{where}, column "{self.mask_column}"', self.mask_encoding
+            self._content(row, self.mask_column, key, where), key, f'{where}, column "{self.mask_column}"', self.mask_encoding
         )
-        check_mask(image, mask, key, tuple(self.words), f"the keys of dataset.words ({_range(tuple(self.words))})")
+        known = f"the keys of dataset.words ({_range(tuple(self.words))})"
+        check_mask(image, mask, key, tuple(self.words), known, lambda: orientation_note(photo, key, column, applied=True))
         words = {label: self.words[label] for label in present_labels(mask) if label not in (BACKGROUND, VOID)}
         return Sample(key, image, mask, words, {"row": rows[key]})
 
     def fingerprint(self) -> str:
-        """From all keys (whatever the limit), the words, the sizes of all pictures, and the first and the last mask."""
+        """From all keys (whatever the limit), the words, and the contents of all images and masks."""
         table, keys = self._open(), self._all()
         digest = hashlib.sha256(repr((self.name, self.split, self.revision, self.mask_encoding, self.words)).encode())
         digest.update(repr(keys).encode())
         for column in (self.image_column, self.mask_column):
-            digest.update(repr(_sizes(table, column)).encode())
-        for row in (0, len(keys) - 1):
-            content = _content(table[row], self.mask_column, keys[row], self._where())
-            digest.update(content if isinstance(content, bytes) else content.read_bytes())
+            digest.update(self._column_digest(table, column).encode())
         return digest.hexdigest()[:16]
+
+    def _column_digest(self, table: Any, column: str) -> str:
+        """Of every row's content, in the order of the rows, wherever the table keeps it."""
+        owner = Path(self.path).expanduser()
+        backing = [Path(file["filename"]) for file in table.cache_files]
+        chosen = f"{self.split} {self.config} {column}"
+        embedded = kept_digest(chosen, backing, lambda: _embedded_digest(table, column), owner)
+        paths = [self._inside(path) for path in _paths(table, column) if path]
+        beside = content_digests([Extent(path) for path in paths if path is not None], owner)
+        return f"{embedded} {beside}"
 
     def problems(self) -> list[str]:
         try:
@@ -109,13 +122,60 @@ class HubTable(SegmentationDataset):
             return [one_line(error)]
         found = []
         for column in (self.image_column, self.mask_column):
-            empty = [key for key, size in zip(keys, _sizes(self._open(), column), strict=False) if not size]
+            lengths, paths = _lengths(self._open(), column), _paths(self._open(), column)
+            rows = zip(keys, lengths, paths, strict=False)
+            empty = [key for key, length, path in rows if not length and not (path and self._holds(path))]
             if empty:
                 found.append(
                     f'{self._where()}: column "{column}" is empty or missing for {len(empty)} of {len(keys)} rows (first: '
                     f"{empty[0]}): take the table from its source again, or another dataset.revision."
                 )
         return found + reading_problems(keys, self.read)
+
+    def _content(self, row: Mapping[str, Any], column: str, key: str, where: str) -> bytes | Path:
+        """The stored bytes of a picture, or the file that the table names. Raises DataError for a file elsewhere."""
+        picture = row[column] or {}
+        if picture.get("bytes"):
+            return bytes(picture["bytes"])
+        if picture.get("path"):
+            inside = self._inside(picture["path"])
+            if inside is None:
+                raise DataError(
+                    f'{key}: {where}: column "{column}" names the file {picture["path"]}, which is not in {self._roots()[0]}; '
+                    "a table reads no files of other folders.\n  Copy the pictures into the folder, or store them in the table "
+                    "(`Dataset.save_to_disk` does)."
+                )
+            return inside
+        raise DataError(f'{key}: {where}: column "{column}" is empty.\n  Take the table from its source again.')
+
+    def _holds(self, path: str) -> bool:
+        """Whether a file that the table names is there, or is one to be refused by its own message."""
+        inside = self._inside(path)
+        return inside is None or inside.exists()
+
+    def _inside(self, path: str) -> Path | None:
+        """The file that a row names, relative names taken in the table's folder; None if it lies in another folder.
+
+        Links in the folder are followed: its owner set them, the table's author did not.
+        """
+        if "\0" in path:
+            return None
+        for root in self._roots():
+            whole = os.path.normpath(os.path.join(os.path.abspath(root), path))
+            for place, folder in ((whole, os.path.abspath(root)), (os.path.realpath(whole), os.path.realpath(root))):
+                if Path(place).is_relative_to(folder):
+                    return Path(whole)
+        return None
+
+    def _roots(self) -> list[Path]:
+        """Folders whose files this table may name: its own, or what `datasets` fetched from the Hub."""
+        if self.local:
+            folder = Path(self.path).expanduser()
+            return [folder if folder.is_dir() else folder.parent]
+        from datasets import config
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        return [Path(HF_HUB_CACHE), Path(config.HF_DATASETS_CACHE)]
 
     def _where(self) -> str:
         return f"table {self.path}" + (f"@{self.revision}" if self.revision else "") + f" [{self.split}]"
@@ -189,6 +249,7 @@ class HubTable(SegmentationDataset):
     def _load_local(self, folder: Path) -> Any:
         from datasets import DatasetDict, load_dataset, load_from_disk
 
+        _check_regular(folder)
         try:
             if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
                 saved = load_from_disk(str(folder))
@@ -198,16 +259,24 @@ class HubTable(SegmentationDataset):
                     self._checked_split([str(saved.split)])
                 return saved
             if shards := _shards(folder):
-                chosen = [str(path) for path in shards[self._checked_split(list(shards))]]
-                return load_dataset("parquet", data_files={"chosen": chosen}, split="chosen")
+                chosen = _whole_set(shards[self._checked_split(list(shards))], self.split, self.path)
+                # `datasets` keeps what it has read under paths and modification times; the name adds the contents.
+                name = _set_name(content_digests([Extent(path) for path in chosen], folder))
+                files = {"chosen": [str(path) for path in chosen]}
+                return load_dataset("parquet", name, data_files=files, split="chosen")
             if groups := _image_folders(folder):
-                pattern = str(groups[self._checked_split(list(groups))] / "**")
-                return load_dataset("imagefolder", data_files={"chosen": pattern}, split="chosen", drop_labels=True)
+                group = groups[self._checked_split(list(groups))]
+                metadata = [Extent(group / each) for each in _METADATA]
+                listed = sorted(str(path) for path in group.rglob("*"))
+                name = _set_name([*content_digests(metadata, folder), *listed])
+                pattern = {"chosen": str(group / "**")}
+                return load_dataset("imagefolder", name, data_files=pattern, split="chosen", drop_labels=True)
         except DataError:
             raise
         except Exception as error:  # pyarrow, datasets and the disk each have their own family of errors
+            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error  # `datasets` wraps what went wrong
             raise DataError(
-                f"{self._where()} can't be opened: {type(error).__name__}: {one_line(error)[:400]}.\n"
+                f"{self._where()} can't be opened: {type(cause).__name__}: {one_line(cause)[:400]}.\n"
                 "  A shard is damaged or absent: copy or download the table again."
             ) from error
         raise DataError(
@@ -266,28 +335,79 @@ def _image_folders(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted(folder.iterdir()) if any((path / name).is_file() for name in _METADATA)}
 
 
-def _content(row: Mapping[str, Any], column: str, key: str, where: str) -> bytes | Path:
-    picture = row[column] or {}
-    if picture.get("bytes"):
-        return bytes(picture["bytes"])
-    if picture.get("path"):
-        return Path(picture["path"])
-    raise DataError(f'{key}: {where}: column "{column}" is empty.\n  Take the table from its source again.')
+def _check_regular(folder: Path) -> None:
+    """What `datasets` opens as a whole has to be regular files: opening a named pipe waits for ever. Raises DataError."""
+    for place, _, names in os.walk(folder):
+        for entry in (Path(place) / name for name in names if name.endswith(_OPENED_WHOLE)):
+            if not entry.is_file():
+                kind = "a broken link or a loop of links" if entry.is_symlink() else "no regular file"
+                raise DataError(f"Reading the table {folder}: {entry} is {kind}.\n  Take it away, or restore what it stands for.")
 
 
-def _sizes(table: Any, column: str) -> list[int]:
-    """Stored bytes of each picture, 0 where there is none; reads lengths, not contents."""
+def _whole_set(shards: Sequence[Path], split: str, table: str) -> list[Path]:
+    """The shards of a split, after a check that none of those that their names count is absent. Raises DataError."""
+    numbers = {path: match for path in shards if (match := _NUMBERED.search(path.stem))}
+    if not numbers:
+        return list(shards)
+    totals = {int(match["total"]) for match in numbers.values()}
+    there = sorted(int(match["number"]) for match in numbers.values())
+    if len(numbers) < len(shards) or len(totals) > 1 or len(set(there)) < len(there):
+        names = ", ".join(path.name for path in shards[:6]) + (", ..." if len(shards) > 6 else "")
+        raise DataError(
+            f'The table {table} holds several sets of shards for the split "{split}" ({names}); one was wanted.\n'
+            "  Take away the set that is not meant."
+        )
+    (total,) = totals
+    if absent := sorted(set(range(total)) - set(there)):
+        first = re.sub(r"-\d+-of-", f"-{absent[0]:05d}-of-", next(iter(numbers)).name)
+        raise DataError(
+            f'The table {table} is incomplete: {len(absent)} of the {total} shards of the split "{split}" are missing (first: '
+            f"number {absent[0]}, such as {first}).\n  Copy or download the table again."
+        )
+    return list(shards)
+
+
+def _set_name(parts: Sequence[str]) -> str:
+    return "content-" + hashlib.sha256(repr(list(parts)).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def _rows(table: Any) -> Sequence[int]:
+    """Row of the stored table by row of the table as it is shown."""
+    stored: Sequence[int] = range(len(table.data)) if table._indices is None else table._indices.column(0).to_pylist()
+    return stored
+
+
+def _lengths(table: Any, column: str) -> list[int]:
+    """Bytes of each picture that the table stores, 0 where it stores none; reads lengths, not contents."""
     import pyarrow.compute as pc
 
-    sizes: list[int] = []
+    chunks = table.data.column(column).chunks
+    stored = [size for chunk in chunks for size in pc.fill_null(pc.binary_length(chunk.field("bytes")), 0).to_pylist()]
+    return [stored[row] for row in _rows(table)]
+
+
+def _paths(table: Any, column: str) -> list[str]:
+    """The file that each row names instead of storing a picture; empty where it stores one, or nothing."""
+    stored: list[str] = []
     for chunk in table.data.column(column).chunks:
-        inside = pc.fill_null(pc.binary_length(chunk.field("bytes")), 0).to_pylist()
-        paths = chunk.field("path").to_pylist()
-        for size, path in zip(inside, paths, strict=True):
-            file = Path(path) if path and not size else None
-            sizes.append(file.stat().st_size if file is not None and file.is_file() else size)
-    rows = np.arange(len(sizes)) if table._indices is None else np.asarray(table._indices.column(0))
-    return [sizes[row] for row in rows]
+        held = chunk.field("bytes")
+        for row, path in enumerate(chunk.field("path").to_pylist()):
+            stored.append("" if not path or (held[row].is_valid and held[row].as_buffer().size) else path)
+    return [stored[row] for row in _rows(table)]
+
+
+def _embedded_digest(table: Any, column: str) -> str:
+    """SHA-256 over that of each row's stored picture."""
+    stored: list[bytes] = []
+    for chunk in table.data.column(column).chunks:
+        held = chunk.field("bytes")
+        for row in range(len(held)):
+            content = held[row].as_buffer() if held[row].is_valid else b""
+            stored.append(hashlib.sha256(content).digest())
+    whole = hashlib.sha256()
+    for row in _rows(table):
+        whole.update(stored[row])
+    return whole.hexdigest()
 
 
 def _range(labels: Sequence[int]) -> str:

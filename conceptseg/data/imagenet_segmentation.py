@@ -6,8 +6,8 @@ http://calvin-vision.net/bigstuff/proj-imagenet/data/gtsegs_ijcv.mat.
 
 from __future__ import annotations
 
-import csv
 import hashlib
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,14 +18,19 @@ from typing import Any
 import numpy as np
 
 from conceptseg.data.base import SegmentationDataset
-from conceptseg.data.images import check_mask, checked_limit, one_line, reading_problems, unique_keys, unknown_key
+from conceptseg.data.digests import Extent, content_digests
+from conceptseg.data.images import MAX_PIXELS, check_mask, checked_limit, one_line, reading_problems, unique_keys, unknown_key
 from conceptseg.data.words import imagenet_nouns
 from conceptseg.errors import ConfigError, DataError
+from conceptseg.files import open_regular, read_rows
 from conceptseg.types import Sample
 
 FILE = "gtsegs_ijcv.mat"
 REMEDY = "Fetch it with scripts/fetch_imagenet_segmentation.py, or set dataset.root to where it lies."
 _COLUMNS = ("wnid", "lemma", "noun")
+_PARTS = ("img", "gt", "id")
+_MOST_ROWS = 10_000_000
+_LONGEST_ID = 1_000
 
 
 class ImageNetSegmentation(SegmentationDataset):
@@ -72,16 +77,11 @@ class ImageNetSegmentation(SegmentationDataset):
         return Sample(key, image, mask, {1: noun}, {"wnid": wnid, "lemma": lemma})
 
     def fingerprint(self) -> str:
-        """From all ids (whatever the limit), their words, the file's size, and 64 blocks of it."""
-        path = self._file()
-        size = path.stat().st_size
+        """From all ids (whatever the limit), their words, and the whole content of the file."""
         nouns = self._words()
-        digest = hashlib.sha256(repr((self.name, size, [(key, nouns.get(_wnid(key))) for key in self._all()])).encode())
-        with path.open("rb") as file:
-            for place in range(64):
-                file.seek(place * max(size - (1 << 14), 0) // 63)
-                digest.update(file.read(1 << 14))
-        return digest.hexdigest()[:16]
+        named = [(key, nouns.get(_wnid(key))) for key in self._all()]
+        (content,) = content_digests([Extent(self._file())], self.root)
+        return hashlib.sha256(repr((self.name, content, named)).encode()).hexdigest()[:16]
 
     def problems(self) -> list[str]:
         try:
@@ -107,7 +107,8 @@ class ImageNetSegmentation(SegmentationDataset):
         if self._keys is None:
             path = self._file()
             with _layout(path, "listing the ids"), _open(path) as file:
-                for part in ("img", "gt", "id"):
+                _check_inside(file)
+                for part in _PARTS:
                     if len(file[f"value/{part}"]) != len(file["value/id"]):
                         raise ValueError(f"value/{part} has {len(file[f'value/{part}'])} rows, value/id {len(file['value/id'])}")
                 ids = [_text(file, file["value/id"][row, 0]) for row in range(len(file["value/id"]))]
@@ -121,14 +122,16 @@ class ImageNetSegmentation(SegmentationDataset):
         path = self._file()
         with _layout(path, f"{key}: reading row {row}"):
             file = self._handle(path)
-            stored = file[file["value/img"][row, 0]][()]
-            annotation = file[file[file["value/gt"][row, 0]][0, 0]][()]
+            photo = file[file["value/img"][row, 0]]
+            cell = _small(file[file["value/gt"][row, 0]])
+            drawn = file[cell[0, 0]]
+            if (photo.ndim != 2 and (photo.ndim != 3 or photo.shape[0] != 3)) or photo.dtype != np.uint8:
+                raise ValueError(f"the image is {photo.dtype} {photo.shape}, uint8 (3, width, height) was wanted")
+            if drawn.ndim != 2 or drawn.dtype not in (np.uint8, np.bool_):
+                raise ValueError(f"the mask is {drawn.dtype} {drawn.shape}, uint8 (width, height) was wanted")
+            stored, annotation = _values(photo, 3 * MAX_PIXELS), _values(drawn, MAX_PIXELS)
             if stored.ndim == 2:  # a grey image; MATLAB drops the third axis
                 stored = np.stack([stored] * 3)
-            if stored.ndim != 3 or stored.shape[0] != 3 or stored.dtype != np.uint8:
-                raise ValueError(f"the image is {stored.dtype} {stored.shape}, uint8 (3, width, height) was wanted")
-            if annotation.ndim != 2 or annotation.dtype not in (np.uint8, np.bool_):
-                raise ValueError(f"the mask is {annotation.dtype} {annotation.shape}, uint8 (width, height) was wanted")
         # MATLAB stores columns first: [3 W H] is the image, [W H] its mask.
         image = np.ascontiguousarray(stored.transpose(2, 1, 0))
         mask = np.ascontiguousarray(annotation.T.astype(np.uint8))
@@ -154,6 +157,8 @@ class ImageNetSegmentation(SegmentationDataset):
         root = self.root
         if root.is_file():
             return root
+        if root.exists() and not root.is_dir():
+            raise DataError(f"Reading {self.name}: {root} is neither a folder nor a regular file.\n  {REMEDY}")
         if root.is_dir():
             if (root / FILE).is_file():
                 return root / FILE
@@ -178,9 +183,43 @@ def _open(path: Path) -> Any:
     return h5py.File(path, "r", locking="best-effort")
 
 
+def _check_inside(file: Any) -> None:
+    """HDF5 may hold links to other files; `value` and its parts have to be in this one. Raises ValueError."""
+    import h5py
+
+    for name in ("value", *(f"value/{part}" for part in _PARTS)):
+        link = file.get(name, getlink=True)
+        if not isinstance(link, h5py.HardLink):
+            raise ValueError(f"{name} is a link ({type(link).__name__}); contents of this file were wanted")
+    for part in _PARTS:
+        rows = file[f"value/{part}"]
+        if rows.ndim != 2 or rows.shape[1] != 1 or rows.dtype != h5py.ref_dtype or len(rows) > _MOST_ROWS:
+            raise ValueError(f"value/{part} is {rows.dtype} {rows.shape}, references (rows, 1) were wanted")
+        _check_stored(rows, _MOST_ROWS)
+
+
+def _check_stored(stored: Any, most: int) -> None:
+    """What an HDF5 data set claims before a byte of it is read: values of this file, and few enough. Raises ValueError."""
+    if stored.external or stored.is_virtual:
+        raise ValueError(f"{stored.name} keeps its values in other files; contents of this file were wanted")
+    claimed = max(stored.size, math.prod(stored.chunks or (0,)))
+    if claimed > most:
+        raise ValueError(f"{stored.name} claims {claimed:,} values {stored.shape}; at most {most:,} are read")
+
+
+def _values(stored: Any, most: int) -> np.ndarray:
+    _check_stored(stored, most)
+    found: np.ndarray = stored[()]
+    return found
+
+
+def _small(cell: Any) -> np.ndarray:
+    return _values(cell, _LONGEST_ID)
+
+
 def _text(file: Any, reference: Any) -> str:
     """MATLAB text: one UTF-16 code unit a number."""
-    return np.asarray(file[reference][()], "<u2").tobytes().decode("utf-16-le")
+    return np.asarray(_small(file[reference]), "<u2").tobytes().decode("utf-16-le")
 
 
 @contextmanager
@@ -189,7 +228,7 @@ def _layout(path: Path, attempt: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             old_matlab = file.read(14).startswith((b"MATLAB 5.0", b"MATLAB 6"))
         if old_matlab:
             state = "is a MATLAB 5 file; MATLAB 7.3 (HDF5) was wanted"
@@ -206,17 +245,14 @@ def _layout(path: Path, attempt: str) -> Iterator[None]:
 
 
 def _read_words(path: Path) -> Mapping[str, tuple[str, str]]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            table = csv.DictReader(file)
-            if missing := [column for column in _COLUMNS if column not in (table.fieldnames or ())]:
-                raise DataError(
-                    f"dataset.words={path} has the columns {', '.join(table.fieldnames or ()) or 'none'}; "
-                    f"{', '.join(missing)} lacking.\n  The first line must be: {','.join(_COLUMNS)}."
-                )
-            nouns = {row["wnid"]: (row["lemma"], row["noun"]) for row in table}
-    except OSError as error:
-        raise DataError(f"dataset.words={path} can't be read: {error}.\n  Name a CSV with {','.join(_COLUMNS)}.") from error
-    if empty := [wnid for wnid, (_, noun) in nouns.items() if not noun]:
-        raise DataError(f"dataset.words={path} gives no noun for {empty[0]}.\n  Fill the column noun.")
+    nouns: dict[str, tuple[str, str]] = {}
+    where = f"dataset.words={path}"
+    for line, row in read_rows(path, _COLUMNS, where):
+        wnid, lemma, noun = (row[column].strip() for column in _COLUMNS)
+        if not noun:
+            raise DataError(f"{where}, line {line}, gives no noun for {wnid}.\n  Fill the column noun.")
+        if nouns.setdefault(wnid, (lemma, noun)) != (lemma, noun):
+            raise DataError(
+                f'{where}, line {line}: {wnid} is "{nouns[wnid][1]}" above and "{noun}" here.\n  Keep one of the lines.'
+            )
     return nouns

@@ -1,5 +1,8 @@
 """PascalVOC segmentation, in the layout of the development kit: a folder, or the published tar as it came.
 
+Photos of a kit are read as stored: VOC's masks are drawn on the stored pixels, and its own reader (MATLAB's imread) knows no EXIF
+orientation. A table of `datasets` is read upright, as `datasets` shows it.
+
 Source: Everingham et al., The PASCAL Visual Object Classes Challenge 2012, http://host.robots.ox.ac.uk/pascal/VOC/voc2012/.
 """
 
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from conceptseg.data.base import SegmentationDataset
+from conceptseg.data.digests import Extent, content_digests
 from conceptseg.data.hub import HubTable, is_table_folder
 from conceptseg.data.images import (
     VOC_LABELS,
@@ -20,6 +24,7 @@ from conceptseg.data.images import (
     checked_encoding,
     checked_limit,
     one_line,
+    orientation_note,
     present_labels,
     read_image,
     read_mask,
@@ -29,6 +34,7 @@ from conceptseg.data.images import (
 )
 from conceptseg.data.words import VOC_OFFICIAL, VOC_WORDS
 from conceptseg.errors import ConfigError, DataError, did_you_mean
+from conceptseg.files import LARGEST_FILE, decode_text, read_regular
 from conceptseg.types import BACKGROUND, VOID, Sample
 
 YEARS: tuple[str, ...] = ("2007", "2008", "2009", "2010", "2011", "2012")
@@ -57,6 +63,8 @@ class PascalVOC(SegmentationDataset):
             raise ConfigError(f'dataset.year is "{year}". {did_you_mean(str(year), YEARS)}')
         self.root = Path(root).expanduser()
         self.split, self.year, self.limit = split, str(year), checked_limit(limit)
+        if not _is_file_name(split):
+            raise ConfigError(f'dataset.split is "{split}"; the name of a list was wanted, such as val.')
         self.mask_encoding = checked_encoding(mask_encoding)
         self.name = f"voc{self.year}"
         self._source: _Kit | HubTable | None = None
@@ -75,9 +83,10 @@ class PascalVOC(SegmentationDataset):
         if key not in ids:
             raise unknown_key(key, ids, self.name)
         image_member, mask_member = _members(ids[key])
-        image = read_image(source.data(image_member, key), key, source.where(image_member))
-        mask = read_mask(source.data(mask_member, key), key, source.where(mask_member), self.mask_encoding)
-        check_mask(image, mask, key, VOC_LABELS, "0..20")
+        photo, where = source.data(image_member, key), source.where(image_member)
+        image = read_image(photo, key, where, upright=False)
+        mask = read_mask(source.data(mask_member, key), key, source.where(mask_member), self.mask_encoding, upright=False)
+        check_mask(image, mask, key, VOC_LABELS, "0..20", lambda: orientation_note(photo, key, where, applied=False))
         present = [label for label in present_labels(mask) if label not in (BACKGROUND, VOID)]
         return Sample(
             key, image, mask, {label: VOC_WORDS[label] for label in present},
@@ -85,13 +94,15 @@ class PascalVOC(SegmentationDataset):
         )  # fmt: skip
 
     def fingerprint(self) -> str:
-        """From the whole list (whatever the limit) and the sizes of its files: the same for the tar and its folder."""
+        """From the whole list (whatever the limit) and the contents of its files: the same for the tar and its folder."""
         source = self._open()
         if isinstance(source, HubTable):
             return source.fingerprint()
         digest = hashlib.sha256(repr((self.name, self.split, self.mask_encoding)).encode())
-        for stem in self._stems(source):
-            digest.update(repr([stem, *(source.size(member) for member in _members(stem))]).encode())
+        stems = self._stems(source)
+        extents = [source.extent(member) for stem in stems for member in _members(stem)]
+        contents = content_digests(extents, self.root)
+        digest.update(repr([stems, contents]).encode())
         return digest.hexdigest()[:16]
 
     def problems(self) -> list[str]:
@@ -131,8 +142,14 @@ class PascalVOC(SegmentationDataset):
                     f"Reading {self.name}: the image list {source.where(member)} is absent. {choices}\n"
                     f"  Change dataset.split (now {self.split}). {REMEDY}"
                 )
-            text = source.data(member, self.name).decode("utf-8", errors="replace")
-            self._list = unique_keys([line.split()[0] for line in text.splitlines() if line.strip()], source.where(member))
+            text = decode_text(source.data(member, self.name), source.where(member))
+            stems = [line.split()[0] for line in text.split("\n") if line.strip()]
+            if strange := [stem for stem in stems if not _is_file_name(stem)]:
+                raise DataError(
+                    f'Reading {self.name}: the image list {source.where(member)} names "{strange[0]}"; a file name in {_IMAGES} '
+                    "without its ending was wanted, and no path.\n  Mend the list, or take it from the source again."
+                )
+            self._list = unique_keys(stems, source.where(member))
         return self._list
 
     def _open(self) -> _Kit | HubTable:
@@ -156,6 +173,8 @@ class PascalVOC(SegmentationDataset):
             return HubTable(
                 str(root), self.split, words="voc", mask_encoding=self.mask_encoding, limit=self.limit, name=self.name
             )
+        if not root.is_dir():
+            raise DataError(f"Reading {self.name}: {root} is neither a folder nor a regular file.\n  {REMEDY}")
         inside = sorted(path.name for path in root.iterdir())
         years = sorted({path.name for folder in (root, root / "VOCdevkit") for path in folder.glob("VOC2???")})
         hint = f"It holds {', '.join(inside[:8]) or 'nothing'}{', ...' if len(inside) > 8 else ''}."
@@ -172,11 +191,17 @@ def _members(stem: str) -> tuple[str, str]:
     return f"{_IMAGES}/{stem}.jpg", f"{_MASKS}/{stem}.png"
 
 
+def _is_file_name(stem: str) -> bool:
+    """Whether a list may name this: nothing that leads out of the kit's folders."""
+    return stem not in ("", ".", "..") and not set(stem) & {"/", "\\", ":", "\0"}
+
+
 class _Kit(Protocol):
     """The files of one VOC year, by their path inside its folder."""
 
     def where(self, member: str) -> str: ...
     def size(self, member: str) -> int | None: ...
+    def extent(self, member: str) -> Extent: ...
     def data(self, member: str, key: str) -> bytes: ...
     def lists(self) -> list[str]: ...
 
@@ -192,15 +217,11 @@ class _Folder:
         path = self.base / member
         return path.stat().st_size if path.is_file() else None
 
+    def extent(self, member: str) -> Extent:
+        return Extent(f"{self.base}/{member}")
+
     def data(self, member: str, key: str) -> bytes:
-        try:
-            return (self.base / member).read_bytes()
-        except FileNotFoundError as error:
-            raise DataError(f"{key}: {self.where(member)} is missing.\n  {REMEDY}") from error
-        except OSError as error:
-            raise DataError(
-                f"{key}: {self.where(member)} can't be read: {error}.\n  Look at the file's permissions and its disk."
-            ) from error
+        return read_regular(self.base / member, f"{key}: {self.where(member)}")
 
     def lists(self) -> list[str]:
         return sorted(path.stem for path in (self.base / _LISTS).glob("*.txt"))
@@ -218,7 +239,7 @@ class _Tar:
             with tarfile.open(path, "r:") as archive:  # "r:" refuses compression, which has no random access
                 for member in archive:
                     end = member.offset_data + (-(-member.size // 512) * 512 if member.isreg() else 0)
-                    if member.isreg() and (match := wanted.search(member.name)):
+                    if member.isreg() and not member.issparse() and (match := wanted.search(member.name)):
                         self.places[match[1]] = (member.offset_data, member.size)
         except (tarfile.TarError, OSError, EOFError) as error:
             raise self._broken(kit, str(error)) from error
@@ -243,10 +264,17 @@ class _Tar:
     def size(self, member: str) -> int | None:
         return self.places[member][1] if member in self.places else None
 
+    def extent(self, member: str) -> Extent:
+        if member not in self.places:
+            return Extent(self.path / member)  # below a file: absent
+        return Extent(self.path, *self.places[member])
+
     def data(self, member: str, key: str) -> bytes:
         if member not in self.places:
             raise DataError(f"{key}: {member} is missing in the archive {self.path}.\n  {REMEDY}")
         offset, size = self.places[member]
+        if size > LARGEST_FILE:
+            raise DataError(f"{key}: {self.where(member)} has {size:,} bytes; at most {LARGEST_FILE:,} are read.\n  {REMEDY}")
         try:
             with self.path.open("rb") as file:
                 file.seek(offset)

@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from conceptseg.data.images import as_rgb, read_image
 from conceptseg.errors import ConfigError, DataError, did_you_mean
 
 CAPTION_HEIGHT = 16
@@ -143,21 +144,21 @@ def as_pixels(image: Float[Tensor, "*F 3 H W"]) -> UInt8[np.ndarray, "*F H W 3"]
 def read_pixels(image: Image.Image | np.ndarray | Path) -> UInt8[np.ndarray, "*F H W 3"]:
     """RGB bytes of a PIL image, an image file, or an array of one image or of frames (uint8, or float in 0..1).
 
-    Raises DataError for anything else.
+    Pictures are turned upright, as their EXIF orientation says. Raises DataError for anything else, and for pictures that a run
+    refuses: alpha, more than 8 bits, damaged files (`conceptseg.data.images`).
     """
     if isinstance(image, Path):
-        try:
-            image = Image.open(image)
-        except OSError as error:
-            raise DataError(f"explaining {image}: it can't be read as an image ({error}).") from error
+        return read_image(image, "explaining")
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+        return as_rgb(image, "explaining a picture: it")
     array = np.asarray(image)
     if array.ndim not in (3, 4) or array.shape[-1] != 3:
         raise DataError(f"explaining an array of shape {array.shape}: wanted RGB, [height, width, 3].")
+    if array.size == 0:
+        raise DataError(f"explaining an array of shape {array.shape}: it holds no pixel.")
     if array.dtype == np.uint8:
         return array
-    if not np.issubdtype(array.dtype, np.floating) or array.min() < 0 or array.max() > 1:
+    if not np.issubdtype(array.dtype, np.floating) or not (array.min() >= 0 and array.max() <= 1):  # also of NaN
         raise DataError(
             f"explaining an array of {array.dtype} between {array.min()} and {array.max()}: wanted uint8, or float in 0..1."
         )

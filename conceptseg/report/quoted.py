@@ -8,9 +8,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from conceptseg.errors import ReportError, did_you_mean
+from conceptseg.errors import DataError, ReportError, did_you_mean
+from conceptseg.files import read_yaml
 from conceptseg.metrics.definitions import DEFINITIONS
 
 ELSEWHERE = ("unknown", "iou_of_nouns", "iod", "ioh", "iou", "miou_21", "miou_20")
@@ -83,11 +82,9 @@ def shipped(claim: str) -> Path:
 def load_claim(path: Path) -> Claim:
     """Read and check one file. Raises ReportError for a missing file, unknown keys, sources or definitions, or a repeated row."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ReportError(f"can't read the published numbers {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ReportError(f"{path} is not YAML: {error}") from error
+        data = read_yaml(path)
+    except DataError as error:
+        raise ReportError(f"can't read the published numbers: {error}") from error
     _keys(data, ("title", "sources", "columns", "rows"), str(path))
     sources = {name: Source(**_keys(one, _names(Source), f"{path}: source {name}")) for name, one in data["sources"].items()}
     columns = {

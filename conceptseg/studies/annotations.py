@@ -11,7 +11,9 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image, ImageDraw
 
+from conceptseg.data.images import MAX_PIXELS
 from conceptseg.errors import DataError
+from conceptseg.files import read_json
 from conceptseg.studies.folders import file_of, generations, predict, write_mask
 
 
@@ -33,9 +35,9 @@ def mask_of(segmentation: Any, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]
         counts = segmentation["counts"]
         if not isinstance(counts, list):
             raise DataError("a COCO segmentation is compressed; export it as polygons or as uncompressed run lengths (a list).")
+        if not all(isinstance(count, int) and count >= 0 for count in counts) or sum(counts) != size[0] * size[1]:
+            raise DataError(f"a COCO segmentation has run lengths of {sum(counts)} pixels, its image {size[0]} x {size[1]}.")
         flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-        if flat.size != size[0] * size[1]:
-            raise DataError(f"a COCO segmentation has {flat.size} pixels, its image {size[0]} x {size[1]}.")
         return flat.reshape(size[1], size[0]).T.copy()
     canvas = Image.new("1", (size[1], size[0]))
     for polygon in segmentation:
@@ -79,18 +81,40 @@ def export_coco(root: Path, file: Path, threshold: float = 0.4, proposals: bool 
     return body
 
 
+def _by_id(body: Mapping[str, Any], part: str, file: Path) -> dict[Any, Mapping[str, Any]]:
+    found: dict[Any, Mapping[str, Any]] = {}
+    for one in body[part]:
+        if found.setdefault(one["id"], one) is not one:
+            raise DataError(f"{file}: the id {one['id']} stands twice among its {part}; every one needs its own.")
+    return found
+
+
 def import_coco(root: Path, file: Path) -> int:
     """Write the masks of a COCO file as <word>.gt.png beside the images it names; several of one noun are joined."""
-    body = json.loads(file.read_text(encoding="utf-8"))
-    images = {one["id"]: one for one in body["images"]}
-    words = {one["id"]: str(one["name"]) for one in body["categories"]}
+    try:
+        return _import(root, file, read_json(file))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"{file} is JSON, but not laid out as COCO's annotations: {type(error).__name__}: {error}.\n"
+            "  Export it again in the COCO format, with images, categories and annotations."
+        ) from error
+
+
+def _import(root: Path, file: Path, body: Any) -> int:
+    images = _by_id(body, "images", file)
+    words = {number: str(one["name"]) for number, one in _by_id(body, "categories", file).items()}
     joined: dict[tuple[Path, str], Bool[np.ndarray, "H W"]] = {}
     for one in body["annotations"]:
         image = images[one["image_id"]]
         folder = (root / image["file_name"]).parent
         if not folder.resolve().is_relative_to(root.resolve()) or not folder.is_dir():
             raise DataError(f'{file}: the image "{image["file_name"]}" is not under {root}.')
-        mask = mask_of(one["segmentation"], (image["height"], image["width"]))
+        size = image["height"], image["width"]
+        if not all(isinstance(side, int) and side > 0 for side in size) or size[0] * size[1] > MAX_PIXELS:
+            raise DataError(
+                f'{file}: the image "{image["file_name"]}" is {size[0]} x {size[1]}; at most {MAX_PIXELS:,} pixels fit.'
+            )
+        mask = mask_of(one["segmentation"], size)
         key = folder, words[one["category_id"]]
         joined[key] = joined[key] | mask if key in joined else mask
     for (folder, word), mask in joined.items():

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from conceptseg.errors import ConfigError, DataError
+from conceptseg.files import read_text
 from conceptseg.trace import PromptMaps, WordMap
 
 UNRELATED, ALL_PAIRS, COREFERENT = "(unrelated)", "(all pairs)", "(coreferent)"
@@ -64,32 +65,60 @@ class Overlap:
 def read_conllu(file: Path, enhanced: bool = False) -> list[Sentence]:
     """Sentences of a CoNLL-U file with "# text" and, if there is one, "# sent_id"; enhanced takes relations from DEPS.
 
-    Coreference is read from MISC, "Coref=<cluster>". Raises DataError for what does not fit.
+    Coreference is read from MISC, "Coref=<cluster>". An enhanced head that is an empty node ("5.1") is no word of the prompt: the
+    next arc to a word is taken, and none where there is no other. Raises DataError, with the line, for what does not fit: also a
+    head that is left open ("_") or that no word of the sentence has.
     """
-    found = []
-    for number, block in enumerate(file.read_text(encoding="utf-8").strip().split("\n\n")):
-        lines = block.splitlines()
-        about = {k.strip(): v.strip() for k, _, v in (ln[1:].partition("=") for ln in lines if ln.startswith("#"))}
-        if "text" not in about:
-            raise DataError(f'{file}, sentence {number + 1}: wanted a comment "# text = ...", which is the prompt.')
-        words, at = [], 0
-        for line in (ln for ln in lines if ln and not ln.startswith("#")):
-            columns = line.split("\t")
-            if len(columns) != 10:
-                raise DataError(f"{file}, sentence {number + 1}: wanted 10 columns, found {len(columns)} in {line!r}.")
-            if not columns[0].isdecimal():
-                continue  # ranges of contractions and empty nodes hold no word of their own
-            start = about["text"].find(columns[1], at)
-            if start < 0:
-                raise DataError(f'{file}, sentence {number + 1}: the word "{columns[1]}" is not in "{about["text"][at:]}".')
-            at = start + len(columns[1])
-            head, relation = columns[6], columns[7]
-            if enhanced and columns[8] != "_":
-                head, _, relation = columns[8].split("|")[0].partition(":")
-            misc = dict(part.split("=", 1) for part in columns[9].split("|") if "=" in part)
-            words.append(Word(int(columns[0]), columns[1], start, at, int(float(head)), relation, columns[3], misc.get("Coref")))
-        found.append(Sentence(about.get("sent_id", f"{number:06d}"), about["text"], tuple(words)))
+    found: list[Sentence] = []
+    lines: list[tuple[int, str]] = []
+    for number, line in enumerate([*read_text(file).split("\n"), ""], 1):
+        if line.strip():
+            lines.append((number, line))
+        elif lines:
+            found.append(_sentence(file, lines, len(found), enhanced))
+            lines = []
     return found
+
+
+def _sentence(file: Path, lines: Sequence[tuple[int, str]], place: int, enhanced: bool) -> Sentence:
+    pairs = (line[1:].partition("=") for _, line in lines if line.startswith("#"))
+    about = {key.strip(): value.strip() for key, _, value in pairs}
+    if "text" not in about:
+        raise DataError(f'{file}, sentence {place + 1}: wanted a comment "# text = ...", which is the prompt.')
+    words: list[Word] = []
+    heads: list[tuple[str, int]] = []
+    at = 0
+    for number, line in lines:
+        if line.startswith("#"):
+            continue
+        where = f"{file}, line {number} (sentence {place + 1})"
+        columns = line.split("\t")
+        if len(columns) != 10:
+            raise DataError(f"{where}: wanted 10 columns, found {len(columns)} in {line!r}.")
+        if not columns[0].isdecimal():
+            continue  # ranges of contractions and empty nodes hold no word of their own
+        if int(columns[0]) != len(words) + 1:
+            raise DataError(f"{where}: wanted the word number {len(words) + 1}, found {columns[0]}.")
+        start = about["text"].find(columns[1], at)
+        if start < 0:
+            raise DataError(f'{where}: the word "{columns[1]}" is not in "{about["text"][at:]}".')
+        at = start + len(columns[1])
+        head, relation = columns[6], columns[7]
+        if enhanced and columns[8] != "_":
+            arcs = [arc.partition(":") for arc in columns[8].split("|")]
+            head, _, relation = next((arc for arc in arcs if "." not in arc[0]), ("0", ":", arcs[0][2]))
+        if not head.isdecimal():
+            raise DataError(
+                f'{where}: the head of "{columns[1]}" is "{head}"; the number of a word, or 0 for the root, was wanted.\n'
+                "  Parse the sentence, or leave it out."
+            )
+        heads.append((where, int(head)))
+        misc = dict(part.split("=", 1) for part in columns[9].split("|") if "=" in part)
+        words.append(Word(int(columns[0]), columns[1], start, at, int(head), relation, columns[3], misc.get("Coref")))
+    for word, (where, number) in zip(words, heads, strict=True):
+        if number > len(words) or number == word.number:
+            raise DataError(f'{where}: the head of "{word.form}" is {number}; another of the words 1 to {len(words)} was wanted.')
+    return Sentence(about.get("sent_id", f"{place:06d}"), about["text"], tuple(words))
 
 
 def parse_with_spacy(prompts: Iterable[tuple[str, str]], model: str) -> list[Sentence]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from conceptseg.errors import ConfigError
+from conceptseg.errors import ConfigError, DataError
+from conceptseg.files import read_rows
 from conceptseg.studies.dependencies import overlaps, switched_on
 from conceptseg.studies.generator import Generated, Generator
 from conceptseg.studies.nouns import mean_and_half_width
@@ -99,6 +101,24 @@ def cohyponym_table(
             }
         )  # fmt: skip
     return table
+
+
+def read_presence(file: Path) -> dict[str, bool]:
+    """Whether both nouns of a pair were seen, by the pair's id, from pairs.csv with first and second filled in (1 seen, 0 not).
+
+    Pairs that were left open are left out. Raises DataError for other values, and for a pair that is judged twice.
+    """
+    found: dict[str, bool] = {}
+    for line, row in read_rows(file, ("id", "first", "second")):
+        seen = row["first"].strip(), row["second"].strip()
+        if seen == ("", ""):
+            continue
+        if not set(seen) <= {"0", "1"}:
+            raise DataError(f"{file}, line {line}: first and second are {seen}; wanted 1 (seen) or 0 (not), or both left open.")
+        if row["id"] in found:
+            raise DataError(f"{file}, line {line}: the pair {row['id']} is judged twice.")
+        found[row["id"]] = seen == ("1", "1")
+    return found
 
 
 # ---------------------------------------------------------------- adjectives

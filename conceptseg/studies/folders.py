@@ -17,7 +17,9 @@ from jaxtyping import Bool
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from conceptseg.data.images import read_image, read_opacity
 from conceptseg.errors import DataError
+from conceptseg.files import read_text
 from conceptseg.studies.generator import Generated
 from conceptseg.trace import WordMap
 
@@ -38,11 +40,14 @@ class Generation:
 
     @property
     def seed(self) -> int:
-        return int(self._text("seed.txt"))
+        text = self._text("seed.txt")
+        if not text.isdecimal():
+            raise DataError(f'{self._file("seed.txt")} holds "{text[:40]}"; a whole number was wanted.')
+        return int(text)
 
     @property
     def image(self) -> Image.Image:
-        return Image.open(self._file("output.png")).convert("RGB")
+        return Image.fromarray(read_image(self._file("output.png"), f"the generation {self.id}"))
 
     def maps(self) -> dict[str, WordMap]:
         """Word maps by word, in the order of the prompt; none if they were not kept."""
@@ -67,7 +72,7 @@ class Generation:
         return file
 
     def _text(self, name: str) -> str:
-        return self._file(name).read_text(encoding="utf-8").strip()
+        return read_text(self._file(name)).strip()
 
 
 def file_of(word: str) -> str:
@@ -114,11 +119,8 @@ def write_mask(file: Path, mask: Bool[np.ndarray, "H W"]) -> None:
 
 
 def read_mask(file: Path) -> Bool[np.ndarray, "H W"]:
-    """Opacity above 0. Raises DataError for a picture without opacity."""
-    image = Image.open(file)
-    if "A" not in image.getbands():
-        raise DataError(f"{file}: a mask is an RGBA picture whose opacity is the mask; this one is {image.mode}.")
-    return np.asarray(image.getchannel("A")) > 0
+    """Opacity above 0. Raises DataError for a picture without opacity, or in a lossy format."""
+    return read_opacity(file, file.parent.name)
 
 
 def predict(one: Generation, threshold: float, name: str) -> list[str]:

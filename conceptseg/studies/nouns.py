@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from conceptseg.errors import DataError
+from conceptseg.files import read_lines
 from conceptseg.studies.folders import Generation, generations, predict, write_generation
 from conceptseg.studies.generator import Generator
 
@@ -78,8 +79,10 @@ def build(
 
 def read_captions(file: Path) -> list[tuple[str, str]]:
     """Captions by id: one a line, "id<tab>caption" or the caption alone, which then is numbered."""
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in read_lines(file) if line]
     pairs = [line.split("\t", 1) if "\t" in line else [f"{number:06d}", line] for number, line in enumerate(lines)]
+    if strange := [name for name, _ in pairs if name in (".", "..") or set(name) & {"/", "\\"}]:
+        raise DataError(f'{file}: the id "{strange[0]}" can\'t name a folder of the generations; wanted a name without slashes.')
     if repeated := [name for name, _ in pairs if [other for other, _ in pairs].count(name) > 1]:
         raise DataError(f'{file}: the id "{repeated[0]}" stands twice; every caption needs its own.')
     return [(name, caption) for name, caption in pairs]

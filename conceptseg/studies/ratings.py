@@ -8,13 +8,12 @@ per item; means per part of speech).
 from __future__ import annotations
 
 import base64
-import csv
 import html
 import io
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from conceptseg.errors import DataError
+from conceptseg.files import read_rows
 from conceptseg.studies.folders import Generation, generations
 from conceptseg.studies.nouns import mean_and_half_width
 
@@ -115,15 +115,31 @@ function save() {{
 
 
 def read_scores(files: Sequence[Path]) -> dict[str, dict[str, int]]:
-    """Scores by item and rater from the CSV files that sheets save. Raises DataError for a score off the scale."""
+    """Scores by item and rater from the CSV files that sheets save.
+
+    Raises DataError for a score off the scale, and where a rater has given an item two scores.
+    """
     found: dict[str, dict[str, int]] = defaultdict(dict)
     for file in files:
-        with file.open(encoding="utf-8", newline="") as opened:
-            for row in csv.DictReader(opened):
-                if set(row) != {"item", "rater", "score"} or not row["score"].isdecimal() or int(row["score"]) not in SCALE:
-                    raise DataError(f"{file}: wanted the columns item, rater, score with scores from 1 to 5; found {row}.")
-                found[row["item"]][row["rater"]] = int(row["score"])
+        for line, row in read_rows(file, ("item", "rater", "score")):
+            score = int(row["score"]) if row["score"].strip().isdecimal() else 0
+            if score not in SCALE:
+                raise DataError(f'{file}, line {line}: the score is "{row["score"]}"; wanted scores from 1 to 5.')
+            if found[row["item"]].setdefault(row["rater"], score) != score:
+                raise DataError(f"{file}, line {line}: {row['rater']} has judged {row['item']} before, with another score.")
     return dict(found)
+
+
+def read_items(file: Path) -> list[Item]:
+    """Items from the items.csv that the sheets came with. Raises DataError, also for an item that stands twice."""
+    names = tuple(field.name for field in fields(Item))
+    items = [Item(**{name: row[name] for name in names}) for _, row in read_rows(file, names)]
+    seen: set[str] = set()
+    for item in items:
+        if item.id in seen:
+            raise DataError(f'{file}: the item "{item.id}" stands twice; it would count twice.')
+        seen.add(item.id)
+    return items
 
 
 def ordinal_alpha(ratings: Sequence[Sequence[int]]) -> float | None:

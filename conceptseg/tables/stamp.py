@@ -57,14 +57,16 @@ class FinishedTable:
         files = [*_package_files(), self.results, *self.written]
         for run in runs:
             files += sorted((self.runs / run).iterdir())
-        states = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file()]
+        states = [state for file in files if file.is_file() for state in _states(str(file))]
         states += [state for name in named for state in _states(name)]
         return {"runs": runs, "named": named, "of": digest([self.asked, states, versions()])}
 
 
-def _states(name: str) -> list[tuple[str, int, int]]:
-    """Path, time and size of the file that this is the name of, or of all files in the folder; none for a word. Raises ValueError
-    for too many."""
+def _states(name: str) -> list[tuple[str, int, int, int]]:
+    """Path, times and size of the file that this is the name of, or of all files in the folder; none for a word.
+
+    Raises ValueError for too many.
+    """
     found = []
     if os.path.isfile(name):
         found.append(name)
@@ -72,7 +74,8 @@ def _states(name: str) -> list[tuple[str, int, int]]:
         found += [os.path.join(folder, file) for file in files]
         if len(found) > MOST_FILES:
             raise ValueError(f"{name}: more than {MOST_FILES:,} files")
-    return [(file, state.st_mtime_ns, state.st_size) for file in sorted(found) for state in (os.stat(file),)]
+    states = ((file, os.stat(file)) for file in sorted(found))
+    return [(file, state.st_mtime_ns, state.st_ctime_ns, state.st_size) for file, state in states]
 
 
 def _package_files() -> Iterator[Path]:

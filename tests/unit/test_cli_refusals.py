@@ -162,3 +162,22 @@ def test_a_section_without_its_table_fails_the_check(monkeypatch, capsys, tmp_pa
     (tmp_path / "RESULTS.md").write_text(text)
     assert run_report(monkeypatch, tmp_path, "--check") == 1
     assert "gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xef\xbb\xbf# @package _global_\n", "own.yaml begins with a byte order mark; save it as UTF-8 without one"),
+        ("# @package _global_\n".encode("utf-16"), "own.yaml begins with a byte order mark"),
+        (b"# @package _global_\n# caf\xe9\n", "own.yaml, line 2: the byte 0xe9 is no UTF-8"),
+        (b"# @package _global_\nreport:\n  level: 0.9\0\n", "own.yaml, line 3: the text holds the character NUL"),
+        (b"# @package _global_\nreport:\n  level: 0.9\n  level: 0.8\n", "found duplicate key level"),
+    ],
+    ids=["UTF-8 with a mark", "UTF-16", "Windows-1252", "NUL", "a key twice"],
+)
+def test_a_configuration_file_in_another_encoding_is_named(refused, tmp_path_factory, content, message):
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "experiment").mkdir()
+    (folder / "experiment" / "own.yaml").write_bytes(content)
+    said = refused("--config-dir", str(folder), "experiment=own")
+    assert message in said and "Traceback" not in said

@@ -1,7 +1,10 @@
 """Tables of `datasets`: saved folders, shards, image folders, and the Hub by a pinned commit."""
 
+import io
 import json
+import os
 import pickle
+import shutil
 
 import datasets
 import numpy as np
@@ -171,3 +174,150 @@ def test_a_copy_reads_the_same(saved):
     table = HubTable(saved, "val")
     key = table.keys()[0]
     assert np.array_equal(pickle.loads(pickle.dumps(table)).read(key).mask, table.read(key).mask)
+
+
+def pairs_table(pictures):
+    """A table of (image, mask) bytes or paths as `datasets` and other programs write it."""
+    import pyarrow as pa
+
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    cells = [
+        [{"bytes": None, "path": one} if isinstance(one, str) else {"bytes": one, "path": None} for one in pair]
+        for pair in pictures
+    ]
+    columns = {name: pa.array([pair[place] for pair in cells], kind) for place, name in enumerate(("image", "mask"))}
+    return pa.table({"id": [str(row) for row in range(len(pictures))], **columns})
+
+
+def shard(folder, pictures, name="val-00000-of-00001.parquet"):
+    import pyarrow.parquet as parquet
+
+    folder.mkdir(exist_ok=True)
+    parquet.write_table(pairs_table(pictures), folder / name, compression="NONE")
+    return folder
+
+
+def png(pixels, tag=1):
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = tag
+    Image.fromarray(pixels).save(buffer, "PNG", exif=exif, compress_level=0)
+    return buffer.getvalue()
+
+
+def as_shown(stored):
+    """What `datasets` shows of an image cell."""
+    return np.asarray(datasets.Image().decode_example({"bytes": stored, "path": None}))
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+@pytest.mark.parametrize("layout", ["parquet", "imagefolder"])
+def test_images_and_masks_are_read_as_datasets_shows_them(tmp_path, scenes, tag, layout):
+    photo, mask = png(scenes[0].image, tag), png(voc_mask(scenes[0]), tag)
+    if layout == "parquet":
+        table = HubTable(shard(tmp_path / "t", [(photo, mask)]), "val")
+    else:
+        folder = tmp_path / "t" / "val"
+        folder.mkdir(parents=True)
+        (folder / "a.png").write_bytes(photo)
+        (folder / "m.png").write_bytes(mask)
+        (folder / "metadata.csv").write_text("file_name,mask_file_name\na.png,m.png\n")
+        table = HubTable(tmp_path / "t", "val")
+    sample = table.read(table.keys()[0])
+    assert np.array_equal(sample.image, as_shown(photo)) and np.array_equal(sample.mask, as_shown(mask))
+    assert sample.image.shape == ((64, 48, 3) if tag > 4 else (48, 64, 3))
+
+
+def test_a_mask_drawn_on_the_stored_pixels_names_the_orientation(tmp_path, scenes):
+    table = HubTable(shard(tmp_path / "t", [(png(scenes[0].image, 6), png(voc_mask(scenes[0])))]), "val")
+    with pytest.raises(DataError, match="the image's EXIF orientation 6 is applied, as `datasets`"):
+        table.read(table.keys()[0])
+
+
+@pytest.mark.parametrize("layout", ["parquet", "saved", "imagefolder"])
+def test_the_fingerprint_sees_a_mask_changed_in_place_with_the_same_size_and_time(tmp_path, scenes, image_folder, layout):
+    """In the middle of the table: the first and the last mask were looked at before."""
+    masks = [np.where(voc_mask(scene) > 0, 2, 0).astype(np.uint8) for scene in scenes]
+
+    def write(masks):
+        pairs = [(png(scene.image), png(mask)) for scene, mask in zip(scenes, masks, strict=True)]
+        if layout == "parquet":
+            return shard(tmp_path / "t", pairs)
+        if layout == "saved":
+            table = datasets.Dataset(pairs_table(pairs)).cast_column("mask", datasets.Image())
+            shutil.rmtree(tmp_path / "t", ignore_errors=True)
+            table.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "t"))
+            return tmp_path / "t"
+        for row, (_, mask) in enumerate(pairs):
+            (image_folder / "val" / f"{row}_mask.png").write_bytes(mask)
+        return image_folder
+
+    folder = write(masks)
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".arrow", ".png"))
+    states = [path.stat() for path in files]
+    split = "val" if layout != "saved" else "all"
+    before = HubTable(folder, split)
+    first, seen = before.fingerprint(), before.read(before.keys()[1]).words
+    masks[1] = np.where(masks[1] > 0, 15, 0).astype(np.uint8)
+    write(masks)
+    for path, state in zip(files, states, strict=True):
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        assert path.stat().st_size == state.st_size
+    after = HubTable(folder, split)
+    assert after.fingerprint() != first
+    assert seen == {2: "bike"} and after.read(after.keys()[1]).words == {15: "person"}  # and no old copy is read
+
+
+@pytest.mark.parametrize("name", ["absolute", "../secret.png", "/dev/zero", "a\0b"])
+def test_a_row_that_names_a_file_elsewhere_is_refused(tmp_path, scenes, name):
+    (tmp_path / "secret.png").write_bytes(png(scenes[0].image))
+    path = str(tmp_path / "secret.png") if name == "absolute" else name
+    table = HubTable(shard(tmp_path / "t", [(path, png(voc_mask(scenes[0])))]), "val")
+    with pytest.raises(DataError, match="a table reads no files of other folders"):
+        table.read(table.keys()[0])
+    assert len(table.problems()) == 1 and table.fingerprint()
+
+
+def test_a_row_that_names_a_file_of_the_folder_is_read(tmp_path, scenes):
+    folder = shard(tmp_path / "t", [("a.png", png(voc_mask(scenes[0])))])
+    (folder / "a.png").write_bytes(png(scenes[0].image))
+    table = HubTable(folder, "val")
+    assert (table.read(table.keys()[0]).image == scenes[0].image).all() and table.problems() == []
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["val-00000-of-00002.parquet"], r"incomplete: 1 of the 2 shards .*val-00001-of-00002\.parquet"),
+        (["val-00001-of-00002-0123abcd.parquet"], r"incomplete: 1 of the 2 shards .*val-00000-of-00002-0123abcd"),
+        (["val-00000-of-00002.parquet", "val-00001-of-00003.parquet"], "several sets of shards"),
+        (["val-00000-of-00001.parquet", "val.parquet"], "several sets of shards"),
+    ],
+)
+def test_a_split_whose_shards_are_not_all_there_is_refused(tmp_path, scenes, names, message):
+    for name in names:
+        shard(tmp_path / "t", [(png(scenes[0].image), png(voc_mask(scenes[0])))], name)
+    with pytest.raises(DataError, match=message):
+        HubTable(tmp_path / "t", "val").keys()
+    assert len(HubTable(tmp_path / "t", "val").problems()) == 1
+
+
+def test_an_incomplete_split_hinders_no_other(tmp_path, scenes):
+    pair = [(png(scenes[0].image), png(voc_mask(scenes[0])))]
+    shard(tmp_path / "t", pair, "train-00000-of-00002.parquet")
+    assert HubTable(shard(tmp_path / "t", pair), "val").problems() == []
+
+
+def test_pipes_are_refused_without_waiting(tmp_path, image_folder):
+    (tmp_path / "t").mkdir()
+    os.mkfifo(tmp_path / "t" / "val-00000-of-00001.parquet")
+    assert "is no regular file" in HubTable(tmp_path / "t", "val").problems()[0]
+    (image_folder / "val" / "1.png").unlink()
+    os.mkfifo(image_folder / "val" / "1.png")
+    assert "it is a named pipe" in HubTable(image_folder, "val").problems()[0]
+
+
+def test_jpeg_masks_are_refused(tmp_path, scenes):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((48, 64), 15, np.uint8)).save(buffer, "JPEG", quality=95)
+    table = HubTable(shard(tmp_path / "t", [(png(scenes[0].image), buffer.getvalue())]), "val")
+    assert "compressed with loss" in table.problems()[0]

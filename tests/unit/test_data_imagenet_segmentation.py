@@ -2,7 +2,9 @@
 
 import multiprocessing
 import pickle
+import tracemalloc
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 
 import h5py
 import numpy as np
@@ -102,7 +104,7 @@ def test_words_of_ones_own_replace_the_shipped_ones(tmp_path, scenes):
     assert data.read(data.keys()[0]).words == {1: "horse"} and data.fingerprint() != ImageNetSegmentation(mat).fingerprint()
     own.write_text("wnid,name\nn99999999,unicorn\n")
     assert "lemma, noun lacking" in ImageNetSegmentation(mat, words=own).problems()[0]
-    assert "can't be read" in ImageNetSegmentation(mat, words=tmp_path / "none.csv").problems()[0]
+    assert "none.csv is missing" in ImageNetSegmentation(mat, words=tmp_path / "none.csv").problems()[0]
 
 
 def test_a_missing_file_says_how_to_get_it(tmp_path):
@@ -219,3 +221,74 @@ def test_an_unknown_key_offers_the_nearest(mat):
     data = ImageNetSegmentation(mat)
     with pytest.raises(DataError, match=f'Did you mean "{data.keys()[0]}"'):
         data.read(data.keys()[0][:-1])
+
+
+def test_the_fingerprint_sees_any_byte_of_the_file(mat):
+    with h5py.File(mat, "r+") as file:
+        file["pad"] = np.zeros(4 << 20, np.uint8)
+    before, whole = ImageNetSegmentation(mat).fingerprint(), bytearray(mat.read_bytes())
+    for place in np.random.default_rng(0).integers(2048, len(whole), 20):
+        whole[place] ^= 1
+        mat.write_bytes(whole)
+        with suppress(DataError):  # where the ids can't be listed any more
+            assert ImageNetSegmentation(mat).fingerprint() != before
+        whole[place] ^= 1
+    mat.write_bytes(whole)
+    assert ImageNetSegmentation(mat).fingerprint() == before
+
+
+def hostile(mat, kind, outside):
+    with h5py.File(mat, "r+") as file:
+        if kind == "30 GB":
+            stored = file.create_dataset("#refs#/huge", (3, 100_000, 100_000), "u1", chunks=(1, 1_000, 1_000))
+        elif kind == "a block of 4 GB":
+            shape = (3, 8, 8)
+            stored = file.create_dataset("#refs#/huge", shape, "u1", chunks=(1, 65_536, 65_000), maxshape=(None,) * 3)
+        elif kind == "external storage":
+            stored = file.create_dataset("#refs#/outside", (3, 8, 8), "u1", external=[(str(outside), 0, 192)])
+        else:
+            layout = h5py.VirtualLayout((3, 8, 8), "u1")
+            layout[:] = h5py.VirtualSource(str(outside), "x", (3, 8, 8), "u1")
+            stored = file.create_virtual_dataset("#refs#/outside", layout)
+        file["value/img"][0, 0] = stored.ref
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("30 GB", "claims 30,000,000,000 values"),
+        ("a block of 4 GB", "claims 4,259,840,000 values"),
+        ("external storage", "keeps its values in other files"),
+        ("a virtual data set", "keeps its values in other files"),
+    ],
+)
+def test_what_a_file_claims_is_checked_before_it_is_read(mat, tmp_path, kind, message):
+    (tmp_path / "secret").write_bytes(bytes(192))
+    hostile(mat, kind, tmp_path / "secret")
+    data = ImageNetSegmentation(mat)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=rf"reading row 0: .*{message}"):
+        data.read(data.keys()[0])
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("link", [h5py.ExternalLink("other.mat", "value"), h5py.SoftLink("/#refs#")])
+def test_links_to_other_places_are_not_followed(mat, tmp_path, scenes, link):
+    write_mat(mat.with_name("other.mat"), scenes)
+    with h5py.File(mat, "r+") as file:
+        del file["value"]
+        file["value"] = link
+    with pytest.raises(DataError, match=f"value is a link \\({type(link).__name__}\\)"):
+        ImageNetSegmentation(mat).keys()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_words_of_excel_are_read_and_a_doubled_id_is_refused(tmp_path, scenes, encoding):
+    mat = write_mat(tmp_path / "x.mat", scenes[:1], ["n99999999_1"])
+    own = tmp_path / "words.csv"
+    own.write_bytes("wnid;lemma;noun\r\nn99999999;éléphant;elephant\r\n".encode(encoding))
+    data = ImageNetSegmentation(mat, words=own)
+    assert data.read(data.keys()[0]).about["lemma"] == "éléphant"
+    own.write_text("wnid,lemma,noun\nn99999999,a,cat\nn99999999,b,dog\n")
+    assert 'line 3: n99999999 is "cat" above and "dog" here' in ImageNetSegmentation(mat, words=own).problems()[0]

@@ -1,14 +1,17 @@
 """PascalVOC: folders, the tar, and what is wrong with either."""
 
 import gzip
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from conceptseg.data.base import SegmentationDataset
 from conceptseg.data.drawings import OBJECTS
+from conceptseg.data.images import voc_colour
 from conceptseg.data.made import VOC_CLASS, made_scenes, mask_png, voc_mask, write_hub, write_parquet, write_voc, write_voc_tar
 from conceptseg.data.pascal_voc import PascalVOC
 from conceptseg.data.words import VOC_WORDS
@@ -195,6 +198,89 @@ def test_the_fingerprint_follows_the_content(kit, scenes):
     reordered = PascalVOC(kit).fingerprint()
     assert len({before, changed, reordered}) == 3
     assert PascalVOC(kit, limit=2).fingerprint() == reordered  # so that a run can be continued with more images
+
+
+def relabelled(kit, old, new):
+    """Masks mended in place, with the same number of bytes: stored without compression, as a relabelling often leaves it."""
+    for path in (kit / "VOC2012" / "SegmentationClass").iterdir():
+        mask = np.array(Image.open(path))
+        mask[mask == old] = new
+        picture = Image.fromarray(mask)
+        picture.putpalette([part for index in range(256) for part in voc_colour(index)])
+        picture.save(path, compress_level=0)
+
+
+def test_the_fingerprint_sees_a_mask_or_photo_changed_in_place_with_the_same_size(kit, tmp_path):
+    relabelled(kit, 0, 0)
+    held, sizes = PascalVOC(kit), [path.stat().st_size for path in sorted(kit.rglob("*.png"))]
+    before, times = held.fingerprint(), mask_of(kit).stat()
+    label = next(iter(held.read(held.keys()[0]).words))
+    relabelled(kit, label, 19)
+    os.utime(mask_of(kit), ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert [path.stat().st_size for path in sorted(kit.rglob("*.png"))] == sizes
+    after = PascalVOC(kit).fingerprint()
+    photo = bytearray(image_of(kit, 2).read_bytes())
+    photo[-30] ^= 1
+    image_of(kit, 2).write_bytes(photo)
+    assert len({before, after, PascalVOC(kit).fingerprint()}) == 3
+
+
+def test_the_fingerprint_of_a_tar_sees_a_changed_byte_of_a_listed_member_and_of_no_other(tar):
+    before, whole = PascalVOC(tar).fingerprint(), bytearray(tar.read_bytes())
+    place = whole.index(b"VOCdevkit/VOC2012/SegmentationClass/2012_000002.png") + 512 + 60
+    whole[place] ^= 1
+    tar.write_bytes(whole)
+    assert PascalVOC(tar).fingerprint() != before
+    whole[place] ^= 1
+    whole[-1] ^= 1  # behind the last member
+    tar.write_bytes(whole)
+    assert PascalVOC(tar).fingerprint() == before
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_photos_of_a_kit_are_read_as_stored_whatever_their_orientation(kit, tag):
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    Image.open(image_of(kit)).save(image_of(kit), exif=exif, quality=95)
+    stored = np.asarray(Image.open(image_of(kit)))
+    assert np.array_equal(PascalVOC(kit).read("voc2012/2012_000000").image, stored)
+    turned = np.zeros((64, 48), np.uint8)
+    mask_of(kit).write_bytes(mask_png(turned))
+    named = "" if tag == 1 else f"; the image's EXIF orientation {tag} is not applied"
+    with pytest.raises(DataError, match=f"the mask is 64 x 48 .* 48 x 64{named}"):
+        PascalVOC(kit).read("voc2012/2012_000000")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
+def test_a_list_of_excel_or_notepad_is_read(kit, encoding):
+    names = PascalVOC(kit).keys()
+    list_of(kit).write_bytes(list_of(kit).read_text().replace("\n", "\r\n").encode(encoding))
+    assert PascalVOC(kit).keys() == names and PascalVOC(kit).problems() == []
+
+
+def test_a_list_in_another_encoding_is_refused_with_its_line(kit):
+    list_of(kit).write_bytes(list_of(kit).read_bytes() + b"caf\xe9\n")
+    with pytest.raises(DataError, match=r"val\.txt, line 5: the byte 0xe9 is no UTF-8"):
+        PascalVOC(kit).keys()
+
+
+@pytest.mark.parametrize("name", ["../JPEGImages/2012_000000", "..", "/etc/passwd", "a/b", "..\\a", "C:a"])
+def test_a_list_names_files_of_the_kit_and_no_paths(kit, name):
+    list_of(kit).write_text(f"2012_000000\n{name}\n")
+    with pytest.raises(DataError, match="in JPEGImages without its ending was wanted, and no path"):
+        PascalVOC(kit).keys()
+    with pytest.raises(ConfigError, match=r"dataset\.split is"):
+        PascalVOC(kit, split=name)
+
+
+def test_pipes_in_place_of_files_are_refused_without_waiting(kit, tmp_path):
+    image_of(kit).unlink()
+    os.mkfifo(image_of(kit))
+    with pytest.raises(DataError, match=r"voc2012/2012_000000: .*can't be read: it is a named pipe"):
+        PascalVOC(kit).read("voc2012/2012_000000")
+    assert PascalVOC(kit).fingerprint() and "2012_000000.jpg" in PascalVOC(kit).problems()[0]
+    os.mkfifo(tmp_path / "voc.tar")
+    assert "neither a folder nor a regular file" in PascalVOC(tmp_path / "voc.tar").problems()[0]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ PEERS = {"saliency", "segment", "metrics", "data", "backbones"}
 ALLOWED: dict[str, set[str]] = {
     "": set(),
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "keys": {""},
     "types": {"errors"},
     "config": {"errors", "keys"},
@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "tables": GROUND | PEERS | {"config", "evaluation", "extractors", "protocols", "report", "store"},
     "lab": GROUND | PEERS | {"evaluation", "extractors", "protocols", "store"},
     "trace": GROUND | {"backbones"},
-    "studies": GROUND | {"backbones", "trace"},
+    "studies": GROUND | {"backbones", "data", "trace"},
     "cli": GROUND | {"backbones", "config", "evaluation", "extractors", "lab", "metrics", "report", "studies", "tables"},
     "__main__": {"cli"},
 }

@@ -14,7 +14,7 @@ from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.cli.study import study
 from conceptseg.errors import ConfigError, DataError, TapError
 from conceptseg.lab.models import build_sd, save
-from conceptseg.studies.annotations import mask_of, run_lengths
+from conceptseg.studies.annotations import import_coco, mask_of, run_lengths
 from conceptseg.studies.dependencies import (
     ALL_PAIRS,
     COREFERENT,
@@ -26,11 +26,11 @@ from conceptseg.studies.dependencies import (
     read_conllu,
     relation_table,
 )
-from conceptseg.studies.entanglement import GROUPS, NounPair, cohyponym_table, mass_outside, noun_pairs
+from conceptseg.studies.entanglement import GROUPS, NounPair, cohyponym_table, mass_outside, noun_pairs, read_presence
 from conceptseg.studies.folders import generations, read_mask, write_mask
 from conceptseg.studies.generator import Generator
-from conceptseg.studies.nouns import COCO80, PairScore, nouns_in, summary
-from conceptseg.studies.ratings import Item, assign, opinion_scores, ordinal_alpha
+from conceptseg.studies.nouns import COCO80, PairScore, nouns_in, read_captions, summary
+from conceptseg.studies.ratings import Item, assign, opinion_scores, ordinal_alpha, read_items, read_scores
 from conceptseg.studies.replay import AttentionRecord, recording, replaying
 from conceptseg.studies.token_optimisation import open_vocabulary_maps, optimise_token, recording_queries
 from conceptseg.trace import PromptMaps, WordMap
@@ -129,6 +129,31 @@ def test_annotations_go_out_as_coco_and_come_back_as_truth(root, tmp_path):
         study(["annotate", str(root), str(file), "--back"])
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"images": [], "categories": []}, "not laid out as COCO's annotations: KeyError: 'annotations'"),
+        ([1], "not laid out as COCO"),
+        ({"images": [{"id": 1}, {"id": 1}], "categories": [], "annotations": []}, "the id 1 stands twice among its images"),
+    ],
+)
+def test_annotations_that_are_not_of_coco_are_refused(root, tmp_path, body, message):
+    (tmp_path / "coco.json").write_text(json.dumps(body))
+    with pytest.raises(DataError, match=message):
+        import_coco(root, tmp_path / "coco.json")
+
+
+def test_an_annotation_that_claims_a_huge_image_takes_no_memory(root, tmp_path):
+    image = {"id": 1, "file_name": "one/output.png", "height": 200_000, "width": 200_000}
+    one = {"image_id": 1, "category_id": 1, "segmentation": {"counts": [4 * 10**10]}}
+    body = {"images": [image], "categories": [{"id": 1, "name": "ball"}], "annotations": [one]}
+    (tmp_path / "coco.json").write_text(json.dumps(body))
+    with pytest.raises(DataError, match="200000 x 200000; at most"):
+        import_coco(root, tmp_path / "coco.json")
+    with pytest.raises(DataError, match="40000000000 pixels, its image 2 x 2"):
+        mask_of(one["segmentation"], (2, 2))
+
+
 def test_run_lengths_and_polygons_are_read_as_coco_means_them():
     mask = np.zeros((3, 4), bool)
     mask[1:, 0] = mask[0, 2] = True
@@ -165,6 +190,44 @@ def test_sheets_hold_every_item_three_times_and_scores_are_summed_up(root, tmp_p
     (tmp_path / "r3.csv").write_text("item,rater,score\none/ball,r3,6\n")
     with pytest.raises(DataError, match="scores from 1 to 5"):
         study(["ratings", str(tmp_path / "out" / "items.csv"), str(tmp_path / "r3.csv")])
+
+
+def test_scores_and_items_of_excel_are_read_and_doubled_ones_refused(tmp_path):
+    scores, items = tmp_path / "scores.csv", tmp_path / "items.csv"
+    scores.write_bytes("item;rater;score\r\none/café;r1;4\r\n".encode("utf-16"))
+    assert read_scores([scores, scores]) == {"one/café": {"r1": 4}}  # the same file given twice counts once
+    scores.write_text("item,rater,score\na,r1,4\na,r1,2\n")
+    with pytest.raises(DataError, match="line 3: r1 has judged a before, with another score"):
+        read_scores([scores])
+    items.write_bytes(b"\xef\xbb\xbfid,generation,word,tag\r\na,g,w,NOUN\r\n")
+    assert read_items(items) == [Item("a", "g", "w", "NOUN")]
+    items.write_text("id,generation,word,tag\na,g,w,NOUN\na,g,w,NOUN\n")
+    with pytest.raises(DataError, match='the item "a" stands twice'):
+        read_items(items)
+
+
+def test_presence_left_open_is_no_judgement(tmp_path):
+    file = tmp_path / "pairs.csv"
+    file.write_text("id,first_word,second_word,iou,first,second\na,x,y,0.1,1,1\nb,x,y,0.2,1,0\nc,x,y,0.3,,\n")
+    assert read_presence(file) == {"a": True, "b": False}
+    for row, message in {
+        "d,x,y,0.1,yes,1": "line 5: first and second are",
+        "a,x,y,0.1,1,1": "the pair a is judged twice",
+    }.items():
+        (tmp_path / "more.csv").write_text(file.read_text() + row + "\n")
+        with pytest.raises(DataError, match=message):
+            read_presence(tmp_path / "more.csv")
+
+
+def test_captions_and_tags_of_windows_are_read_and_doubled_ones_refused(root, tmp_path):
+    (tmp_path / "captions.txt").write_bytes("1\ta café\r\n2\ta dog\r\n".encode("utf-16"))
+    assert read_captions(tmp_path / "captions.txt") == [("1", "a café"), ("2", "a dog")]
+    (tmp_path / "captions.txt").write_text("../../x\ta dog\n")
+    with pytest.raises(DataError, match="can't name a folder"):
+        read_captions(tmp_path / "captions.txt")
+    (tmp_path / "tags.tsv").write_text("one\tball\tNOUN\none\tball\tVERB\n")
+    with pytest.raises(DataError, match='line 2: "ball" of one has another tag'):
+        study(["sheets", str(root), str(tmp_path / "tags.tsv"), str(tmp_path / "out")])
 
 
 def test_words_in_a_sheet_are_escaped(root, tmp_path):
@@ -255,6 +318,34 @@ def test_enhanced_relations_and_bad_files(parsed):
     parsed.write_text(CONLLU.replace("2\tred", "2\tgreen"))
     with pytest.raises(DataError, match='the word "green"'):
         read_conllu(parsed)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("3\tamod\t", "_\tamod\t", 'line 4 .*the head of "red" is "_"; the number of a word'),
+        ("3\tamod\t", "1.5\tamod\t", 'the head of "red" is "1.5"'),
+        ("3\tamod\t", "nan\tamod\t", 'the head of "red" is "nan"'),
+        ("3\tamod\t", "9\tamod\t", 'the head of "red" is 9; another of the words 1 to 6'),
+        ("3\tamod\t", "2\tamod\t", 'the head of "red" is 2; another'),
+        ("\n2\tred", "\n1\tred", "wanted the word number 2, found 1"),
+        ("\tred\t", "\tr\0d\t", "line 4: the text holds the character NUL"),
+    ],
+)
+def test_a_parse_that_does_not_hold_together_is_refused_with_its_line(parsed, old, new, message):
+    assert old in CONLLU
+    parsed.write_text(CONLLU.replace(old, new))
+    with pytest.raises(DataError, match=message):
+        read_conllu(parsed)
+
+
+def test_a_parse_of_windows_is_read_and_an_empty_node_is_no_head(parsed):
+    (plain,) = read_conllu(parsed)
+    parsed.write_bytes(CONLLU.replace("\n", "\r\n").encode("utf-8-sig"))
+    assert read_conllu(parsed) == [plain]
+    parsed.write_text(CONLLU.replace("3:amod", "5.1:amod|3:conj").replace("3:det", "5.1:det"))
+    (sentence,) = read_conllu(parsed, enhanced=True)
+    assert [(w.head, w.relation) for w in sentence.words[:2]] == [(0, "det"), (3, "conj")]
 
 
 def test_overlaps_of_nothing_are_zero_and_the_table_has_reference_rows():
