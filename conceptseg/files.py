@@ -38,11 +38,12 @@ def written_aside(path: Path) -> Iterator[Path]:
         if part.is_dir() and path.exists():  # a folder can't be replaced by a rename while it holds files
             shutil.rmtree(path)
         part.replace(path)
-    finally:
+    except BaseException:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
         else:
             part.unlink(missing_ok=True)
+        raise
 
 
 def write_atomically(path: Path, content: bytes) -> None:

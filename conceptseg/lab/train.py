@@ -237,7 +237,9 @@ def draw_training_scenes(recipe: dict[str, Any], work: Path) -> list[Scene]:
         scenes += [draw_scene("train", seed, after + i, size, objects=(1, 1), layout=bare) for i in range(recipe["plain_scenes"])]
         shown = (recipe["image_size"], recipe["image_size"])
         small = [stack_images([s.image / np.float32(255)], shown, "bicubic")[0].permute(1, 2, 0).numpy() for s in scenes]
-        rows = [{"ground": s.ground, "objects": [[o.word, o.tint, list(o.box)] for o in s.objects]} for s in scenes]
+        rows: list[dict[str, Any]] = [
+            {"ground": s.ground, "objects": [[o.word, o.tint, list(o.box)] for o in s.objects]} for s in scenes
+        ]
         with written_aside(pixels) as part, part.open("wb") as file:
             np.save(file, (np.stack(small) * 255).round().astype(np.uint8), allow_pickle=False)
         body = {"of": wanted, "scenes": rows, "pixels": _file_digest(pixels)}

@@ -63,11 +63,10 @@ class MapKeeper:
         return None if first is None or second is None else (first, second)
 
     def _picture(self, sample: str, view: str, what: str) -> np.ndarray | None:
-        path = self._path(sample, view, what)
-        if not path.exists():
-            path = self._older(sample, view, what)
-            if path is None:
-                return None
+        named = self._path(sample, view, what)
+        path = named if named.exists() else self._older(sample, view, what)
+        if path is None:
+            return None
         try:
             picture = np.asarray(Image.open(path))
             if picture.ndim != 2 or picture.dtype != np.uint8:

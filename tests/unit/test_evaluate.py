@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -238,6 +239,29 @@ def test_a_full_disk_of_the_store_stops_the_run(run, monkeypatch, part):
         run(Random(lambda keys: bad(KeyError)))
 
 
+def test_a_run_out_of_descriptors_stops_in_a_line_and_loses_nothing(run, tmp_path, monkeypatch):
+    before, leaked, read = resource.getrlimit(resource.RLIMIT_NOFILE), [], Dots.read
+
+    def leaking(self, key):
+        while key == KEYS[4]:
+            leaked.append(os.open(os.devnull, os.O_RDONLY))
+        return read(self, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Dots, "read", leaking)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        try:
+            with pytest.raises(StoreError, match=r"Too many open files(.|\n)*is kept"):
+                run()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            for file in leaked:
+                os.close(file)
+    assert rows(tmp_path).keys() <= {*KEYS[:4]}
+    run()
+    assert sorted(rows(tmp_path)) == KEYS and all(row["status"] == "ok" for row in rows(tmp_path).values())
+
+
 def test_a_sample_that_can_not_be_read_fails_alone(run, tmp_path, monkeypatch):
     read = Dots.read
     monkeypatch.setattr(Dots, "read", lambda self, key: bad(KeyError) if key == KEYS[3] else read(self, key))
@@ -289,8 +313,9 @@ with ending_in_order(grace=0.5), RunStore(Path({folder!r})) as store:
 """
 
 
-@pytest.mark.parametrize("what", ["loader", "model", "scorer"])
-@pytest.mark.parametrize(("numbers", "code"), [((2, 2), 130), ((15,), 143)])
+@pytest.mark.parametrize(
+    ("what", "numbers", "code"), [("loader", (15,), 143), ("model", (15,), 143), ("model", (2, 2), 130), ("scorer", (2, 2), 130)]
+)
 def test_what_hangs_ends_at_the_second_interrupt_or_after_the_grace(tmp_path, what, numbers, code):
     command = HANG.format(tests=str(Path(__file__).parent), what=what, numbers=numbers, folder=str(tmp_path / "run"))
     (tmp_path / "run").mkdir()
