@@ -1,13 +1,19 @@
-"""Files: read regular ones whole and text as people's programs write it; write so that a reader never sees half of a file."""
+"""Read regular files whole and text as programs write it; write so that a reader never sees half a file and no change is lost."""
 
 from __future__ import annotations
 
 import codecs
 import csv
+import fcntl
+import hashlib
 import io
 import json
 import os
+import platform
+import re
+import shutil
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,17 +36,89 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
 )  # fmt: skip
 
+PART = re.compile(r"\..+\.(?P<pid>\d+)(@(?P<host>[0-9a-f]{8}))?\.part")
+"""Name of a file or folder that is being written: its own name, the process and the machine."""
+ABANDONED_SECONDS = 24 * 3600
+"""Age at which a part of another machine, whose processes can't be seen from here, counts as abandoned."""
+_swept: set[Path] = set()
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, then rename. Creates the folder; a link keeps pointing where it pointed. Raises OSError."""
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write a file or a folder to; it takes the place of `path` when the block ends well.
+
+    Creates the folder around it; a link keeps pointing where it pointed. On the first write of a process into a folder, parts
+    that killed processes left there are removed. Raises OSError.
+    """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if path.parent not in _swept:
+        _swept.add(path.parent)
+        remove_abandoned_parts(path.parent)
+    part = path.with_name(f".{path.name[:180]}.{os.getpid()}@{_host()}.part")
     try:
-        part.write_bytes(content)
+        yield part
+        if part.is_dir() and path.exists():  # a folder can't be replaced by a rename while it holds files
+            shutil.rmtree(path)
         part.replace(path)
+    except BaseException:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside `path`, then rename; see `written_aside`. Raises OSError."""
+    with written_aside(path) as part:
+        part.write_bytes(content)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process at a time read, change and write `path`; the others wait. The lock is on its folder and leaves no file."""
+    folder = path.resolve().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
     finally:
-        part.unlink(missing_ok=True)
+        os.close(held)
+
+
+def remove_abandoned_parts(folder: Path) -> None:
+    """Remove what killed processes were writing in this folder. Parts of running processes stay."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name.endswith(".part")]
+    for name in names:
+        found = PART.fullmatch(name)
+        if found is None or not _abandoned(folder / name, int(found["pid"]), found["host"]):
+            continue
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name, ignore_errors=True)
+        else:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _abandoned(part: Path, pid: int, host: str | None) -> bool:
+    if host not in (None, _host()):
+        try:
+            return time.time() - part.stat().st_mtime > ABANDONED_SECONDS
+        except OSError:
+            return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # another user's process; no number of a process
+        return False
+    return False
+
+
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from conceptseg.files import written_aside
 
 TextRecord = dict[str, Tensor]
 """What is kept of one string: named tensors without a batch axis, such as "tokens" [N d] and "length" []."""
@@ -56,7 +57,5 @@ class TextCache:
         self._memory[string] = record
         file = self._file(string)
         if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}.partial")
-            save_file({k: v.contiguous().cpu().clone() for k, v in record.items()}, partial, metadata={"text": string})
-            partial.replace(file)
+            with written_aside(file) as part:
+                save_file({k: v.contiguous().cpu().clone() for k, v in record.items()}, part, metadata={"text": string})

@@ -84,7 +84,8 @@ def assemble(config: Mapping[str, Any], in_table: bool = False) -> Evaluation:
     }  # fmt: skip
     store.open(manifest, runtime["on_code_change"])
     kept = [v.key for v in views.values()]
-    keeper = MapKeeper(store.folder / "maps", frozenset(kept if len(kept) <= MAPS_KEPT_FOR_VIEWS else kept[:1]))
+    pictured = frozenset(kept if len(kept) <= MAPS_KEPT_FOR_VIEWS else kept[:1])
+    keeper = MapKeeper(store.folder / "maps", pictured, store.samples)
     return Evaluation(whole, dataset, extractor, protocol, views, store, keeper, shard, manifest)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,11 +20,13 @@ from jaxtyping import Float
 from conceptseg.data.base import SegmentationDataset
 from conceptseg.errors import ConceptSegError, DataError, StoreError
 from conceptseg.extractors.base import Extractor
+from conceptseg.files import write_atomically
 from conceptseg.protocols import Excluded, SegmentationProtocol
 from conceptseg.saliency.views import View
 from conceptseg.segment.segmenter import Segmenter
 from conceptseg.store.cost import Stages
-from conceptseg.store.maps import MapKeeper
+from conceptseg.store.lines import row_fault
+from conceptseg.store.maps import MapKeeper, file_name
 from conceptseg.store.run import RunStore
 from conceptseg.store.schema import Row
 from conceptseg.types import Batch, Task
@@ -100,7 +105,9 @@ def evaluate(
         else:
             tally.held += len(chunk)
     total, done = sum(len(chunk) for chunk, _ in todo), 0
-    scorer = Scorer(store, protocol, segmenters, maps, tally, max_failures)
+    failures = Failures(store.folder / "failures")
+    scorer = Scorer(store, protocol, segmenters, maps, tally, max_failures, failures)
+    model = Model(extractor, failures)
 
     def settle(job: Future[None], samples: int) -> None:
         nonlocal done
@@ -110,18 +117,19 @@ def evaluate(
         if tally.failed >= max_failures:
             raise StoreError(
                 f"{tally.failed} samples failed, the last with: {tally.errors[-1]}\n"
-                f"  Their rows are kept, with the reason. Mend the cause and run again with runtime.retry_failed=true, "
-                f"or raise runtime.max_failures (now {max_failures})."
+                f"  Their rows are kept, with the reason; tracebacks are in {failures.folder}. Mend the cause and run again with "
+                f"runtime.retry_failed=true, or raise runtime.max_failures (now {max_failures})."
             )
 
     keys = [key for chunk, _ in todo for key in chunk]
-    extractor.encode_texts(one for key in keys if isinstance(one := _loaded(data, protocol, key), Task))
-    chunks = _prefetched(data, protocol, [c for c, _ in todo], tally.stages)
+    load = partial(_loaded, data, protocol, failures)
+    model.encode_texts(one for key in keys if isinstance(one := load(key), Task))
+    chunks = _prefetched(load, [c for c, _ in todo], tally.stages)
     with ThreadPoolExecutor(1, "scoring") as thread:
         waiting: deque[tuple[Future[None], int]] = deque()
         for (_, asked), loaded in zip(todo, chunks, strict=True):
             with tally.stages.timed("model"):
-                answers = dict(_answers([one for one in loaded.values() if isinstance(one, Task)], asked, extractor))
+                answers = dict(model.answers([one for one in loaded.values() if isinstance(one, Task)], asked))
             waiting.append((thread.submit(scorer, loaded, answers), len(loaded)))
             if len(waiting) > BEHIND:
                 settle(*waiting.popleft())
@@ -135,29 +143,26 @@ def _waited_for(future: Future[Any], stages: Stages) -> Any:
         return future.result()
 
 
-def _loaded(data: SegmentationDataset, protocol: SegmentationProtocol, key: str) -> Loaded:
+def _loaded(data: SegmentationDataset, protocol: SegmentationProtocol, failures: Failures, key: str) -> Loaded:
     try:
         return protocol.prepare(data.read(key))
     except DataError as error:
         return error
+    except Exception as error:
+        return DataError(failures.reason(key, error))
 
 
-def _prefetched(
-    data: SegmentationDataset, protocol: SegmentationProtocol, chunks: Sequence[tuple[str, ...]], stages: Stages
-) -> Iterator[dict[str, Loaded]]:
+def _prefetched(load: Callable[[str], Loaded], chunks: Sequence[tuple[str, ...]], stages: Stages) -> Iterator[dict[str, Loaded]]:
     """Read the next chunk in a thread while this one is computed."""
 
-    def load(chunk: tuple[str, ...]) -> dict[str, Loaded]:
-        found: dict[str, Loaded] = {}
+    def load_chunk(chunk: tuple[str, ...]) -> dict[str, Loaded]:
         with stages.timed("reading"):
-            for key in chunk:
-                found[key] = _loaded(data, protocol, key)
-        return found
+            return {key: load(key) for key in chunk}
 
     with ThreadPoolExecutor(1, "reading") as thread:
         coming = None
         for chunk in chunks:
-            ready, coming = coming, thread.submit(load, chunk)
+            ready, coming = coming, thread.submit(load_chunk, chunk)
             if ready is not None:
                 yield _waited_for(ready, stages)
         if coming is not None:
@@ -183,44 +188,115 @@ class Answer:
     error: str = ""
 
 
-def _answers(tasks: Iterable[Task], views: Sequence[View], extractor: Extractor) -> Iterator[tuple[str, Answer]]:
-    """The answer to each task, by key."""
-    for batch in _same_shape(tasks):
-        yield from _batch_answers(batch, views, extractor)
+@dataclass(slots=True)
+class Model:
+    """An extractor that may fail on a sample without ending the run."""
 
+    extractor: Extractor
+    failures: Failures
+    largest: int | None = None
+    """Most samples a batch since the device ran out of memory; None before."""
 
-def _batch_answers(batch: Batch, views: Sequence[View], extractor: Extractor) -> Iterator[tuple[str, Answer]]:
-    """Answers to one batch. A sample that breaks its batch is found by running each alone."""
-    started = time.perf_counter()
-    try:
-        found = {maps.view: maps.scores.detach().float().cpu().numpy() for maps in extractor.stream(batch, views)}
-    except torch.OutOfMemoryError as error:
-        raise StoreError(
-            f"the device ran out of memory at {len(batch)} samples a batch ({error}).\n  Every row written before is kept. "
-            f"Go on with runtime.batch_size={max(1, len(batch) // 2)}."
-        ) from error
-    except FAILURES as error:
-        reason = _reason(error)
-        if len(batch) > 1:
-            for task in batch.tasks:
-                yield from _batch_answers(Batch((task,)), views, extractor)
+    def encode_texts(self, tasks: Iterable[Task]) -> None:
+        """Let the extractor encode all texts at once. Where it can't, each batch encodes its own, and fails for itself."""
+        try:
+            self.extractor.encode_texts(tasks)
+        except Exception as error:
+            reason = self.failures.reason("encode_texts", error)
+            log.warning("encoding all texts at once failed: %s. Each batch encodes its own.", reason)
+
+    def answers(self, tasks: Iterable[Task], views: Sequence[View]) -> Iterator[tuple[str, Answer]]:
+        """The answer to each task, by key."""
+        for batch in _same_shape(tasks):
+            yield from self._batch_answers(batch, views)
+
+    def _batch_answers(self, batch: Batch, views: Sequence[View]) -> Iterator[tuple[str, Answer]]:
+        """Answers to one batch. A sample that breaks its batch is found by running each alone."""
+        if self.largest is not None and len(batch) > self.largest:
+            yield from self._in_parts(batch, views, self.largest)
+            return
+        started, size = time.perf_counter(), len(batch)
+        try:
+            found = _maps(self.extractor, batch, views)
+        except Exception as error:
+            full = _out_of_memory(error)
+            reason = self.failures.reason(batch.keys[0] if size == 1 else "", error)
         else:
+            share = (time.perf_counter() - started) / size
+            for number, key in enumerate(batch.keys):
+                yield key, Answer({view: scores[number] for view, scores in found.items()}, share)
+            return
+        # Outside of "except", whose traceback holds the tensors of the batch that failed.
+        if full and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if size == 1:
             yield batch.keys[0], Answer({}, time.perf_counter() - started, reason)
-        return
-    share = (time.perf_counter() - started) / len(batch)
-    for number, key in enumerate(batch.keys):
-        yield key, Answer({view: scores[number] for view, scores in found.items()}, share)
+        elif full:
+            self.largest = max(1, size // 2)
+            log.warning(
+                "out of memory at %d samples a batch (%s). Going on with %d; runtime.batch_size=%d begins with that.",
+                size, reason, self.largest, self.largest,
+            )  # fmt: skip
+            yield from self._in_parts(batch, views, self.largest)
+        else:
+            yield from self._in_parts(batch, views, 1)
+
+    def _in_parts(self, batch: Batch, views: Sequence[View], size: int) -> Iterator[tuple[str, Answer]]:
+        for start in range(0, len(batch), size):
+            yield from self._batch_answers(Batch(batch.tasks[start : start + size]), views)
 
 
-FAILURES = (ConceptSegError, RuntimeError, ValueError, ArithmeticError)
-"""What may go wrong with one sample."""
+def _maps(extractor: Extractor, batch: Batch, views: Sequence[View]) -> dict[str, np.ndarray]:
+    """Maps [B C h w] of every view on the host. Raises TypeError or ValueError where a method gave something else."""
+    concepts, found = len(batch.concepts[0]), {}
+    for maps in extractor.stream(batch, views):
+        scores = maps.scores
+        if not isinstance(scores, torch.Tensor):
+            raise TypeError(f"view {maps.view}: scores are {type(scores).__name__}, wanted a torch.Tensor")
+        if scores.ndim != 4 or tuple(scores.shape[:2]) != (len(batch), concepts) or 0 in scores.shape:
+            raise ValueError(
+                f"view {maps.view}: scores have shape {list(scores.shape)}, wanted [{len(batch)} images, {concepts} words, h, w]"
+            )
+        found[maps.view] = scores.detach().float().cpu().numpy()
+    if found.keys() != (asked := {view.key for view in views}):
+        raise ValueError(f"maps came for views {sorted(map(str, found))}, wanted {sorted(asked)}")
+    return found
 
 
-def _reason(error: BaseException) -> str:
-    """For the row of a sample that failed; raises it again where a setting is wrong, so that every sample would fail alike."""
-    if isinstance(error, ConceptSegError) and not isinstance(error, DataError):
-        raise error
-    return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+def _out_of_memory(error: Exception) -> bool:
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(part in str(error) for part in words)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Failures:
+    """Tracebacks of what went wrong, a file a sample."""
+
+    folder: Path
+
+    def reason(self, key: str, error: Exception) -> str:
+        """The error in a line, for the row of a sample that failed; its traceback is written unless the key is empty.
+
+        Raises the error again where a setting is wrong, so that every sample would fail alike; StoreError for a full disk.
+        """
+        if isinstance(error, DataError):
+            return str(error)
+        if isinstance(error, ConceptSegError):
+            raise error
+        said = str(error)[:1000]
+        if key:
+            path = self.folder / f"{file_name(key)}.txt"
+            text = f"{key}\n\n{''.join(traceback.format_exception(error))}"
+            try:
+                write_atomically(path, text.encode("utf-8", "backslashreplace"))
+            except OSError as full:
+                raise StoreError(
+                    f"writing {path}: {full.strerror}. Every row written before is kept: free some space or change runtime.runs, "
+                    "then run again."
+                ) from full
+        return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +309,7 @@ class Scorer:
     keeper: MapKeeper | None
     tally: Tally
     max_failures: int
+    failures: Failures
 
     def __call__(self, loaded: Mapping[str, Loaded], answers: Mapping[str, Answer]) -> None:
         if self.tally.failed >= self.max_failures:
@@ -256,8 +333,10 @@ class Scorer:
         if not error:
             try:
                 rows = [row for view, maps in answer.maps.items() for row in self._view_rows(task, view, maps)]
-            except FAILURES as raised:
-                error = _reason(raised)
+                if fault := next(filter(None, map(row_fault, rows)), None):
+                    raise ValueError(f"the protocol's record can't be kept: {fault}")
+            except Exception as raised:
+                error = self.failures.reason(task.key, raised)
         if error:
             rows = [_whole(task.key, "failed", error)]
         for row in rows:

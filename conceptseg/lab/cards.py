@@ -15,6 +15,7 @@ import torch
 from conceptseg.data.drawings import TINTS
 from conceptseg.data.scenes import DRAWING_VERSION
 from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.files import write_atomically, written_aside
 from conceptseg.keys import versions
 from conceptseg.lab.captions import GLUE, NOUNS
 from conceptseg.lab.train import Trainer, train
@@ -27,31 +28,30 @@ GENERATING = ("flux", "sd3", "sd", "sdxl")
 
 def write_model(trainer: Trainer, curve: Path, folder: Path) -> Path:
     """Save the trainer's parts as fp16 safetensors with card.json and README.md in `folder`; returns the folder."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    recipe, device = trainer.recipe, trainer.device
-    trainer.write(folder)
     lines = [json.loads(line) for line in curve.read_text(encoding="utf-8").splitlines()]
-    seconds = sum(
-        line["seconds"]
-        for line, after in zip(lines, [*lines[1:], None], strict=True)
-        if after is None or after["seconds"] < line["seconds"]
-    )
+    with written_aside(folder) as part:
+        trainer.write(part)
+        card = _card(trainer, lines)
+        (part / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        (part / "README.md").write_text(_readme(card), encoding="utf-8")
+    return folder
+
+
+def _card(trainer: Trainer, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """What card.json says of a model that was written; lines: those of its loss curve."""
+    recipe, device = trainer.recipe, trainer.device
     parameters = sum(p.numel() for part in trainer.parts.values() if hasattr(part, "parameters") for p in part.parameters())
     losses = [k for k in lines[-1] if k not in ("step", "rate", "seconds")]
-    card = {
+    return {
         "name": recipe["name"], "provenance": "lab",
         "data": f"drawn scenes, split train, drawing version {DRAWING_VERSION}",
         "scenes": recipe["scenes"], "hard_scenes": recipe["hard_scenes"],
         "plain_scenes": recipe["plain_scenes"], "steps": lines[-1]["step"], "seed": recipe["seed"],
-        "parameters": parameters, "minutes": round(seconds / 60, 1), "machine": f"{platform.machine()}, {device}",
+        "parameters": parameters, "minutes": round(lines[-1]["seconds"] / 60, 1), "machine": f"{platform.machine()}, {device}",
         "threads": torch.get_num_threads(), "versions": versions(), "warning": trainer.caveat,
         "trained_words": [*GLUE, *NOUNS, *TINTS], "recipe": recipe,
         "losses": [{k: round(line[k], 4) for k in ("step", *losses) if k in line} for line in lines[:: max(1, len(lines) // 40)]],
     }  # fmt: skip
-    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_readme(card), encoding="utf-8")
-    return folder
 
 
 def _readme(card: dict[str, Any]) -> str:
@@ -113,18 +113,17 @@ def read_card(folder: Path) -> dict[str, Any]:
 def add_to_card(folder: Path, key: str, finding: Any) -> None:
     """Put a finding into card.json and write the readme anew."""
     card = {**read_card(folder), key: finding}
-    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_readme(card), encoding="utf-8")
+    write_atomically(folder / "card.json", (json.dumps(card, indent=1) + "\n").encode())
+    write_atomically(folder / "README.md", _readme(card).encode())
 
 
 def ship(folder: Path, name: str) -> Path:
     """Copy a trained model into the package, where "lab:<name>" finds it."""
     target = Path(str(resources.files("conceptseg.lab"))) / "weights" / name
-    if target.exists():
-        shutil.rmtree(target)
-    shutil.copytree(folder, target)
-    for file in target.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)
+    with written_aside(target) as part:
+        shutil.copytree(folder, part)
+        for file in part.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
     return target
 
 

@@ -6,26 +6,34 @@ What is learnt, and by which loss, is one file a kind: `flow_matching` (flux, sd
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import logging
 import math
 import time
 from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conceptseg.backbones.base import stack_images
 from conceptseg.data.scenes import DRAWING_VERSION, Layout, Placed, Scene, draw_hard_scene, draw_scene
 from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.files import write_atomically, written_aside
+from conceptseg.keys import digest
 
 log = logging.getLogger(__name__)
+
+CURVE_EVERY = 50
+"""Steps between two lines of the loss curve."""
 
 TRAINERS = {
     "flux": "conceptseg.lab.flow_matching.FluxTrainer",
@@ -218,7 +226,7 @@ def draw_training_scenes(recipe: dict[str, Any], work: Path) -> list[Scene]:
     wanted = {k: recipe[k] for k in keys} | {"drawing": DRAWING_VERSION}
     name = "scenes-" + "-".join(str(wanted[k]) for k in sorted(wanted))
     about, pixels = work.parent / f"{name}.json", work.parent / f"{name}.npy"
-    if not (about.exists() and pixels.exists()):
+    if (held := _held_scenes(about, pixels, wanted)) is None:
         size, seed = recipe["scene_size"], recipe["seed"]
         scenes = [draw_scene("train", seed, i, size) for i in range(recipe["scenes"])]
         scenes += [
@@ -229,13 +237,15 @@ def draw_training_scenes(recipe: dict[str, Any], work: Path) -> list[Scene]:
         scenes += [draw_scene("train", seed, after + i, size, objects=(1, 1), layout=bare) for i in range(recipe["plain_scenes"])]
         shown = (recipe["image_size"], recipe["image_size"])
         small = [stack_images([s.image / np.float32(255)], shown, "bicubic")[0].permute(1, 2, 0).numpy() for s in scenes]
-        rows = [{"ground": s.ground, "objects": [[o.word, o.tint, list(o.box)] for o in s.objects]} for s in scenes]
-        with pixels.with_suffix(".partial").open("wb") as file:
+        rows: list[dict[str, Any]] = [
+            {"ground": s.ground, "objects": [[o.word, o.tint, list(o.box)] for o in s.objects]} for s in scenes
+        ]
+        with written_aside(pixels) as part, part.open("wb") as file:
             np.save(file, (np.stack(small) * 255).round().astype(np.uint8), allow_pickle=False)
-        pixels.with_suffix(".partial").replace(pixels)
-        about.write_text(json.dumps({"of": wanted, "scenes": rows}))
-    images = np.load(pixels, mmap_mode="r", allow_pickle=False)
-    rows = json.loads(about.read_text())["scenes"]
+        body = {"of": wanted, "scenes": rows, "pixels": _file_digest(pixels)}
+        write_atomically(about, json.dumps({**body, "check": digest(body)}).encode())
+        held = rows, np.load(pixels, mmap_mode="r", allow_pickle=False)
+    rows, images = held
     return [
         Scene(
             image,
@@ -247,32 +257,136 @@ def draw_training_scenes(recipe: dict[str, Any], work: Path) -> list[Scene]:
     ]
 
 
+def _held_scenes(about: Path, pixels: Path, wanted: dict[str, Any]) -> tuple[list[dict[str, Any]], np.ndarray] | None:
+    """Scenes that were drawn before; None where there are none, or, with a warning, where their files are damaged."""
+    if not about.exists() and not pixels.exists():
+        return None
+    try:
+        body = json.loads(about.read_bytes())
+        check = body.pop("check")
+        if check != digest(body) or body["of"] != wanted or body["pixels"] != _file_digest(pixels):
+            raise ValueError("their digests disagree")
+        return body["scenes"], np.load(pixels, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError) as error:
+        log.warning("%s and %s are damaged or of an older version (%s): the scenes are drawn again.", about, pixels.name, error)
+        return None
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+
+
+HOW_FAR = ("steps", "checkpoint_every", "compile")
+"""Settings of a recipe that say how far and how training is carried on, and change none of its steps."""
+
+
+@dataclass
+class Progress:
+    """What of a training is no tensor: its loss curve, the losses since the curve's last line, and its time."""
+
+    curve: list[dict[str, float]] = field(default_factory=list)
+    recent: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def line(self, trainer: Trainer) -> dict[str, float]:
+        """Means of the recent losses, for the curve."""
+        means = {k: round(float(np.mean([r[k] for r in self.recent])), 5) for k in self.recent[0]}
+        return {"step": trainer.step, **means, "rate": trainer.rate(), "seconds": round(self.seconds, 1)}
+
+
+def save_checkpoint(trainer: Trainer, progress: Progress, path: Path) -> None:
+    """Write everything that training goes on from, with the recipe and a digest of it all."""
+    state = trainer.state()
+    about = {"recipe": json.dumps(trainer.recipe, sort_keys=True), "progress": json.dumps(asdict(progress))}
+    with written_aside(path) as part:
+        save_file(state, part, metadata={**about, "check": _state_digest(state, about)})
+
+
+def read_checkpoint(path: Path, recipe: dict[str, Any]) -> tuple[dict[str, Tensor], Progress] | None:
+    """The trainer's state and progress; None where there is no checkpoint, or, with a warning, where it is damaged.
+
+    Raises ConfigError for the checkpoint of another recipe, or of a version that did not record its recipe.
+    """
+    if not path.exists():
+        return None
+    anew = f"Choose another folder with --work, or delete {path.parent} to train anew."
+    try:
+        with safe_open(path, "pt") as file:
+            about = dict(file.metadata() or {})
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+        if "check" not in about:
+            raise ConfigError(f"conceptseg-lab train: {path} does not say which recipe it is of. {anew}")
+        check = about.pop("check")
+        if check != _state_digest(state, about):
+            raise ValueError("its digest disagrees")
+        held, progress = json.loads(about["recipe"]), Progress(**json.loads(about["progress"]))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s is damaged (%s): training starts anew.", path, error)
+        return None
+    asked = json.loads(json.dumps(recipe))
+    differing = [k for k in sorted({*held, *asked}) if k not in HOW_FAR and held.get(k) != asked.get(k)]
+    if differing:
+        said = "; ".join(f"{k} is {held.get(k)!r} there and {asked.get(k)!r} here" for k in differing)
+        raise ConfigError(f"conceptseg-lab train: {path} is of another recipe: {said}. {anew}")
+    return state, progress
+
+
+def _state_digest(state: dict[str, Tensor], about: dict[str, str]) -> str:
+    made = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16)
+    for name in sorted(state):
+        tensor = state[name].contiguous()
+        made.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        made.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return made.hexdigest()
+
+
+def write_curve(path: Path, lines: list[dict[str, float]]) -> None:
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def _told_curve(path: Path, progress: Progress) -> None:
+    """Warn where losses.jsonl lacks what the checkpoint knows to have been in it."""
+    try:
+        held = [json.loads(line) for line in path.read_bytes().splitlines()]
+    except (OSError, ValueError, RecursionError):
+        held = []
+    if held[: len(progress.curve)] != progress.curve:
+        log.warning("%s is missing or damaged: it is written again from the checkpoint.", path)
+
+
 def train(recipe: dict[str, Any], work: Path, device: str = "cpu", stop_after: int | None = None) -> Trainer:
-    """Train to `recipe.steps`, or from the last checkpoint in `work`; the loss curve is appended to work/losses.jsonl."""
+    """Train to `recipe.steps`, or from the last checkpoint in `work`; the loss curve is written to work/losses.jsonl.
+
+    Killed at any time and started again, it ends with the weights and the curve of a training that was not, but for its times.
+    Raises ConfigError where `work` holds a checkpoint of another recipe.
+    """
     work.mkdir(parents=True, exist_ok=True)
-    trainer = make_trainer(recipe, device)
-    checkpoint = work / "checkpoint.safetensors"
-    if checkpoint.exists():
-        trainer.restore(load_file(checkpoint))
+    checkpoint, curve = work / "checkpoint.safetensors", work / "losses.jsonl"
+    held = read_checkpoint(checkpoint, recipe)
+    trainer, progress = make_trainer(recipe, device), Progress()
+    if held is not None:
+        trainer.restore(held[0])
+        progress = held[1]
         log.info("resumed at step %d", trainer.step)
+        _told_curve(curve, progress)
     started = time.monotonic()
     scenes = draw_training_scenes(recipe, work)
     log.info("drew or read %d scenes in %.0f s (drawing version %d)", len(scenes), time.monotonic() - started, DRAWING_VERSION)
-    curve = work / "losses.jsonl"
-    recent: list[dict[str, float]] = []
-    started = time.monotonic()
+    started = time.monotonic() - progress.seconds
     last = min(recipe["steps"], stop_after or recipe["steps"])
     while trainer.step < last:
-        recent.append(trainer.train_step(scenes))
-        if trainer.step % 50 == 0 or trainer.step == last:
-            means = {k: round(float(np.mean([r[k] for r in recent])), 5) for k in recent[0]}
-            line = {"step": trainer.step, **means, "rate": trainer.rate(), "seconds": round(time.monotonic() - started, 1)}
-            recent = []
-            with curve.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            said = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
+        progress.recent.append(trainer.train_step(scenes))
+        progress.seconds = time.monotonic() - started
+        if trainer.step % CURVE_EVERY == 0:
+            line = progress.line(trainer)
+            progress.curve.append(line)
+            progress.recent = []
+            write_curve(curve, progress.curve)
+            said = "  ".join(f"{k} {v:.4f}" for k, v in line.items() if k not in ("step", "rate", "seconds"))
             log.info("step %d  %s  %.0f s", trainer.step, said, line["seconds"])
         if trainer.step % recipe["checkpoint_every"] == 0 or trainer.step == last:
-            save_file(trainer.state(), checkpoint.with_suffix(".partial"))
-            checkpoint.with_suffix(".partial").replace(checkpoint)
+            save_checkpoint(trainer, progress, checkpoint)
+    # Steps since the last line get one of their own here, which is not in the checkpoint: with more steps it becomes another.
+    write_curve(curve, [*progress.curve, *([progress.line(trainer)] if progress.recent else [])])
     return trainer

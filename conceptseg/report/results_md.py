@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from conceptseg.errors import ReportError
-from conceptseg.files import write_atomically
+from conceptseg.files import locked, write_atomically
 from conceptseg.report.results import ABSENT, Block, Column, Results, Row, load
 
 HEADER = """# Results
@@ -51,7 +51,15 @@ def render(results: Results) -> str:
 
 
 def update(path: Path, results: Results) -> None:
-    """Replace the section of this table, or add it among the others by name; everything outside its marks stays as it was."""
+    """Replace the section of this table, or add it among the others by name; everything outside its marks stays as it was.
+
+    Processes that write at the same time take turns, so that no section is lost.
+    """
+    with locked(path):
+        _update(path, results)
+
+
+def _update(path: Path, results: Results) -> None:
     text = path.read_bytes().decode() if path.exists() else HEADER
     spans = _spans(text, path)
     section = f"<!-- conceptseg:begin {results.table} -->\n{render(results)}<!-- conceptseg:end {results.table} -->"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
+import math
 import resource
 import sys
 import time
@@ -12,6 +13,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from conceptseg.files import write_atomically
+
+log = logging.getLogger(__name__)
 
 
 class Stages(dict[str, float]):
@@ -81,13 +86,14 @@ def measured(folder: Path, shard: int, count: int, extractor: Any) -> Iterator[C
         cost.forward_passes = None if after is None else after - (before or 0)
         if cost.images:
             path = folder / f"cost-{shard}of{count}.json"
-            part = path.with_name(f".{path.name}.{os.getpid()}.part")
-            part.write_text(json.dumps(asdict(_added(_read(path), cost) or cost)) + "\n", encoding="utf-8")
-            part.replace(path)
+            try:
+                write_atomically(path, (json.dumps(asdict(_added(_read(path), cost) or cost)) + "\n").encode())
+            except OSError as error:  # no number rests on it
+                log.warning("writing %s: %s. The costs of this call are not recorded.", path, error.strerror)
 
 
 def read_cost(folder: Path) -> Cost | None:
-    """Costs of all shards together; None for a run that has recorded none."""
+    """Costs of all shards together; None for a run that has recorded none. A damaged file is left out, with a warning."""
     found: Cost | None = None
     for path in sorted(folder.glob("cost-*.json")):
         found = _added(found, _read(path))
@@ -99,7 +105,29 @@ def _passes(extractor: Any) -> int | None:
 
 
 def _read(path: Path) -> Cost | None:
-    return Cost(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    try:
+        held = json.loads(path.read_bytes())
+        cost = Cost(**held)
+        if fault := _fault(cost):
+            raise ValueError(fault)
+        return cost
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        log.warning("%s is damaged (%s): what it recorded is left out of the run's costs.", path, error)
+        return None
+
+
+def _fault(cost: Cost) -> str | None:
+    """Why a record can't be one of `measured`'s."""
+    if not isinstance(cost.accelerator, bool) or not isinstance(cost.stages, dict):
+        return "accelerator and stages have the wrong type"
+    whole = [cost.images, cost.peak_bytes, *([] if cost.forward_passes is None else [cost.forward_passes])]
+    if not all(type(n) is int and n >= 0 for n in whole):
+        return "images, peak_bytes and forward_passes must be whole numbers, 0 or more"
+    if not all(type(n) in (int, float) and 0 <= n < math.inf for n in [cost.seconds, *cost.stages.values()]):
+        return "seconds must be 0 or more"
+    return None
 
 
 def _added(held: Cost | None, more: Cost | None) -> Cost | None:

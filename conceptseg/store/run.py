@@ -5,21 +5,32 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
 from conceptseg.errors import ResumeError, StoreError
+from conceptseg.files import remove_abandoned_parts, write_atomically, written_aside
+from conceptseg.keys import run_id
+from conceptseg.store.lines import DamagedRow, line_of, row_of, sealed
 from conceptseg.store.schema import SCHEMA, TIMING_FIELDS, Manifest, Row, RowKey
 from conceptseg.types import AP_NAMES
+
+log = logging.getLogger(__name__)
+
+WARNINGS = 20
+"""Damaged lines of a file that are named one by one; further ones are counted."""
 
 
 class RunStore:
     """Rows of one run. Files rows-<shard>of<count>.jsonl are only ever appended to; done-ness is the union over all of them.
 
     A line that a killed process left half written is cut off when that shard opens its file again, and ignored until then.
+    A line that is damaged otherwise is named in a warning and skipped, so that its sample is computed again.
     Use as a context manager when writing: the shard's file is locked, so that two processes can't share a shard.
     """
 
@@ -27,27 +38,37 @@ class RunStore:
         self.folder, self.shard, self.count = folder, shard, count
         self._file: int | None = None
         self._rows: dict[RowKey, Row] | None = None
+        self._told: set[Path] = set()
+
+    @property
+    def run_id(self) -> str:
+        """The folder's own name, also where it is reached through a link."""
+        return self.folder.resolve().name
 
     # ------------------------------------------------------------ opening
 
     def open(self, manifest: Manifest, on_code_change: str = "refuse") -> None:
-        """Write the manifest, or check it against the one that is there.
+        """Write the manifest, or check it against the one that is there. Removes what killed processes left half written.
 
-        Raises ResumeError if the folder was written by other code, unless on_code_change is "accept".
+        Raises ResumeError if the folder was written by other code, unless on_code_change is "accept"; if its manifest is damaged
+        or belongs to another folder; or if it holds rows without a manifest.
         """
+        path = self.folder / "manifest.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            remove_abandoned_parts(self.folder)
+            rows = any(file.stat().st_size for file in self.folder.glob("rows-*.jsonl"))  # asked first: others may be writing
+            if not path.exists():
+                if rows and on_code_change == "refuse":
+                    raise ResumeError(
+                        f"{self.folder} holds rows, but no manifest.json that says which code wrote them.\n  Keep them all the "
+                        "same (runtime.on_code_change=accept), start anew beside them (=fork), or delete the folder."
+                    )
+                self._write_manifest(path, {**manifest, "checked_rows": not rows})
+                return
         except OSError as error:
             raise _store_error(self.folder, error) from error
-        path = self.folder / "manifest.json"
-        if not path.exists():
-            self._write_manifest(path, manifest)
-            return
         held = self.manifest()
-        if held["schema"] != SCHEMA:
-            raise ResumeError(
-                f"{self.folder}: rows of schema {held['schema']}, this version writes {SCHEMA}. Use another runs folder."
-            )
         names = sorted(held["source"].keys() | manifest["source"].keys())
         changed = [n for n in names if held["source"].get(n) != manifest["source"].get(n)]
         if changed and on_code_change == "refuse":
@@ -57,27 +78,24 @@ class RunStore:
                 f"(runtime.on_code_change=accept), start anew beside it (runtime.on_code_change=fork), or delete the folder."
             )
         if changed:
-            self._write_manifest(path, manifest)
+            self._write_manifest(path, {**manifest, "checked_rows": held.get("checked_rows", False)})
 
     @staticmethod
     def _write_manifest(path: Path, manifest: Manifest) -> None:
-        # Every shard may do this at the same moment: write aside under an own name, then rename.
-        partial = path.with_name(f".manifest-{os.getpid()}")
         try:
-            partial.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-            partial.replace(path)
+            write_atomically(path, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
         except OSError as error:
             raise _store_error(path, error) from error
 
     def manifest(self) -> Manifest:
-        """Raises ResumeError if the folder has none or it can't be read."""
+        """Raises ResumeError if the folder has none, it can't be read, or it is not the manifest of this folder."""
         path = self.folder / "manifest.json"
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(found, dict) or not {"schema", "source"} <= found.keys():
-                raise ValueError("not a manifest of this program")
+            found = json.loads(path.read_bytes().decode())
+            if fault := _manifest_fault(found, self.run_id):
+                raise ValueError(fault)
             return cast(Manifest, found)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ResumeError(f"reading {path}: {error}. Delete the folder to start the run anew.") from error
 
     # ------------------------------------------------------------ writing
@@ -133,7 +151,7 @@ class RunStore:
         new = [row for row in rows if _supersedes(row, held.get(_key(row)))]
         if not new:
             return
-        block = "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in new).encode()
+        block = b"".join(line_of(sealed(row, self.run_id)) for row in new)
         start = os.lseek(self._file, 0, os.SEEK_CUR)
         try:
             written = 0
@@ -156,7 +174,7 @@ class RunStore:
         if self._rows is None:
             self._rows, scored = {}, set()
             for path in sorted(self.folder.glob("rows-*.jsonl")):
-                for row in _read(path):
+                for row in self._read(path):
                     if row["status"] == "ok":
                         scored.add(row["sample"])
                     held = self._rows.get(_key(row))
@@ -170,6 +188,46 @@ class RunStore:
             for sample in scored:  # it failed as a whole once, and was scored when tried again
                 self._rows.pop(RowKey(sample, "*", "*"), None)
         return self._rows
+
+    def _read(self, path: Path) -> Iterator[Row]:
+        """Whole and valid rows of a file, without run and check. A damaged line is named in a warning, once a file."""
+        checked = (self.folder / "manifest.json").exists() and self.manifest().get("checked_rows", False)
+        damaged = unchecked = 0
+        try:
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    if not line.endswith(b"\n"):
+                        break  # torn by a kill; its sample will be computed again
+                    try:
+                        row = row_of(line, self.run_id)
+                        if "check" not in row and checked:
+                            raise DamagedRow("it lacks the run and check digest that rows of this run carry")
+                    except DamagedRow as reason:
+                        damaged += 1
+                        if path not in self._told and damaged <= WARNINGS:
+                            log.warning("%s, line %d: %s. It is skipped; its sample is computed again.", path, number, reason)
+                        continue
+                    if "check" in row:
+                        checked = True  # older versions wrote before newer ones
+                    else:
+                        unchecked += 1
+                    row.pop("run", None)
+                    row.pop("check", None)
+                    yield row
+        except OSError as error:
+            raise StoreError(f"reading {path}: {error.strerror}.") from error
+        if path not in self._told and damaged > WARNINGS:
+            log.warning("%s: %d more lines are damaged and skipped.", path, damaged - WARNINGS)
+        if path not in self._told and unchecked:
+            log.warning(
+                "%s: %d rows are of a version without check digests. They are read; a changed digit in them can't be noticed.",
+                path, unchecked,
+            )  # fmt: skip
+        self._told.add(path)
+
+    def samples(self) -> set[str]:
+        """Keys of all samples that have a row."""
+        return {key.sample for key in self.rows()}
 
     def refresh(self) -> None:
         """Forget what was read, so that rows of other processes are seen."""
@@ -201,10 +259,9 @@ class RunStore:
         self.refresh()
         rows = [dict(self.rows()[key]) for key in sorted(self.rows())]
         path = self.folder / "rows.parquet"
-        partial = self.folder / f".rows-{os.getpid()}.parquet"
         try:
-            pq.write_table(pa.Table.from_pylist(rows, _parquet_schema()), partial)
-            partial.replace(path)
+            with written_aside(path) as part:
+                pq.write_table(pa.Table.from_pylist(rows, _parquet_schema()), part)
         except OSError as error:
             raise _store_error(path, error) from error
         return path
@@ -237,17 +294,20 @@ def _supersedes(row: Row, held: Row | None) -> bool:
     return held is None or (held["status"] == "failed" and row["status"] != "failed")
 
 
-def _read(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return  # torn by a kill; its sample will be computed again
-            try:
-                yield cast(Row, json.loads(line))
-            except ValueError as error:
-                raise StoreError(
-                    f"{path}, line {number}: not a row ({error}). The file was edited or the disk is damaged."
-                ) from error
+def _manifest_fault(found: Any, name: str) -> str | None:
+    """Why this is not the manifest of the folder of this name."""
+    if not isinstance(found, dict) or not isinstance(found.get("schema"), int):
+        return "not a manifest of this program"
+    if found["schema"] != SCHEMA:
+        return f"rows of schema {found['schema']}, this version writes {SCHEMA}"
+    for key in ("identity", "source", "config"):
+        if not isinstance(found.get(key), dict):
+            return f"not a manifest of this program: {key} is missing or no table"
+    if found.get("run_id") != name:
+        return f'it is of run "{found.get("run_id")}", but its folder is named "{name}": name the folder after the run'
+    if not re.fullmatch(re.escape(run_id(found["identity"])) + "(-[0-9a-f]{6})?", name):  # a fork carries its code's digest
+        return f"its identity was changed: it would name run {run_id(found['identity'])}, the folder is {name}"
+    return None
 
 
 def _store_error(path: Path, error: OSError) -> StoreError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 SCHEMA = 1
 
@@ -52,6 +52,10 @@ class Row(TypedDict, total=False):
     """Average precisions: "foreground" (mean over present classes), "two_channel", "two_channel_minmax" (published forms)."""
     seconds: float
     """Wall time of the sample's share of its batch: model and scoring; not part of the row's identity."""
+    run: str
+    """Run that the row belongs to: the name of its folder. Absent in rows of older versions, like `check`."""
+    check: str
+    """Digest of all other fields; a row that disagrees with it was damaged and is not read."""
 
 
 class Manifest(TypedDict):
@@ -75,6 +79,8 @@ class Manifest(TypedDict):
     """Kind of processor and accelerator; no host name."""
     git: dict[str, str]
     """Commit and whether the tree was clean, where it is known."""
+    checked_rows: NotRequired[bool]
+    """Whether every row of the folder must carry `run` and `check`; absent in folders of older versions."""
 
 
 TIMING_FIELDS = ("seconds",)

@@ -50,7 +50,7 @@ class _Shown:
 
     @property
     def maps(self) -> MapKeeper:
-        return MapKeeper(self.store.folder / "maps", frozenset())
+        return MapKeeper(self.store.folder / "maps", frozenset(), self.store.samples)
 
 
 def write_html(table: Results, runs: Path, folder: Path, pictures: int | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from conceptseg.report.panels import PanelCell, PanelRow, picture_sheet
 from conceptseg.store.maps import shown_channel
 from conceptseg.store.schema import RowKey
 from conceptseg.types import Task
+
+log = logging.getLogger(__name__)
 
 
 def panel_rows(evaluations: Sequence[tuple[Evaluation, str, str]], keys: Sequence[str]) -> list[PanelRow]:
@@ -32,6 +35,9 @@ def panel_rows(evaluations: Sequence[tuple[Evaluation, str, str]], keys: Sequenc
             held = evaluation.maps.read(key, view, segmenter)
             row = evaluation.store.rows().get(RowKey(key, view, segmenter))
             if held is None or row is None or row["status"] != "ok":
+                break
+            if held[1].shape != task.truth.shape:
+                log.warning("%s: the kept labels of %s have another size than its truth: left out.", evaluation.run_id, key)
                 break
             iou = summarise([row], ["miou_image"], 1, 0.95)["miou_image"].value
             cells.append(PanelCell(held[0], held[1], f"mIoU {iou:.2f}", tuple(c for c in task.classes if c)))

@@ -139,10 +139,11 @@ def lines_of(run: Path) -> list[bytes]:
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
-    """Every row of a run without its times, sorted by key."""
+    """Every row of a run without its times and the digest that covers them, sorted by key."""
     rows = [json.loads(line) for line in lines_of(run)]
     for row in rows:
         row.pop("seconds", None)
+        row.pop("check", None)
     return sorted(rows, key=lambda row: (row["sample"], row["view"], row["segmenter"], row["status"]))
 
 

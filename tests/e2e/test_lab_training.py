@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from commands import TESTS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conceptseg.backbones.transformers.flux import FluxBackbone
 from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.cli.lab import lab as lab_command
 from conceptseg.errors import ConfigError
+from conceptseg.lab import train as training
 from conceptseg.lab.cards import train_and_write
 from conceptseg.lab.check import check, sample_sheet
 from conceptseg.lab.generation import generate, load_trained
@@ -94,6 +95,74 @@ def test_a_written_model_is_read_back_to_the_averaged_weights(name, written):
     found = {k.removeprefix(kept[1]): v for k, v in again.trained.state_dict().items() if k.startswith(kept[1])}
     for key in wanted.keys() - {k for k in wanted if k.startswith("head.") and name != "vit"}:
         torch.testing.assert_close(found[key], wanted[key].half().float(), rtol=0, atol=0)
+
+
+def spoil_middle(path):
+    """One bit of the file's middle turned over."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+
+
+def without_times(work):
+    lines = [json.loads(line) for line in (work / "losses.jsonl").read_text().splitlines()]
+    card = card_of(work / "model")
+    return [{**line, "seconds": 0} for line in lines], {**card, "minutes": 0}
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A training of the ViT that was stopped after two steps."""
+    assert train_and_write(load_recipe("vit", TOYS["vit"]), tmp_path / "vit", stop_after=2) is None
+    return tmp_path / "vit"
+
+
+DAMAGE = {
+    "a torn checkpoint": lambda work: (work / "checkpoint.safetensors").write_bytes(b"half"),
+    "a flipped bit of the checkpoint": lambda work: spoil_middle(work / "checkpoint.safetensors"),
+    "torn losses": lambda work: (work / "losses.jsonl").write_bytes((work / "losses.jsonl").read_bytes()[:9]),
+    "no losses": lambda work: (work / "losses.jsonl").unlink(),
+    "losses of bytes": lambda work: (work / "losses.jsonl").write_bytes(b"\xff\xfe\n"),
+    "a flipped bit of the scenes": lambda work: spoil_middle(next(work.parent.glob("scenes-*.npy"))),
+    "torn scenes": lambda work: next(work.parent.glob("scenes-*.npy")).write_bytes(b""),
+    "no scenes": lambda work: next(work.parent.glob("scenes-*.npy")).unlink(),
+    "torn words of the scenes": lambda work: next(work.parent.glob("scenes-*.json")).write_text("{"),
+    "other words of the scenes": lambda work: next(work.parent.glob("scenes-*.json")).write_text('{"of": {}, "scenes": []}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_damaged_is_named_and_made_again(damage, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(training, "CURVE_EVERY", 2)
+    recipe, whole, stopped = load_recipe("vit", TOYS["vit"]), tmp_path / "whole" / "vit", tmp_path / "stopped" / "vit"
+    train_and_write(recipe, whole)
+    train_and_write(recipe, stopped, stop_after=2)
+    DAMAGE[damage](stopped)
+    caplog.clear()
+    train_and_write(recipe, stopped)
+    assert [r.levelname for r in caplog.records].count("WARNING") == 1
+    assert without_times(stopped) == without_times(whole)
+
+
+@pytest.mark.parametrize("change", ["seed=5", "learning_rate=0.5", "batch=2", "sizes.width=32"])
+def test_the_checkpoint_of_another_recipe_is_refused_with_what_differs(change, begun):
+    before = (begun / "checkpoint.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match=rf"another recipe: {change.split('=')[0].split('.')[0]} is(.|\n)*--work"):
+        train_and_write(load_recipe("vit", [*TOYS["vit"], change]), begun)
+    assert (begun / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_that_names_no_recipe_is_refused(begun):
+    state = load_file(begun / "checkpoint.safetensors")
+    save_file(state, begun / "checkpoint.safetensors")
+    with pytest.raises(ConfigError, match="does not say which recipe"):
+        train(load_recipe("vit", TOYS["vit"]), begun)
+
+
+def test_a_training_may_be_made_longer(begun, written):
+    train_and_write(load_recipe("vit", [*TOYS["vit"], "steps=3"]), begun)
+    train_and_write(load_recipe("vit", TOYS["vit"]), begun)
+    assert without_times(begun)[0] == without_times(written["vit"][0])[0]
 
 
 def test_a_middle_block_that_the_last_phase_did_without_is_not_written(written):

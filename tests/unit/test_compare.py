@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from conceptseg import keys
 from conceptseg.cli import compare as command
 from conceptseg.errors import ConfigError
 from conceptseg.store.cost import measured, read_cost
@@ -50,8 +51,10 @@ def runs(tmp_path):
     ):
         whole = manifest(name, seed, protocol)
         whole["identity"]["method"]["class"] = "Weak" if name == "a" else "Strong"
-        store = RunStore(tmp_path / name)
+        whole["run_id"] = keys.run_id(whole["identity"])
+        store = RunStore(tmp_path / "named by digest" / whole["run_id"])
         store.open(whole)
+        (tmp_path / name).symlink_to(store.folder)
         with store:
             store.append(rows("v", "mean@mask/bilinear", right))
             if name == "a":
