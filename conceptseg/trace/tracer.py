@@ -56,7 +56,7 @@ class Trace:
     ) -> None:
         for value, key, choices in (
             (keep, "keep", ("pairs", "map")), (cfg_rows, "cfg_rows", CFG_ROWS), (upsampling, "upsampling", UPSAMPLINGS),
-            (token_match, "token_match", tuple(POSITION_RULES)),
+            (token_match, "token_match", POSITION_RULES),
         ):  # fmt: skip
             one_of(f"trace({key}=...)", value, choices)
         config = _unet_config(pipe)
