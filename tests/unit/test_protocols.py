@@ -211,7 +211,7 @@ def test_two_classes_with_one_word_are_a_data_error():
 
 
 def test_a_background_word_given_twice_is_an_error():
-    with pytest.raises(ConfigError, match=r"protocol\.background names "sky" twice"):
+    with pytest.raises(ConfigError, match=r'protocol\.background names "sky" twice'):
         protocol(background=["sky", "grass", "sky"])
 
 

@@ -84,12 +84,12 @@ def placed(template: str, caption: str, words: Sequence[str], concept: str, join
                         spans[number].append((len(text), len(text) + len(word)))
                         text += word
             taken.append((begin, len(text)))
-    claims = [*enumerate(words), *((None, other) for other in others if other not in words)]
-    for number, word in sorted(claims, key=lambda claim: -len(claim[1])):
+    claims = [*words, *(other for other in others if other not in words)]
+    for word in sorted(claims, key=len, reverse=True):
         free = [span for span in occurrences(text, word) if not any(span[0] < end and span[1] > start for start, end in taken)]
         taken += free
-        if number is not None:
-            spans[number] += free
+        if word in words:
+            spans[words.index(word)] += free
     return PlacedText(text, tuple(words), tuple(tuple(sorted(one)) for one in spans))
 
 
