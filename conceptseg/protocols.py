@@ -15,7 +15,7 @@ from conceptseg.metrics.counts import count
 from conceptseg.metrics.published import f1_over_rows
 from conceptseg.segment.resize import nearest_centre, resize_image
 from conceptseg.segment.segmenter import Segmenter
-from conceptseg.types import BACKGROUND, VOID, Concepts, Prediction, Sample, Task
+from conceptseg.types import BACKGROUND, VOID, Concepts, Prediction, Sample, Task, check_distinct, checked_word, folded
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,9 @@ class SegmentationProtocol:
 
     task: "single" asks for one class word per image and scores foreground against the rest; "multi" asks for all classes
         that are present and scores each.
-    select: "any" keeps every image of a single-class data set; "one_class" keeps images with exactly one foreground class;
-        "two_labels" keeps images with at most two labels, background included (the released VOC rule, after resizing).
+    select: "any" keeps images with at most one foreground class, "one_class" those with exactly one; "two_labels" keeps images
+        with at most two labels, background included (the released VOC rule, after resizing), so that two classes that fill an
+        image count as one object, as in the released code.
     image_size, image_resample: the protocol's own resizing of images, sides in pixels; None leaves them alone.
     image_fit: "squash" brings both sides to image_size; "centre_crop" brings the shorter one to it and cuts a square.
     mask_size: the size truth is scored at, by Pillow's nearest rule; None scores at the truth's own size.
@@ -73,10 +74,12 @@ class SegmentationProtocol:
             (ask, "ask", ("present", "named")),
         ):
             one_of(f"protocol.{key}", value, choices)
-        if repeated := sorted({w for w in background if list(background).count(w) > 1}):
-            raise ConfigError(f"protocol.background names {', '.join(repeated)} twice; every concept is asked for once.")
+        if isinstance(background, str):
+            raise ConfigError(f'protocol.background is the text "{background}"; wanted a list of words, such as [grass,sky].')
+        background = tuple(checked_word(word, f"protocol.background.{k}") for k, word in enumerate(background))
+        check_distinct(background, "protocol.background", ConfigError)
         self.name, self.version, self.task, self.variant = name, version, task, variant
-        self.background, self.order, self.select, self.ask = tuple(background), order, select, ask
+        self.background, self.order, self.select, self.ask = background, order, select, ask
         self.caption, self.caption_join = caption, caption_join
         self.image_size, self.image_resample, self.mask_size = image_size, image_resample, mask_size
         self.image_fit, self.f1_over_rows = image_fit, f1_over_rows
@@ -115,6 +118,10 @@ class SegmentationProtocol:
                 f"{sample.key}: its mask holds class {missing[0]}, for which the data set has no word "
                 f"(it has {', '.join(f'{k}: {w}' for k, w in sorted(sample.words.items()))}). Is the mask of another data set?"
             )
+        words = {
+            label: checked_word(word, f"{sample.key}: the data set's word for class {label}", DataError)
+            for label, word in sample.words.items()
+        }
         image = sample.image
         if self.image_size is not None:
             image = self._sized(image, self.image_size)
@@ -122,19 +129,23 @@ class SegmentationProtocol:
         if self.task == "multi":
             if not present:
                 return Excluded(sample.key, "no foreground class is present at the size that is scored")
-            asked = present if self.ask == "present" else sorted(sample.words)
-            concepts = self._concepts([sample.words[v] for v in asked], asked)
-            caption = self.caption_join.join(self.caption.format(word=sample.words[v]) for v in present)
+            asked = present if self.ask == "present" else sorted(words)
+            concepts = self._concepts([words[v] for v in asked], asked, sample.key)
+            caption = self.caption_join.join(self.caption.format(word=words[v]) for v in present)
             return Task(sample.key, image, truth, concepts, caption, (BACKGROUND, *asked))
+        if self.select == "any" and len(present) > 1:
+            named = ", ".join(words[v] for v in present)
+            return Excluded(sample.key, f"{len(present)} foreground classes ({named}), wanted at most one: only one is asked for")
         if self.select == "one_class" and len(present) != 1:
             return Excluded(sample.key, f"{len(present)} foreground classes, wanted exactly one")
         if self.select == "two_labels" and (len(labels) > 2 or not present):
             return Excluded(sample.key, f"{len(labels)} labels after resizing, wanted at most two with one foreground class")
         if not present and not sample.words:
             return Excluded(sample.key, "no foreground class is present, and the data set names no word to ask for")
-        word = sample.words[present[-1]] if present else next(iter(sample.words.values()))
+        word = words[present[-1]] if present else next(iter(words.values()))
         truth = np.where((truth != BACKGROUND) & (truth != VOID), 1, truth).astype(np.uint8)
-        return Task(sample.key, image, truth, self._concepts([word], [1]), self.caption.format(word=word), (BACKGROUND, 1))
+        concepts = self._concepts([word], [1], sample.key)
+        return Task(sample.key, image, truth, concepts, self.caption.format(word=word), (BACKGROUND, 1))
 
     def _sized(self, image: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, "side side 3"]:
         if self.image_fit == "squash":
@@ -146,17 +157,14 @@ class SegmentationProtocol:
         top, left = round((size[0] - side) / 2), round((size[1] - side) / 2)
         return resized[top : top + side, left : left + side]
 
-    def _concepts(self, words: Sequence[str], labels: Sequence[int]) -> Concepts:
+    def _concepts(self, words: Sequence[str], labels: Sequence[int], key: str) -> Concepts:
         # A class word that is also a background word (VOC's multi-class grounds, ImageNet's "person") is asked for once.
-        background = [w for w in self.background if w not in words]
-        backgrounds = [(w, BACKGROUND) for w in background]
-        classes = list(zip(words, labels, strict=True))
-        ordered = classes + backgrounds if self.order == "target_first" else backgrounds + classes
+        classes = {folded(word) for word in words}
+        backgrounds = [(w, BACKGROUND) for w in self.background if folded(w) not in classes]
+        check_distinct(words, f"{key}: its data set")
+        asked = list(zip(words, labels, strict=True))
+        ordered = asked + backgrounds if self.order == "target_first" else backgrounds + asked
         names = tuple(w for w, _ in ordered)
-        if not names:
-            raise ConfigError("the concept list is empty: give protocol.background words or a data set with class words.")
-        if repeated := sorted({w for w in names if names.count(w) > 1}):
-            raise DataError(f'the concept "{repeated[0]}" is asked for twice: two classes of the data set share that word.')
         target = (0 if self.order == "target_first" else len(backgrounds)) if self.task == "single" else None
         return Concepts(names, tuple(v for _, v in ordered), target)
 

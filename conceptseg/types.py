@@ -6,12 +6,15 @@ T timesteps, N noise draws, A heads, d width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Float, UInt8
+
+from conceptseg.errors import ConceptSegError, ConfigError, DataError
 
 if TYPE_CHECKING:  # data and reports must not pay for torch
     from torch import Tensor
@@ -29,14 +32,59 @@ AP_NAMES = ("foreground", "two_channel", "two_channel_minmax", "f1_rowwise")
 F1 that Chefer's protocol averages over the rows of an image."""
 
 
+def folded(word: str) -> str:
+    """The form in which words are compared: no case, single blanks, no blanks or separators at the ends.
+
+    Text encoders lower case and strip what they read, so two words with one folded form are one question.
+
+    >>> folded("Traffic  Light"), folded("wall, "), folded("\u212bngstr\u00f6m")
+    ('traffic light', 'wall', '\xe5ngstr\xf6m')
+    """
+    return " ".join(unicodedata.normalize("NFKC", word).casefold().split()).strip(" ,;")
+
+
+def checked_word(word: Any, key: str, error: type[ConceptSegError] = ConfigError) -> str:
+    """The word with single blanks and none at its ends. Raises `error` for what is no text, or empty; `key` names the setting."""
+    if not isinstance(word, str):
+        kind = "an empty value" if word is None else f"the {type(word).__name__} {word}"
+        raise error(
+            f"{key}: {kind} was read where a word was wanted. YAML takes no, on, null, 12:30 and 1_000 without quotes for truth "
+            f'values, nothing and numbers: put the word in quotes, such as "no" (on the command line "key=[\'no\',cat]").'
+        )
+    if not folded(word):
+        raise error(f"{key}: the word {word!r} is empty. Remove it, or write the word to ask for.")
+    return " ".join(word.split())
+
+
+def check_distinct(words: Iterable[str], key: str, error: type[ConceptSegError] = DataError) -> None:
+    """Raise `error` if two words are the same after folding; `key` says where they were given."""
+    seen: dict[str, str] = {}
+    for word in words:
+        before = seen.get(folded(word))
+        if before is not None:
+            both = f'"{word}" twice' if before == word else f'"{before}" and "{word}", which are one word but for case and blanks'
+            raise error(f"{key} names {both}: every concept is asked for once. Remove one of them.")
+        seen[folded(word)] = word
+
+
 @dataclass(frozen=True, slots=True)
 class Concepts:
-    """The words asked for in one image, in channel order. labels[c] is the class that channel c votes for, 0 = background."""
+    """The words asked for in one image, in channel order. labels[c] is the class that channel c votes for, 0 = background.
+
+    Raises DataError for no word, an empty word, or a word given twice (see `folded`): its maps would compete with themselves.
+    """
 
     names: tuple[str, ...]
     labels: tuple[int, ...]
     target: int | None = None
     """Channel of the one class word of a single-class protocol; None where every foreground channel is one."""
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise DataError("the list of concepts is empty: name at least one word.")
+        for name in self.names:
+            checked_word(name, "concepts", DataError)
+        check_distinct(self.names, "concepts")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -138,4 +186,18 @@ class Counts:
     """Void pixels."""
 
 
-__all__ = ["AP_NAMES", "BACKGROUND", "VOID", "Batch", "Concepts", "Counts", "Prediction", "SaliencyMaps", "Sample", "Task"]
+__all__ = [
+    "AP_NAMES",
+    "BACKGROUND",
+    "VOID",
+    "Batch",
+    "Concepts",
+    "Counts",
+    "Prediction",
+    "SaliencyMaps",
+    "Sample",
+    "Task",
+    "check_distinct",
+    "checked_word",
+    "folded",
+]

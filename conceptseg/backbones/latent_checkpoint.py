@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
 from conceptseg.backbones.base import GREATEST_SIDE, RESIZES, Backbone, Checkpoint, Provenance
-from conceptseg.backbones.settings import device_of, dtype_of
+from conceptseg.backbones.settings import check_length, device_of, dtype_of
 from conceptseg.errors import ConfigError, DataError, did_you_mean, in_range, one_of
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class LatentCheckpoint(Backbone):
             in_range("extractor.backbone.image_size", side, 1, GREATEST_SIDE)
         self.resize = resize
         self._warned: set[str] = set()
+        self._measured: set[str] = set()
 
     @property
     def provenance(self) -> Provenance:
@@ -104,6 +105,23 @@ class LatentCheckpoint(Backbone):
         """A tokenizer, scheduler or model of the checkpoint, as its class reads it."""
         with self.checkpoint.loading(name):
             return loader.from_pretrained(subfolder=name, **self.checkpoint.source(), **options)
+
+    def check_length(self, string: str) -> None:
+        """Raises DataError for a text that is longer than the text encoder reads."""
+        check_length(self.tokenizer, [string], int(self.tokenizer.model_max_length), "the model_max_length of its tokenizer")
+
+    def check_lengths(self, strings: Iterable[str]) -> None:
+        """`check_length` of every string, once; also of those in a text cache, which may hold texts that were cut."""
+        for string in strings:
+            if string not in self._measured:
+                self.check_length(string)
+                self._measured.add(string)
+
+    def warn_once(self, key: str, message: str, *values: object) -> None:
+        """Log a warning, the first time that this key is given."""
+        if key not in self._warned:
+            self._warned.add(key)
+            log.warning(message, *values)
 
     def check_words(self, strings: Sequence[str]) -> None:
         """Raises DataError for a word the tokenizer does not know; warns once of a word a lab model was not trained on."""

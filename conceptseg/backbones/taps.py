@@ -26,6 +26,7 @@ class TapSet:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._handles: list[RemovableHandle] = []
+        self._tapped: dict[str, nn.Module] = {}
 
     def __enter__(self) -> TapSet:
         return self
@@ -37,10 +38,23 @@ class TapSet:
         """Take every hook off; safe to call twice."""
         while self._handles:
             self._handles.pop().remove()
+        self._tapped.clear()
+
+    def check(self) -> None:
+        """Raises TapError if a tapped module is no longer where it was: its hooks may still fire, inside what took its place."""
+        for path, module in self._tapped.items():
+            now = self.module(path)
+            if now is not module:
+                raise TapError(
+                    f"tapping {type(self.model).__name__}: {path} was {_kind(module)} when it was hooked and is now "
+                    f"another module, {_kind(now)}: adapters (LoRA) were loaded or unloaded, or a block was replaced. "
+                    f"Do that before the trace begins."
+                )
 
     def module(self, path: str) -> nn.Module:
-        """The sub-module at a dotted path. Raises TapError naming what the host has instead."""
+        """The sub-module at a dotted path. Raises TapError naming what the host has instead, or for a compiled module."""
         found: nn.Module = self.model
+        refuse_compiled(found, type(self.model).__name__)
         for depth, name in enumerate(path.split(".")):
             children = dict(found.named_children())
             if name not in children:
@@ -50,15 +64,20 @@ class TapSet:
                     f"{did_you_mean(name, children)} Tested with diffusers 0.36 to 0.42; is this another version or a subclass?"
                 )
             found = children[name]
+            refuse_compiled(found, ".".join(path.split(".")[: depth + 1]))
         return found
 
     def before(self, path: str, tap: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]) -> None:
         """Call `tap(module, args, kwargs)` before the module at `path` runs; its inputs are not changed."""
-        self._handles.append(self.module(path).register_forward_pre_hook(tap, with_kwargs=True))
+        self._handles.append(self._hooked(path).register_forward_pre_hook(tap, with_kwargs=True))
 
     def after(self, path: str, tap: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]) -> None:
         """Call `tap(module, args, kwargs, output)` after the module at `path` ran; its output is not changed."""
-        self._handles.append(self.module(path).register_forward_hook(tap, with_kwargs=True))
+        self._handles.append(self._hooked(path).register_forward_hook(tap, with_kwargs=True))
+
+    def _hooked(self, path: str) -> nn.Module:
+        self._tapped[path] = module = self.module(path)
+        return module
 
     def run(self, forward: Callable[[], Any]) -> Any:
         """Run the host. Returns its output, or None if a tap stopped it."""
@@ -66,3 +85,16 @@ class TapSet:
             return forward()
         except StopForward:
             return None
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def refuse_compiled(module: nn.Module, name: str) -> None:
+    """Raises TapError for a module that torch.compile has compiled: a compiled graph runs past hooks that come later."""
+    if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
+        raise TapError(
+            f"tapping {name}: it was compiled by torch.compile, which runs past hooks. Trace it before compiling it, or take one "
+            f"that is not compiled (of torch.compile(model), the module inside is its _orig_mod)."
+        )

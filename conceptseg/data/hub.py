@@ -31,7 +31,7 @@ from conceptseg.data.images import (
 )
 from conceptseg.data.words import VOC_OFFICIAL, VOC_WORDS
 from conceptseg.errors import ConfigError, DataError, did_you_mean
-from conceptseg.types import BACKGROUND, VOID, Sample
+from conceptseg.types import BACKGROUND, VOID, Sample, checked_word
 
 _LISTS = {"voc": VOC_WORDS, "voc_official": VOC_OFFICIAL}
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
@@ -306,10 +306,16 @@ def _checked_words(words: str | Mapping[Any, str]) -> dict[int, str]:
                 "  For other classes give a map of mask values to words, such as {1: cat, 2: dog}."
             )
         return dict(enumerate(_LISTS[words][1:], 1))
-    try:
-        named = {int(label): str(word) for label, word in words.items()}
-    except ValueError as error:
-        raise ConfigError(f"dataset.words maps {list(words)[:5]}: whole numbers were wanted as keys.") from error
+    if not isinstance(words, Mapping):
+        raise ConfigError(f"dataset.words is {words!r}: wanted a map of mask values to words, such as {{1: cat, 2: dog}}.")
+    named: dict[int, str] = {}
+    for label, word in words.items():
+        digits = str(label).strip()
+        if isinstance(label, bool) or not digits.isdecimal():
+            raise ConfigError(f"dataset.words names the class {label!r}: whole numbers were wanted as keys, such as {{1: cat}}.")
+        if int(digits) in named:
+            raise ConfigError(f"dataset.words names the class {digits} twice. Remove one of the two.")
+        named[int(digits)] = checked_word(word, f"dataset.words.{digits}")
     if not named or not all(BACKGROUND < label < VOID for label in named):
         raise ConfigError(f"dataset.words names the classes {_range(tuple(named))}; 1 to 254 were wanted.")
     return named

@@ -22,9 +22,10 @@ from conceptseg.backbones.base import stack_images
 from conceptseg.backbones.encoders.clip import CLIPBackbone
 from conceptseg.backbones.encoders.tower import Tower, tap_block, tap_normed
 from conceptseg.backbones.taps import TapSet
+from conceptseg.errors import ConfigError
 from conceptseg.extractors.dense_crf import DenseCRF
 from conceptseg.extractors.image_model import ImageModelMethod, needs_gradient, needs_text
-from conceptseg.types import BACKGROUND, Batch, Task
+from conceptseg.types import BACKGROUND, Batch, Task, check_distinct, checked_word, folded
 
 PROPOSAL_PROMPTS = ("a clean origami {}.",)
 CRF = DenseCRF(
@@ -61,7 +62,9 @@ class CLIPasRNN(ImageModelMethod):
         crf_iterations: int = 10,
     ) -> None:
         super().__init__(needs_text(backbone))
-        self.judge, self.background, self.prompts = needs_text(judge), tuple(background), tuple(prompts)
+        self.judge, self.prompts = needs_text(judge), tuple(prompts)
+        self.background = tuple(checked_word(word, f"extractor.background.{k}") for k, word in enumerate(background))
+        check_distinct(self.background, "extractor.background", ConfigError)
         self.mask_level, self.keep, self.box_level = mask_level, keep, box_level
         self.crf_iterations = crf_iterations
 
@@ -75,7 +78,9 @@ class CLIPasRNN(ImageModelMethod):
             classes = [c for c, label in enumerate(concepts.labels) if label != BACKGROUND]
             words = [concepts.names[c] for c in classes]
             beside = [n for n, label in zip(concepts.names, concepts.labels, strict=True) if label == BACKGROUND]
-            ground = [w for w in dict.fromkeys([*self.background, *beside]) if w not in words]
+            taken = {folded(word) for word in words}
+            behind = {folded(w): w for w in reversed([*self.background, *beside])}  # of two spellings the first
+            ground = [behind[one] for one in dict.fromkeys(map(folded, (*self.background, *beside))) if one not in taken]
             kept = list(range(len(words)))
             while True:
                 asked = [words[k] for k in kept]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conceptseg.backbones.unets.cross_attention import CFG_ROWS, Attended, upsample
 from conceptseg.backbones.unets.unet import UNetBackbone
-from conceptseg.backbones.unets.word_tokens import POSITION_RULES, positions_of, prompt_length
+from conceptseg.backbones.unets.word_tokens import POSITION_RULES, placed, positions_of, prompt_length
 from conceptseg.errors import ConfigError, DataError, one_of
 from conceptseg.extractors.unet_maps import Asked, Kind, UNetMaps, check_template
 from conceptseg.types import BACKGROUND, Batch, Concepts, Task
@@ -90,12 +90,14 @@ class DAAM(UNetMaps):
     ) -> None:
         one_of("extractor.encode", encode, ("joint", "separate"))
         one_of("extractor.background", background, ("prompt", "complement"))
-        one_of("extractor.token_match", token_match, tuple(POSITION_RULES))
+        one_of("extractor.token_match", token_match, POSITION_RULES)
         one_of("extractor.cfg_rows", cfg_rows, CFG_ROWS)
         if encode == "separate" and background == "complement":
             raise ConfigError('extractor.background "complement" asks for class words only, in one prompt: use encode=joint.')
         check_template(prompt, "prompt", ("caption", "concepts"))
         check_template(concept, "concept", ("concept",))
+        if indexed_prompt is not None:
+            check_template(indexed_prompt, "indexed_prompt", ("caption", "concepts"))
         super().__init__(backbone, cfg_rows, exclude_factor, include_mid, upsampling, map_side, noise, posterior, seed)
         self.prompt, self.concept, self.join, self.encode, self.background = prompt, concept, join, encode, background
         self.indexed_prompt, self.token_match = indexed_prompt, token_match
@@ -118,12 +120,12 @@ class DAAM(UNetMaps):
         groups = [words] if self.encode == "joint" else [[word] for word in words]
         found = []
         for group in groups:
-            listed = self.join.join(self.concept.format(concept=word) for word in group if word is not None)
-            prompt = self.prompt.format(caption=task.caption, concepts=listed)
-            indexed = prompt
-            if self.indexed_prompt is not None:
-                indexed = self.indexed_prompt.format(caption=task.caption, concepts=listed)
-            found.append(Asked(prompt, indexed, tuple(group)))
+            said = [word for word in group if word is not None]
+            prompt, indexed = (
+                placed(template, task.caption, said, self.concept, self.join, task.concepts.names)
+                for template in (self.prompt, self.prompt if self.indexed_prompt is None else self.indexed_prompt)
+            )
+            found.append(Asked(prompt.text, tuple(group), indexed))
         return found
 
     def reader(self, asked: Sequence[Asked], totals: bool) -> TokenShares:
@@ -131,7 +133,7 @@ class DAAM(UNetMaps):
         tokenizer, length = self.backbone.tokenizer, self.backbone.text_length
         found: list[tuple[list[int], list[tuple[int, ...]]]] = []
         for one in asked:
-            said = iter(positions_of(self.token_match, tokenizer, one.indexed, [w for w in one.words if w is not None]))
+            said = iter(positions_of(self.token_match, tokenizer, one.looked_up))
             maps = [() if word is None else next(said) for word in one.words]
             maps.append(tuple(range(1, prompt_length(tokenizer, one.indexed) + 1)) if totals else ())
             tokens = sorted({position for places in maps for position in places})

@@ -22,12 +22,12 @@ from conceptseg.backbones.base import stack_images
 from conceptseg.backbones.unets.cross_attention import Attended, CrossAttention, CrossAttentionTap, grid_factor, upsample
 from conceptseg.backbones.unets.optimised_tokens import digest_of, read_tokens
 from conceptseg.backbones.unets.unet import UNetBackbone
-from conceptseg.backbones.unets.word_tokens import exact_positions
+from conceptseg.backbones.unets.word_tokens import PlacedText, placed, positions_of
 from conceptseg.errors import ConfigError, DataError, one_of
 from conceptseg.extractors.dense_crf import DenseCRF
 from conceptseg.extractors.unet_maps import Asked, Kind, LayerSum, LayerSums, UNetMaps, check_template
 from conceptseg.saliency.views import View
-from conceptseg.types import Batch, Task
+from conceptseg.types import Batch, Task, folded
 
 SPACES = {
     "token_softmax": "softmax over the tokens of the attribution text: the method",
@@ -164,24 +164,21 @@ class OVAM(UNetMaps):
         return Kind(softmax=space == "token_softmax")
 
     def asked(self, task: Task) -> list[Asked]:
-        return [Asked(self.prompt.format(caption=task.caption), task.caption, task.concepts.names)]
+        names = task.concepts.names
+        return [Asked(self.prompt.format(caption=task.caption), names, PlacedText(task.caption, names, ((),) * len(names)))]
 
-    def attributions(self, asked: Asked) -> list[tuple[str, list[str]]]:
+    def attributions(self, asked: Asked) -> list[PlacedText]:
         """Attribution texts of one task, each with the words it is asked for."""
         words = [word for word in asked.words if word is not None]
         groups = [words] if self.attribute == "joint" else [[word] for word in words]
-        found = []
-        for group in groups:
-            listed = self.join.join(self.concept.format(concept=word) for word in group)
-            found.append((self.attribution.format(caption=asked.indexed, concepts=listed), group))
-        return found
+        return [placed(self.attribution, asked.indexed, group, self.concept, self.join, words) for group in groups]
 
     def strings(self, asked: Asked) -> set[str]:
-        return {asked.prompt} | {text for text, words in self.attributions(asked) if not self._optimised(words)}
+        return {asked.prompt} | {one.text for one in self.attributions(asked) if not self._optimised(one.words)}
 
     def reader(self, asked: Sequence[Asked], totals: bool) -> Attribution:
         """Attribution texts, encoded without padding; tokens that do not compete are dropped after encoding."""
-        rows = [[self._attribution(text, words) for text, words in self.attributions(one)] for one in asked]
+        rows = [[self._attribution(text) for text in self.attributions(one)] for one in asked]
         longest = max(len(states) for row in rows for states, _ in row)
 
         def padded(tensor: Tensor, axis: int) -> Tensor:
@@ -195,12 +192,12 @@ class OVAM(UNetMaps):
         present = torch.arange(longest, device=states.device) < lengths[..., None]
         return Attribution(states, present, shares, self.activation)
 
-    def _attribution(self, text: str, words: Sequence[str]) -> tuple[Float[Tensor, "T d"], Float[Tensor, "S T"]]:
-        backbone = self.backbone
+    def _attribution(self, one: PlacedText) -> tuple[Float[Tensor, "T d"], Float[Tensor, "S T"]]:
+        backbone, text, words = self.backbone, one.text, one.words
         if optimised := self._optimised(words):
             return optimised[0].to(backbone.device, backbone.dtype), torch.tensor([[0.0, 1.0]], device=backbone.device)
         states = backbone.unpadded_text(text)
-        places = [exact_positions(backbone.tokenizer, text, word) for word in words]
+        places = positions_of("exact", backbone.tokenizer, one)
         last = len(states) - 1
         if any(position >= last for found in places for position in found):
             raise DataError(
@@ -215,7 +212,8 @@ class OVAM(UNetMaps):
         return states[kept], shares
 
     def _optimised(self, words: Sequence[str]) -> list[Float[Tensor, "2 d"]]:
-        return [self.tokens[word] for word in words if word in self.tokens]
+        held = {folded(word): token for word, token in self.tokens.items()}
+        return [held[folded(word)] for word in words if folded(word) in held]
 
     # ------------------------------------------------------------ self-attention
 

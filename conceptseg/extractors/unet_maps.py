@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from string import Formatter
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -26,6 +27,7 @@ from conceptseg.backbones.unets.cross_attention import (
     map_size,
 )
 from conceptseg.backbones.unets.unet import UNetBackbone
+from conceptseg.backbones.unets.word_tokens import PlacedText
 from conceptseg.errors import ConfigError, ViewError, one_of
 from conceptseg.extractors.base import Extractor, Provenance
 from conceptseg.saliency.normalize import gaussian_blur, softmax_over_concepts, softmax_over_tokens
@@ -37,11 +39,16 @@ NORMALIZE_FLOOR = 1e-6  # of the reference's normalize
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One encoded prompt: its text, the text in which words are looked up, and the words (None: no map is asked for)."""
+    """One encoded prompt: its text, the words (None: no map is asked for), and the text in which they are looked up."""
 
     prompt: str
-    indexed: str
     words: tuple[str | None, ...]
+    looked_up: PlacedText
+
+    @property
+    def indexed(self) -> str:
+        """The text in which words are looked up."""
+        return self.looked_up.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +86,19 @@ LayerSums = dict[tuple[int, Kind, float], LayerSum]
 
 
 def check_template(template: str, key: str, known: Sequence[str]) -> None:
-    """Raises ConfigError for a template that names what is not known."""
+    """Raises ConfigError for a template that names what is not known, or formats it."""
     try:
-        template.format(**dict.fromkeys(known, ""))
-    except (KeyError, IndexError, ValueError) as error:
+        slots = [(field, spec, conversion) for _, field, spec, conversion in Formatter().parse(template) if field is not None]
+    except ValueError as error:
         raise ConfigError(
             f'extractor.{key} "{template}" can\'t be filled in: {error}. It may name: {", ".join(known)}.'
         ) from error
+    for field, spec, conversion in slots:
+        if field not in known or spec or conversion:
+            raise ConfigError(
+                f'extractor.{key} "{template}" can\'t be filled in: "{field}". It may name: {", ".join(known)}, each in braces '
+                f"and without a format."
+            )
 
 
 class UNetMaps(Extractor):

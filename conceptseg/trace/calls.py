@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from conceptseg.backbones.unets.word_tokens import prompt_length
 from conceptseg.errors import TapError, ViewError
 
 REMEMBERED = 8  # texts whose embeddings are recognised when they are handed to the pipeline
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """The text that was encoded for a prompt: a textual inversion of several vectors stands in it as several tokens."""
+
+    text: str
+    ids: tuple[int, ...]
+    """Its tokens, special ones included, before any are cut off."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,8 @@ class Call:
     guided: bool
     tokens: int | None
     """Token positions worth holding: start token, the longest prompt's and one end token; all if the prompts are not known."""
+    encoded: tuple[EncodedText, ...] | None = None
+    """What was encoded for each prompt."""
 
     def check(self, rows: int, pipeline: str) -> None:
         """Raises TapError if the U-Net runs with other rows than this call's images, once or (under guidance) twice."""
@@ -45,7 +57,7 @@ class PipelineCalls:
     def __init__(self, pipe: Any, given: tuple[str, ...] | None, on_call: Callable[[Call], None]) -> None:
         self.pipe, self.given, self.on_call = pipe, given, on_call
         self._undo: list[Callable[[], None]] = []
-        self._embedded: list[tuple[Tensor, tuple[str, ...]]] = []
+        self._embedded: list[tuple[Tensor, tuple[str, ...], tuple[EncodedText, ...]]] = []
         self._bar: Any = None
 
     @property
@@ -98,16 +110,73 @@ class PipelineCalls:
         said = bound.arguments
         prompt, embeds = said.get("prompt"), said.get("prompt_embeds")
         prompts = (prompt,) if isinstance(prompt, str) else None if prompt is None else tuple(prompt)
+        encoded = None
         if prompts is None:
-            prompts = next((known for tensor, known in self._embedded if tensor is embeds), self.given)
+            held = next((one for one in self._embedded if one[0] is embeds), None)
+            prompts, encoded = (self.given, None) if held is None else held[1:]
+        if prompts is not None and encoded is None:
+            encoded = tuple(map(self.encoded, prompts))
         images = (len(embeds) if embeds is not None else len(prompts or ())) * int(said.get("num_images_per_prompt") or 1)
-        tokens = None if prompts is None else max(prompt_length(self.tokenizer, one) for one in prompts) + 2
-        self.on_call(Call(prompts, images, bool(said.get("do_classifier_free_guidance", True)), tokens))
-        result = original(*args, **kwargs)
-        if prompts is not None:
+        tokens = None if encoded is None else max(prompt_length(self.tokenizer, one.text) for one in encoded) + 2
+        self.on_call(Call(prompts, images, bool(said.get("do_classifier_free_guidance", True)), tokens, encoded))
+        with self._reading_ids() as read:
+            result = original(*args, **kwargs)
+        if prompt is not None and encoded is not None:
+            self._check_ids(encoded, read)
+        if prompts is not None and encoded is not None:
             first = result[0] if isinstance(result, tuple) else result
-            self._embedded = [*self._embedded[1 - REMEMBERED :], (first, prompts)]
+            self._embedded = [*self._embedded[1 - REMEMBERED :], (first, prompts, encoded)]
         return result
+
+    def encoded(self, prompt: str) -> EncodedText:
+        """What the pipeline encodes for a prompt.
+
+        Raises TapError if its two tokenizers would make two texts of it, whose tokens have no common positions.
+        """
+        text = self.converted(prompt, self.tokenizer)
+        other = getattr(self.pipe, "tokenizer_2", None)
+        if other is not None and self.converted(prompt, other) != text:
+            raise TapError(
+                f'tracing {type(self.pipe).__name__}: its first tokenizer makes "{text}" of "{prompt}", its second another text: '
+                f"their tokens are out of step. Load the textual inversion into both tokenizers."
+            )
+        return EncodedText(text, tuple(self.tokenizer(text, truncation=False, verbose=False).input_ids))
+
+    def converted(self, text: str, tokenizer: Any) -> str:
+        """A text with every textual inversion of several vectors written out, as the pipeline does before it encodes."""
+        convert = getattr(self.pipe, "maybe_convert_prompt", None)
+        return str(convert(text, tokenizer)) if callable(convert) else text
+
+    @contextmanager
+    def _reading_ids(self) -> Iterator[list[Tensor]]:
+        """Gathers the token ids that the text encoder of `tokenizer` is given."""
+        name = "text_encoder" if getattr(self.pipe, "tokenizer", None) is not None else "text_encoder_2"
+        encoder, read = getattr(self.pipe, name, None), list[Tensor]()
+
+        def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            ids = args[0] if args else kwargs.get("input_ids")
+            if isinstance(ids, Tensor):
+                read.append(ids)
+
+        hook = encoder.register_forward_pre_hook(note, with_kwargs=True) if isinstance(encoder, nn.Module) else None
+        try:
+            yield read
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    def _check_ids(self, encoded: Sequence[EncodedText], read: Sequence[Tensor]) -> None:
+        """Raises TapError if the text encoder was given other tokens than the prompts': words would be read at wrong places."""
+        if not read or len(read[0]) != len(encoded):
+            return
+        for one, row in zip(encoded, read[0].tolist(), strict=True):
+            kept = min(len(one.ids), len(row)) - 1  # the last one may be an end mark that took a word's place
+            if list(one.ids[:kept]) != row[:kept]:
+                raise TapError(
+                    f'tracing {type(self.pipe).__name__}: its text encoder was given other tokens than those of "{one.text}", so '
+                    f"where the words stand is not known. Pass embeddings and say trace(pipe, prompt=...) with the text that was "
+                    f"encoded, or ask by position: token_map([...])."
+                )
 
     def _progress_bar(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._bar = original(*args, **kwargs)

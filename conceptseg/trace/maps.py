@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -68,6 +68,8 @@ class PromptMaps:
     prompt: str | None
     tokenizer: Any
     token_match: str = "exact"
+    converted: Callable[[str], str] = str
+    """What is encoded for a text, where that is not the text itself: a textual inversion of several vectors is written out."""
 
     def token_map(self, positions: Sequence[int], name: str = "") -> WordMap:
         """Mean of the maps of some token positions (0 is the start token). Raises ViewError for a position without a map."""
@@ -84,9 +86,10 @@ class PromptMaps:
                 f'word_map("{word}"): the pipeline was given embeddings, so words are not known. Say trace(pipe, prompt="...") '
                 f"with the text that was embedded, or ask by position: token_map([...])."
             )
+        encoded, wanted = self.converted(self.prompt), self.converted(word)
         if self.token_match == "reference":
-            return self.token_map(reference_positions(self.tokenizer, self.prompt, word), word)
-        spans = word_spans(self.tokenizer, self.prompt, word)
+            return self.token_map(reference_positions(self.tokenizer, encoded, wanted), word)
+        spans = word_spans(self.tokenizer, encoded, wanted)
         if occurrence is not None and not 0 <= occurrence < len(spans):
             raise ViewError(f'word_map("{word}", occurrence={occurrence}): it occurs {len(spans)} times; count from 0.')
         chosen = spans if occurrence is None else spans[occurrence : occurrence + 1]
@@ -94,7 +97,7 @@ class PromptMaps:
 
     def cut_to(self, prompt: str) -> PromptMaps:
         """Only as many rows as a (shorter) prompt has tokens, and two: what the reference does when told another prompt."""
-        return replace(self, maps=self.maps[: prompt_length(self.tokenizer, prompt) + 2], prompt=prompt)
+        return replace(self, maps=self.maps[: prompt_length(self.tokenizer, self.converted(prompt)) + 2], prompt=prompt)
 
     def normalized(self) -> PromptMaps:
         """Every map over the sum of those of the words' tokens (start and end token not counted), plus 1e-6."""

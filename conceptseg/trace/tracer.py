@@ -56,7 +56,7 @@ class Trace:
     ) -> None:
         for value, key, choices in (
             (keep, "keep", ("pairs", "map")), (cfg_rows, "cfg_rows", CFG_ROWS), (upsampling, "upsampling", UPSAMPLINGS),
-            (token_match, "token_match", tuple(POSITION_RULES)),
+            (token_match, "token_match", POSITION_RULES),
         ):  # fmt: skip
             one_of(f"trace({key}=...)", value, choices)
         config = _unet_config(pipe)
@@ -69,7 +69,7 @@ class Trace:
         self.upsampling, self.token_match = upsampling, token_match
         self.map_side = map_side or reference_side(int(config["sample_size"]), int(pipe.vae_scale_factor))
         given = (prompt,) if isinstance(prompt, str) else None if prompt is None else tuple(prompt)
-        self.calls = PipelineCalls(pipe, given, self._start)
+        self.calls = PipelineCalls(pipe, given, self._begin)
         self._taps, self._handles = TapSet(pipe.unet), list[Any]()
         self._start(None)
 
@@ -103,6 +103,16 @@ class Trace:
 
     # ------------------------------------------------------------ what the pipeline does
 
+    def _begin(self, call: Call) -> None:
+        """A call of the pipeline begins. Raises TapError if its U-Net is no longer the one that was hooked."""
+        if self.pipe.unet is not self._taps.model:
+            raise TapError(
+                f"tracing {type(self.pipe).__name__}: since the trace began its U-Net was replaced by another module, a "
+                f"{type(self.pipe.unet).__name__} (torch.compile does so). Replace it before the trace."
+            )
+        self._taps.check()
+        self._start(call)
+
     def _start(self, call: Call | None) -> None:
         self.call = call
         self.sums = RunningSums()
@@ -119,6 +129,7 @@ class Trace:
                 "the pipeline, not the U-Net."
             )
         self.call.check(len(sample), type(self.pipe).__name__)
+        self._taps.check()
         self.size = map_size((sample.shape[-2], sample.shape[-1]), self.map_side)
         self._seen = set()
 
@@ -152,9 +163,11 @@ class Trace:
 
     def _after_unet(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if missed := [layer.path for layer in self.layers if layer.index not in self._seen]:
+            self._taps.check()
+            processor = type(getattr(self._taps.module(missed[0]), "processor", None)).__name__
             raise TapError(
                 f"tracing {type(self.pipe).__name__}: {missed[0]} did not project queries and keys in this step. A cache between "
-                f"steps or another attention processor runs past it; switch it off while tracing."
+                f"steps or another attention processor (it has {processor}) runs past it; switch it off while tracing."
             )
         self.steps_done += 1
         self.map.end_step()
@@ -210,10 +223,19 @@ class Trace:
         if time_reduce == "mean" and step is None:
             maps = maps / self.steps_done
         prompt = None
-        if self.call.prompts is not None:
-            prompt = self.call.prompts[image // (self.call.rows // len(self.call.prompts))]
-            maps = maps[: prompt_length(self.calls.tokenizer, prompt) + 2]
-        return PromptMaps(maps, prompt, self.calls.tokenizer, self.token_match)
+        if self.call.prompts is not None and self.call.encoded is not None:
+            number = image // (self.call.rows // len(self.call.prompts))
+            prompt, encoded = self.call.prompts[number], self.call.encoded[number]
+            if self.calls.encoded(prompt) != encoded:
+                raise TapError(
+                    f'reading maps of "{prompt}": the tokenizer makes other tokens of it now than when it was encoded. A textual '
+                    f"inversion was loaded or unloaded since: read the maps before that."
+                )
+            maps = maps[: prompt_length(self.calls.tokenizer, encoded.text) + 2]
+        return PromptMaps(maps, prompt, self.calls.tokenizer, self.token_match, self._converted)
+
+    def _converted(self, text: str) -> str:
+        return self.calls.converted(text, self.calls.tokenizer)
 
     def _one_map(self, step: int | None) -> Float[Tensor, "I K X Y"]:
         if step is None:

@@ -206,12 +206,12 @@ def test_a_class_without_a_word_is_a_data_error_that_lists_the_words():
 
 
 def test_two_classes_with_one_word_are_a_data_error():
-    with pytest.raises(DataError, match='the concept "cat" is asked for twice'):
+    with pytest.raises(DataError, match='set/1: its data set names "cat" twice'):
         protocol(task="multi").prepare(sample(0, 3, 8, words={3: "cat", 8: "cat"}))
 
 
 def test_a_background_word_given_twice_is_an_error():
-    with pytest.raises(ConfigError, match=r"protocol\.background names sky twice"):
+    with pytest.raises(ConfigError, match=r'protocol\.background names "sky" twice'):
         protocol(background=["sky", "grass", "sky"])
 
 

@@ -20,6 +20,7 @@ from conceptseg.backbones.encoders.image_encoder import (
     load_strictly,
 )
 from conceptseg.backbones.encoders.tower import Tower, TowerBlock, Weights, resized_positions
+from conceptseg.backbones.settings import check_length, too_long
 from conceptseg.errors import ConfigError, DataError, TapError, did_you_mean, one_of
 
 TEMPLATE_LISTS = ("openai_imagenet",)
@@ -189,12 +190,17 @@ class CLIPBackbone(ImageEncoder):
             ) from error
 
     def token_ids(self, texts: Sequence[str]) -> Int[Tensor, "n N"]:
-        """Padded to the context length. Raises DataError for a word that a word-level tokenizer does not know."""
+        """Padded to the context length. Raises DataError for a text that is longer, or a word that is unknown."""
         length = int(self.config["model_cfg"]["text_cfg"].get("context_length", 77))
         if self.tokenizer is None:
             from open_clip import SimpleTokenizer
 
-            return SimpleTokenizer(context_length=length)(list(texts)).to(self.device)
+            pairs = SimpleTokenizer(context_length=length)
+            for text in texts:
+                if (count := len(pairs.encode(text)) + 2) > length:  # start and end mark
+                    raise too_long(text, count, length, "the context_length of its open_clip_config.json")
+            return pairs(list(texts)).to(self.device)
+        check_length(self.tokenizer, texts, length, "the context_length of its open_clip_config.json")
         unknown = self.tokenizer.unk_token_id
         found = self.tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         ids: Tensor = found.input_ids

@@ -19,7 +19,7 @@ from conceptseg.backbones.encoders.tower import Tower
 from conceptseg.backbones.settings import device_of, dtype_of
 from conceptseg.backbones.taps import TapSet
 from conceptseg.errors import ConfigError, in_range, one_of
-from conceptseg.types import Task, TrainedOn
+from conceptseg.types import Task, TrainedOn, checked_word
 
 LABEL_LISTS = ("imagenet", "scenes")
 POSITION_RULES = ("timm", "dino")
@@ -138,7 +138,7 @@ class ImageEncoder(Backbone, ABC):
                 f'extractor.backbone.labels is empty and "{self.checkpoint.path}" names no classes, so nothing can be predicted '
                 f"or looked up: give a list of names, or one of {', '.join(LABEL_LISTS)}."
             )
-        return tuple(named)
+        return tuple(checked_word(name, f"extractor.backbone.labels.{k}") for k, name in enumerate(named))
 
     # ------------------------------------------------------------ the model
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from conceptseg.backbones.base import RESIZES, Backbone, Checkpoint, Provenance, stack_images
 from conceptseg.backbones.encoders.image_encoder import checkpoint_file
-from conceptseg.backbones.settings import device_of, dtype_of
+from conceptseg.backbones.settings import check_length, device_of, dtype_of
 from conceptseg.errors import ConfigError, DataError, did_you_mean, one_of
 from conceptseg.types import Task, TrainedOn
 
@@ -88,8 +88,9 @@ class TransformersBackbone(Backbone):
             return AutoTokenizer.from_pretrained(**self.checkpoint.source())
 
     def token_ids(self, names: Sequence[str]) -> tuple[Int[Tensor, "n N"], Int[Tensor, "n N"]]:
-        """Ids of the prompts, padded to one length, and their masks. Raises DataError for a word that is unknown."""
+        """Ids of the prompts, padded to one length, and their masks. Raises DataError for an unknown word or a text cut."""
         texts = [self.prompt.replace("{}", name) for name in names]
+        check_length(self.tokenizer, texts, self.text_tokens, "extractor.backbone.text_tokens")
         length = {"padding": "max_length", "truncation": True, "max_length": self.text_tokens, "return_tensors": "pt"}
         found = self.tokenizer(texts, **length)
         unknown = self.tokenizer.unk_token_id

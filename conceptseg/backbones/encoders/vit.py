@@ -19,6 +19,7 @@ from conceptseg.backbones.encoders.image_encoder import (
 )
 from conceptseg.backbones.encoders.tower import Tower, TowerBlock, Weights, resized_positions
 from conceptseg.errors import ConfigError, DataError, TapError, did_you_mean
+from conceptseg.types import folded
 
 
 class ViTBackbone(ImageEncoder):
@@ -157,13 +158,16 @@ class ViTBackbone(ImageEncoder):
         return Explained(self._classifier().weight[index], index)
 
     def named(self, names: Sequence[str]) -> Explained:
+        places: dict[str, int] = {}
+        for place, label in enumerate(self.labels):
+            places.setdefault(folded(label), place)
         for name in names:
-            if name not in self.labels:
+            if folded(name) not in places:
                 raise DataError(
                     f'the word "{name}" is none of the {len(self.labels)} classes of "{self.checkpoint.path}", so it has no '
                     f"score to explain. {did_you_mean(name, self.labels)} Or ask for extractor.explained_class=predicted."
                 )
-        index = torch.tensor([self.labels.index(name) for name in names], device=self.device)
+        index = torch.tensor([places[folded(name)] for name in names], device=self.device)
         return Explained(self._classifier().weight[index], index)
 
     def score(self, output: Float[Tensor, "B k"], explained: Explained) -> Float[Tensor, " B"]:

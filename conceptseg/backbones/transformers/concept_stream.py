@@ -238,6 +238,11 @@ class ConceptCarrier(ABC):
         text: the prompt's own queries and keys, before rotation, for whoever scores those.
         """
         stream = self.stream
+        if self.image_tokens and image_outputs.shape[1] != self.image_tokens:
+            raise TapError(
+                f"tapping layer {layer}: its attention gave {image_outputs.shape[1]} image tokens, but the image's grid has "
+                f"{self.image_tokens}. Token merging, or attention in windows, changed them: undo it on the transformer."
+            )
         rotated_image_keys, rotated_concept_keys = image.rotate(image.keys), concepts.rotate(concepts.keys)
         own = (rotated_concept_keys, concepts.values, stream.present)
         seen = [own] if stream.self_attention else []

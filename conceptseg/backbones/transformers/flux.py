@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from conceptseg.backbones.latents import image_ids, pack, unpack
+from conceptseg.backbones.settings import token_count
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
 from conceptseg.backbones.transformers.concept_stream import ConceptStream
@@ -138,6 +139,13 @@ class FluxBackbone(MultiModalBackbone):
 
     def caption_vectors(self, captions: Sequence[str]) -> Float[Tensor, "B p"]:
         """The captions' pooled CLIP vectors; each string is encoded once."""
+        for caption in captions:
+            longest = int(self.clip_tokenizer.model_max_length)
+            if (count := token_count(self.clip_tokenizer, caption)) > longest:
+                self.warn_once(
+                    "pooled", 'the caption "%s..." has %d CLIP tokens, of which the CLIP reads %d: the rest is in no pooled '
+                    "vector, but the T5 reads it (said once)", caption[:80], count, longest,
+                )  # fmt: skip
         self.fill({f"pooled: {c}": c for c in captions}, self.encode_pooled)
         return self._stacked("pooled", [f"pooled: {c}" for c in captions])
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from conceptseg.backbones.latents import spread_out
+from conceptseg.backbones.settings import too_long
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
 from conceptseg.backbones.transformers.concept_stream import ConceptStream, ConceptTokens
@@ -102,16 +103,25 @@ class Flux2Backbone(MultiModalBackbone):
             start, length = self._place(string)
             yield {"tokens": tokens[0], "start": torch.tensor(start), "length": torch.tensor(length)}
 
-    def _place(self, string: str) -> tuple[int, int]:
-        """(start, length) of a string's own tokens in its padded chat message; (0, 0) if it was cut."""
+    def check_length(self, string: str) -> None:
+        count = len(self._message(string))
+        if count > self.text_tokens:
+            raise too_long(string, count, self.text_tokens, "extractor.backbone.text_tokens, with its chat message")
+
+    def _message(self, string: str, **cut: Any) -> list[int]:
+        """Token ids of a string's chat message."""
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
         pipeline = self.text_pipeline
         message = pipeline.tokenizer.apply_chat_template(
-            format_input([string], pipeline.system_message), add_generation_prompt=False, tokenize=True, return_dict=True,
-            padding="max_length", truncation=True, max_length=self.text_tokens,
-        )  # fmt: skip
-        ids, own = list(message["input_ids"][0]), self.tokenizer(string, add_special_tokens=False).input_ids
+            format_input([string], pipeline.system_message), add_generation_prompt=False, tokenize=True, return_dict=True, **cut
+        )
+        return list(message["input_ids"][0])
+
+    def _place(self, string: str) -> tuple[int, int]:
+        """(start, length) of a string's own tokens in its padded chat message; (0, 0) if they are not found there."""
+        ids = self._message(string, padding="max_length", truncation=True, max_length=self.text_tokens)
+        own = self.tokenizer(string, add_special_tokens=False).input_ids
         places = [k for k in range(len(ids) - len(own) + 1) if ids[k : k + len(own)] == own]
         return (places[-1], len(own)) if places else (0, 0)
 

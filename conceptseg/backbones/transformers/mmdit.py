@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from conceptseg.backbones.settings import check_length
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextCache, TextRecord
 from conceptseg.backbones.transformers.concept_stream import SPACES, ConceptCarrier, ConceptStream, ConceptTokens
@@ -124,9 +125,16 @@ class MultiModalBackbone(LatentModel):
         return self.part("tokenizer", AutoTokenizer)
 
     def encode_text(self, strings: Sequence[str]) -> None:
-        """Put every string that is new into the cache. Raises DataError for a word the tokenizer does not know."""
+        """Put every string that is new into the cache.
+
+        Raises DataError for a word the tokenizer does not know, or a text that is longer than the encoder reads.
+        """
         self.check_words([s for s in dict.fromkeys(strings) if s not in self.texts])
+        self.check_lengths(strings)
         self.fill({s: s for s in strings}, self.encode)
+
+    def check_length(self, string: str) -> None:
+        check_length(self.tokenizer, [string], self.text_tokens, "extractor.backbone.text_tokens")
 
     def texts_of(self, caption: str, words: Sequence[str]) -> set[str]:
         """What is encoded for one image that is said to show the caption and is asked for the words."""
@@ -138,6 +146,7 @@ class MultiModalBackbone(LatentModel):
         for string in sorted(s for s in strings if s not in self.texts):
             with suppress(DataError):
                 self.check_words([string])
+                self.check_length(string)
                 readable.append(string)
         self.fill({s: s for s in readable}, self.encode)
 
@@ -183,13 +192,38 @@ class MultiModalBackbone(LatentModel):
         return None
 
     def word_places(self, words: Sequence[str]) -> list[range]:
-        """Where each word's tokens stand in the encoded prompt of all words joined by blanks."""
+        """Where each word's tokens stand in the encoded prompt of all words joined by blanks.
+
+        By construction: words are counted off one after the other, so that "dog" is not looked for in "hot dog". Raises DataError
+        for a word without tokens of its own, or if there are more tokens than are encoded.
+        """
+        check_length(self.tokenizer, [" ".join(words)], self.places_read, self.places_setting)
         ends = [own_tokens(self.tokenizer, " ".join(words[:count])) for count in range(len(words) + 1)]
         shift = self._start(" ".join(words))
-        return [range(shift + start, shift + end) for start, end in pairwise(ends)]
+        places = [range(shift + start, shift + end) for start, end in pairwise(ends)]
+        if empty := [word for word, place in zip(words, places, strict=True) if not len(place)]:
+            raise DataError(f'the word "{empty[0]}" has no token in the prompt "{" ".join(words)}". Ask for another word.')
+        return places
+
+    @property
+    def places_read(self) -> int:
+        """How many tokens, marks included, of those that `word_places` counts are encoded."""
+        return self.text_tokens
+
+    places_setting: ClassVar[str] = "extractor.backbone.text_tokens"
+    """What sets `places_read`."""
 
     def _start(self, string: str) -> int:
-        return int(self.texts[string].get("start", torch.tensor(0))) if string in self.texts else 0
+        """Where a string's own tokens begin among those encoded. Raises DataError where they were not found in its message."""
+        if string not in self.texts:
+            return 0
+        record = self.texts[string]
+        if "start" in record and string.strip() and not int(record["length"]):
+            raise DataError(
+                f'encoding "{string[:80]}": its tokens are not found in its chat message, so no map can be read off them. Leave '
+                f"out blanks at its ends and special marks."
+            )
+        return int(record.get("start", torch.tensor(0)))
 
     def _word_tokens(self, word: str) -> Float[Tensor, "n d"]:
         record, start = self.texts[word], self._start(word)

@@ -10,12 +10,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from conceptseg.backbones.latents import pack, spread_out, unpack
+from conceptseg.backbones.settings import check_length
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
 from conceptseg.backbones.transformers.double_blocks import DoubleBlockCarrier
 from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
 from conceptseg.backbones.transformers.prompts import Prompts, padded
 from conceptseg.errors import TapError
+
+READ_BY_PIPELINE = 1024
+"""Tokens of a prompt, without its template, that QwenImagePipeline of diffusers reads (tokenizer_max_length)."""
 
 
 class QwenImageCarrier(DoubleBlockCarrier):
@@ -70,6 +74,10 @@ class QwenImageBackbone(MultiModalBackbone):
     autoencoders = ("AutoencoderKLQwenImage",)
     text_parts = ("text_pipeline",)
     classifier_free = True
+
+    def check_length(self, string: str) -> None:
+        longest = min(self.text_tokens, READ_BY_PIPELINE)
+        check_length(self.tokenizer, [string], longest, "extractor.backbone.text_tokens, and at most what its pipeline reads")
 
     def encode(self, strings: Sequence[str]) -> Iterable[TextRecord]:
         for string in strings:

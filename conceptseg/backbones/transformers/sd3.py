@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from conceptseg.backbones.settings import check_length, token_count
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
 from conceptseg.backbones.transformers.concept_stream import SPACES, ConceptCarrier, ConceptTokens, Heads, by_heads, normed
@@ -169,8 +170,17 @@ class SD3Backbone(MultiModalBackbone):
         for string, tokens, vector in zip(strings, hidden, pooled, strict=True):
             yield {"tokens": tokens, "length": torch.tensor(min(own_tokens(t5, string), self.text_tokens)), "pooled": vector}
 
+    def check_length(self, string: str) -> None:
+        check_length(self.tokenizers[2], [string], self.text_tokens, "extractor.backbone.text_tokens, of the T5")
+
     def prompts(self, captions: Sequence[str]) -> Prompts:
         self.encode_text(captions)
+        for caption in dict.fromkeys(captions):
+            if (count := token_count(self.tokenizers[0], caption)) > self.clip_tokens:
+                self.warn_once(
+                    "clip", 'the caption "%s..." has %d CLIP tokens, of which the CLIPs read %d (backbone.clip_tokens): '
+                    "the rest is read by the T5 alone (said once)", caption[:80], count, self.clip_tokens,
+                )  # fmt: skip
         return Prompts(self._stacked("tokens", captions), self._stacked("pooled", captions))
 
     def texts_of(self, caption: str, words: Sequence[str]) -> set[str]:
@@ -179,6 +189,8 @@ class SD3Backbone(MultiModalBackbone):
     def concepts(self, names: Sequence[Sequence[str]]) -> ConceptTokens:
         if self.concept_text == "t5":
             return super().concepts(names)
+        for row in names:
+            self._check_joined(row)
         self.encode_text([" ".join(row) for row in names])
         found = [self._joined_words(row) for row in names]
         words = pooled_tokens([row_words for _, row_words in found], self.concept_pooling)
@@ -192,6 +204,12 @@ class SD3Backbone(MultiModalBackbone):
             None if words.present is None else pad(present, (marks, 0), value=True),
         )
 
+    @property
+    def places_read(self) -> int:
+        return self.clip_tokens if self.concept_text == "joined" else self.text_tokens
+
+    places_setting = "extractor.backbone.clip_tokens, or text_tokens where concept_text is t5"
+
     def word_places(self, words: Sequence[str]) -> list[range]:
         shift = 0 if self.concept_text == "joined" else self.clip_tokens  # the T5's tokens follow the CLIPs'
         return [range(place.start + shift, place.stop + shift) for place in super().word_places(words)]
@@ -202,6 +220,16 @@ class SD3Backbone(MultiModalBackbone):
 
     def _joined_words(self, words: Sequence[str]) -> tuple[Float[Tensor, "m d"], list[Tensor]]:
         """CLIP tokens of one joined prompt: those before the first word (begin-of-text), and those of each word."""
+        joined = " ".join(words)
+        marks, counts = self._check_joined(words)
+        tokens = self.texts[joined]["tokens"].to(self.device)
+        return tokens[:marks], list(tokens[marks : marks + sum(counts)].split(counts))
+
+    def _check_joined(self, words: Sequence[str]) -> tuple[int, list[int]]:
+        """How many CLIP tokens stand before the first word of a joined prompt, and how many each word has.
+
+        Raises DataError if they don't fit, or if a word has other tokens beside its neighbours than alone.
+        """
         tokenizer, joined = self.tokenizers[0], " ".join(words)
         marks = int(tokenizer(joined).input_ids[0] == tokenizer.bos_token_id)
         counts = [own_tokens(tokenizer, word) - marks for word in words]
@@ -210,8 +238,12 @@ class SD3Backbone(MultiModalBackbone):
                 f'the concepts "{joined}" are {sum(counts)} CLIP tokens in one prompt; {self.clip_tokens - marks - 1} fit. '
                 f"Ask for fewer words, or set extractor.backbone.concept_text=t5, which reads every word alone."
             )
-        tokens = self.texts[joined]["tokens"].to(self.device)
-        return tokens[:marks], list(tokens[marks : marks + sum(counts)].split(counts))
+        if own_tokens(tokenizer, joined) != marks + sum(counts):
+            raise DataError(
+                f'the concepts "{joined}" have other CLIP tokens in one prompt than each alone, so they can\'t be told apart. '
+                f"Set extractor.backbone.concept_text=t5, which reads every word alone."
+            )
+        return marks, counts
 
     # ------------------------------------------------------------ the denoiser
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from conceptseg.backbones.settings import token_count, too_long
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
 from conceptseg.backbones.transformers.concept_stream import ConceptCarrier, Heads, by_heads
@@ -102,6 +103,11 @@ class ZImageBackbone(MultiModalBackbone):
     @property
     def layers(self) -> tuple[int, ...]:
         return tuple(range(int(self.config["n_layers"])))
+
+    def check_length(self, string: str) -> None:
+        before, own = (token_count(self.tokenizer, text) for text in (self._before_content(), string))
+        if before + own > self.text_tokens:
+            raise too_long(string, before + own, self.text_tokens, "extractor.backbone.text_tokens, with the chat template")
 
     def encode(self, strings: Sequence[str]) -> Iterable[TextRecord]:
         for string in strings:

@@ -139,22 +139,12 @@ class CrossAttentionTap:
 
     def attach(self, taps: TapSet) -> None:
         """Hook the host. Raises TapError for fused projections, normalised queries, or a compiled host."""
-        if hasattr(taps.model, "_orig_mod") or getattr(taps.model, "_compiled_call_impl", None) is not None:
-            raise TapError(
-                f"tapping {type(taps.model).__name__}: it was compiled by torch.compile, which runs past hooks. Trace it before "
-                f"compiling, or use the module inside (its _orig_mod)."
-            )
         last = max(self.layers, key=lambda layer: layer.runs)
         for path in dict.fromkeys(layer.transformer for layer in self.layers):
             taps.before(path, self._note_grid(path))
         for layer in self.layers:
             attention = taps.module(layer.path)
-            # diffusers leaves fused_projections set after unfusing; what counts is which processor runs.
-            if type(getattr(attention, "processor", None)).__name__.startswith("Fused"):
-                raise TapError(
-                    f"tapping {layer.path}: its projections are fused, so queries and keys can't be read. Call "
-                    f"unfuse_qkv_projections() on the U-Net first."
-                )
+            refuse_fused(layer.path, attention)
             for name in ("norm_q", "norm_k"):
                 if getattr(attention, name, None) is not None:
                     raise TapError(f"tapping {layer.path}: it has {name}, which Stable Diffusion's U-Nets do not; not supported.")
@@ -171,6 +161,7 @@ class CrossAttentionTap:
 
     def _refuse_masks(self, layer: CrossAttention) -> Callable[..., None]:
         def refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            refuse_fused(layer.path, module)
             if kwargs.get("attention_mask") is not None:
                 raise TapError(
                     f"tapping {layer.path}: the call masks text tokens (encoder_attention_mask), which maps would not show. "
@@ -192,13 +183,37 @@ class CrossAttentionTap:
             if len(keys) != len(queries):
                 raise TapError(
                     f"tapping {layer.path}: {len(queries)} rows of images meet {len(keys)} rows of text; "
-                    f"such a pipeline can't be traced."
+                    f"such a pipeline (attention in windows, or rows that share their text) can't be traced."
                 )
-            self.on_layer(Attended(layer, attention, queries, keys, self._grids[layer.transformer]))
+            grid = self._grids[layer.transformer]
+            _check_grid(layer, grid, queries.shape[2], "queries")
+            if layer.path.endswith("attn1"):
+                _check_grid(layer, grid, keys.shape[2], "keys")
+            self.on_layer(Attended(layer, attention, queries, keys, grid))
             if last and self.stop:
                 raise StopForward
 
         return at_keys
+
+
+def refuse_fused(path: str, attention: nn.Module) -> None:
+    """Raises TapError where queries and keys come out of one matrix."""
+    # diffusers leaves fused_projections set after unfusing; what counts is which processor runs.
+    if type(getattr(attention, "processor", None)).__name__.startswith("Fused"):
+        raise TapError(
+            f"tapping {path}: its projections are fused, so queries and keys can't be read. Call "
+            f"unfuse_qkv_projections() on the U-Net first."
+        )
+
+
+def _check_grid(layer: CrossAttention, grid: tuple[int, int], found: int, what: str) -> None:
+    """Raises TapError where the image's positions are not those of its grid: they could not be laid out as a map."""
+    if found != grid[0] * grid[1]:
+        raise TapError(
+            f"tapping {layer.path}: {found} {what} of the image, but its grid of {grid[0]} x {grid[1]} has {grid[0] * grid[1]} "
+            f"positions. Token merging (tomesd), or attention in windows or to a sparse choice of positions, changed them. Undo "
+            f"it (tomesd.remove_patch(pipe)), or keep it out of this attention (merge_crossattn=False)."
+        )
 
 
 def kept_rows(rows: int, guided: bool, rule: str) -> slice:

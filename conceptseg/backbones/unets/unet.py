@@ -120,7 +120,8 @@ class UNetBackbone(LatentCheckpoint):
     # ------------------------------------------------------------ text
 
     def encode_text(self, strings: Sequence[str]) -> None:
-        """Put every string that is new into the cache. Raises DataError for a word the tokenizer does not know."""
+        """Put every string that is new into the cache. Raises DataError for an unknown word, or a text that is cut."""
+        self.check_lengths(strings)
         new = [s for s in dict.fromkeys(strings) if s not in self.texts]
         if not new:
             return
