@@ -27,10 +27,13 @@ def nearest_centre(array: Shaped[np.ndarray, "H W"], size: tuple[int, int]) -> S
 
 
 def bilinear(maps: Float[np.ndarray, "C H W"], size: tuple[int, int]) -> Float[np.ndarray, "C h w"]:
-    """Bilinear between pixel centres, antialiased when shrinking."""
-    tensor = torch.from_numpy(np.ascontiguousarray(maps, dtype=np.float32))[None]
+    """Bilinear between pixel centres, antialiased when shrinking.
+
+    Formed in float64 and then rounded to float32: equal scores stay equal, and every processor breaks ties alike.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(maps, dtype=np.float64))[None]
     shrinks = size[0] < maps.shape[-2] or size[1] < maps.shape[-1]
-    return interpolate(tensor, size=size, mode="bilinear", antialias=shrinks)[0].numpy()
+    return interpolate(tensor, size=size, mode="bilinear", antialias=shrinks)[0].float().numpy()
 
 
 def resize_image(image: Shaped[np.ndarray, "H W 3"], size: tuple[int, int], resample: str) -> Shaped[np.ndarray, "h w 3"]:

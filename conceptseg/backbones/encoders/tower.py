@@ -162,13 +162,14 @@ def resized_positions(
     rule "timm" resamples to the new size, antialiased. "dino" gives the scale factors (rows + 0.1) / side and
     (columns + 0.1) / side to the interpolation, which places its samples by them, without antialiasing, and takes the
     embedding as it is only for the old count of patches on a square grid; so does NACLIP.
+    Computed in float64, so that every processor rounds to the same bits.
     """
     untouched = new == old if rule == "timm" else new[0] * new[1] == old[0] * old[1] and new[0] == new[1]
     if untouched:
         return positions
     first, rest = positions[:prefix], rearrange(positions[prefix:], "(h w) d -> 1 d h w", h=old[0])
     if rule == "timm":
-        resized = interpolate(rest.float(), size=new, mode="bicubic", antialias=True)
+        resized = interpolate(rest.double(), size=new, mode="bicubic", antialias=True)
     else:
-        resized = interpolate(rest, scale_factor=((new[0] + 0.1) / old[0], (new[1] + 0.1) / old[1]), mode="bicubic")
+        resized = interpolate(rest.double(), scale_factor=((new[0] + 0.1) / old[0], (new[1] + 0.1) / old[1]), mode="bicubic")
     return torch.cat([first, rearrange(resized.to(positions), "1 d h w -> (h w) d")])
