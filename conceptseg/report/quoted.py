@@ -1,4 +1,4 @@
-"""Numbers that others printed: benchmarks/<claim>/published.yaml, each with its source and the definition that it obeys."""
+"""Numbers that others printed: benchmarks/<claim>/quoted.yaml, each with its source and the definition that it obeys."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class QuotedColumn:
-    """A column of the published table."""
+    """A column of the quoted table."""
 
     label: str
     text: str
@@ -38,7 +38,7 @@ class QuotedColumn:
 
 @dataclass(frozen=True, slots=True)
 class QuotedRow:
-    """A row of the published table, in percent as printed."""
+    """A row of the quoted table, in percent as printed."""
 
     row: str
     """Name; unique in its claim."""
@@ -57,7 +57,7 @@ class QuotedRow:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One published table or curve."""
+    """One quoted table or curve."""
 
     name: str
     """Folder under benchmarks/."""
@@ -70,14 +70,14 @@ class Claim:
         for row in self.rows:
             if row.row == name:
                 return row
-        raise ReportError(f'{self.name}: no published row "{name}". {did_you_mean(name, [row.row for row in self.rows])}')
+        raise ReportError(f'{self.name}: no quoted row "{name}". {did_you_mean(name, [row.row for row in self.rows])}')
 
 
 def shipped(claim: str) -> Path:
-    """published.yaml of a claim, in the installed package or in the checkout beside it."""
+    """quoted.yaml of a claim, in the installed package or in the checkout beside it."""
     package = Path(str(resources.files("conceptseg")))
-    inside = package / "benchmarks" / claim / "published.yaml"
-    return inside if inside.exists() else package.parent / "benchmarks" / claim / "published.yaml"
+    inside = package / "benchmarks" / claim / "quoted.yaml"
+    return inside if inside.exists() else package.parent / "benchmarks" / claim / "quoted.yaml"
 
 
 def load_claim(path: Path) -> Claim:
@@ -85,7 +85,7 @@ def load_claim(path: Path) -> Claim:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ReportError(f"can't read the published numbers {path}: {error.strerror}.") from error
+        raise ReportError(f"can't read the quoted numbers {path}: {error.strerror}.") from error
     except yaml.YAMLError as error:
         raise ReportError(f"{path} is not YAML: {error}") from error
     _keys(data, ("title", "sources", "columns", "rows"), str(path))

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from conceptseg.errors import ResumeError, StoreError
 from conceptseg.store.schema import SCHEMA, TIMING_FIELDS, Manifest, Row, RowKey
-from conceptseg.types import AP_NAMES
+from conceptseg.types import PER_IMAGE
 
 
 class RunStore:
@@ -220,7 +220,7 @@ def _parquet_schema() -> Any:
         + [("words", pa.list_(pa.string()))]
         + [(name, counts) for name in ("classes", "inter", "pred", "label", "pred_void")]
         + [(name, pa.int64()) for name in ("valid", "correct", "void")]
-        + [("ap", pa.struct([(name, pa.float64()) for name in AP_NAMES])), ("seconds", pa.float64())]
+        + [("ap", pa.struct([(name, pa.float64()) for name in PER_IMAGE])), ("seconds", pa.float64())]
     )
 
 
