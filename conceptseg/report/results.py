@@ -18,9 +18,9 @@ from conceptseg.report.strict_json import build
 SCHEMA = 1
 ABSENT = "\u2013"  # an en dash, where a row has no such metric
 
-Kind = Literal["standard", "released", "published", "difference", "cost"]
+Kind = Literal["standard", "released", "quoted", "difference", "cost"]
 KIND_NAMES: dict[Kind, str] = {
-    "published": "quoted", "released": "released protocol", "standard": "standard protocol",
+    "quoted": "quoted", "released": "released protocol", "standard": "standard protocol",
     "difference": "paired difference", "cost": "cost",
 }  # fmt: skip
 Group = Literal["controls", "methods"]
@@ -47,6 +47,8 @@ class Column:
     or what computing cost."""
     places: int = 1
     """Decimals of a percentage: one for numbers computed here, as many as were printed for quoted ones."""
+    headline: bool = False
+    """Whether the first screen of RESULTS.md shows it, for the rows that it shows."""
 
     @property
     def heading(self) -> str:
@@ -55,7 +57,7 @@ class Column:
     @property
     def caveat(self) -> str:
         """Printed under the heading of every column that is not the correct definition computed here."""
-        return {"standard": "", "released": "released", "published": "quoted", "difference": "", "cost": ""}[self.kind]
+        return {"standard": "", "released": "released", "quoted": "quoted", "difference": "", "cost": ""}[self.kind]
 
     def written(self, value: Value) -> tuple[str, str]:
         """The number and its interval as text; the interval is empty for a quoted number that has none.
@@ -63,15 +65,33 @@ class Column:
         >>> Column("miou", "mIoU", True, "", "", "standard").written(Value(0.561, 0.503, 0.612, 64))
         ('56.1', '[50.3, 61.2]')
         """
-        numbers = [v for v in (value.value, value.low, value.high) if v is not None]
-        if self.percent:
-            scale, places = 100, self.places
-        else:
-            largest = max(abs(v) for v in numbers)
-            scale, places = 1, 3 if largest < 10 else 1 if largest < 1000 else 0
-        sign = "+" if self.kind == "difference" else ""
-        value_text, *bounds = (f"{scale * v:{sign}.{places}f}" for v in numbers)
+        value_text, *bounds = (self.printed(value, number) for number in value.numbers)
         return value_text + value.mark, f"[{', '.join(bounds)}]" if bounds else ""
+
+    def printed(self, value: Value, number: float) -> str:
+        """A number as text with the decimals that `value` and its interval have."""
+        scale, shift = (100, 2) if self.percent else (1, 0)
+        sign = "+" if self.kind == "difference" else ""
+        return f"{scale * number:{sign}.{self.decimals(value) - shift}f}"
+
+    def decimals(self, value: Value) -> int:
+        """Decimals of the stored number that are seen in print: three for a percentage printed with one.
+
+        >>> Column("miou", "mIoU", True, "", "", "standard").decimals(Value(0.561, 0.503, 0.612, 64))
+        3
+        """
+        if self.percent:
+            return self.places + 2
+        largest = max(abs(v) for v in value.numbers)
+        return 3 if largest < 10 else 1 if largest < 1000 else 0
+
+    def tolerance(self, value: Value) -> float:
+        """How far another machine's rounding may move a number before it is published anew: one unit of the last printed digit.
+
+        >>> Column("miou", "mIoU", True, "", "", "standard").tolerance(Value(0.561, 0.503, 0.612, 64))
+        0.001
+        """
+        return float(10 ** -self.decimals(value))
 
 
 def by_kind(columns: Sequence[Column]) -> list[tuple[Kind, tuple[Column, ...]]]:
@@ -94,6 +114,11 @@ class Value:
     mark: str = ""
     """A sign printed behind the number and explained in the table's notes, such as one for another definition."""
 
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The value, and the ends of its interval where it has one."""
+        return tuple(v for v in (self.value, self.low, self.high) if v is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class Behind:
@@ -112,7 +137,7 @@ class Behind:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """One method or control, on one data set under one protocol."""
 
     name: str
@@ -142,7 +167,7 @@ class Row:
     status: Status
     """Whether the row was computed."""
     note: str
-    """Anything a reader must know beside the number, such as what a row that was not run needs."""
+    """Anything a reader must know beside the number."""
     told: str = ""
     """What the method is told of an image; empty in tables of older versions."""
     trained_on: str = ""
@@ -155,6 +180,12 @@ class Row:
     """In a table that is a curve: the line that this row is a point of."""
     x: float | None = None
     """In a table that is a curve: where on the axis."""
+    needs: tuple[str, ...] = ()
+    """Weights and data that a row which was not run needs, each with its size or the script that fetches it."""
+    command: str = ""
+    """Command that runs it once they are there."""
+    headline: bool = False
+    """Whether the first screen of RESULTS.md shows the row."""
 
     @property
     def runs(self) -> tuple[Behind, ...]:
@@ -188,22 +219,22 @@ class Block:
     """Name and version of the protocol."""
     text: str
     """What is asked of a method, in a sentence."""
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     """In printing order within each group."""
     axis: str = ""
     """What a curve's x is, such as "layer"; empty where rows are no points."""
 
     @property
-    def ordered_rows(self) -> tuple[Row, ...]:
+    def ordered_rows(self) -> tuple[TableRow, ...]:
         return tuple(sorted(self.rows, key=lambda row: row.group != "controls"))
 
     @property
     def declared(self) -> tuple[tuple[str, str], ...]:
-        """(heading, field of Row) of the declared properties that some row has: columns of the printed table."""
+        """(heading, field of TableRow) of the declared properties that some row has: columns of the printed table."""
         headings = (("told", "told"), ("trained on", "trained_on"), ("argmax", "argmax"))
         return tuple((heading, name) for heading, name in headings if any(getattr(row, name) for row in self.rows))
 
-    def cell(self, row: Row, column: Column) -> Cell | None:
+    def cell(self, row: TableRow, column: Column) -> Cell | None:
         """What stands in a printed table; None where the row has no such number."""
         if column.name not in row.values:
             return None
@@ -215,7 +246,7 @@ class Block:
     def best(self, column: Column) -> str | None:
         """The largest value of a method as it is printed, so that rows that look alike share the place; None for quotations."""
         values = [row.values[column.name] for row in self.rows if row.group == "methods" and column.name in row.values]
-        if column.kind in ("published", "difference", "cost") or not values:
+        if column.kind in ("quoted", "difference", "cost") or not values:
             return None
         return column.written(max(values, key=lambda value: value.value))[0]
 
@@ -249,6 +280,25 @@ class Results:
             listed = "\n  ".join(problems[:10]) + (f"\n  and {len(problems) - 10} more" if len(problems) > 10 else "")
             raise ReportError(f'table "{self.table}" can\'t be reported:\n  {listed}\n  Compute it again: {self.command}')
 
+    @property
+    def computed(self) -> bool:
+        """Whether any row was run."""
+        return any(row.runs for block in self.blocks for row in block.rows)
+
+    @property
+    def unrun(self) -> tuple[TableRow, ...]:
+        """Rows that say what they need, each name once."""
+        rows = {row.name: row for block in self.blocks for row in block.ordered_rows if row.needs}
+        return tuple(rows.values())
+
+    @property
+    def needs(self) -> dict[tuple[str, ...], list[str]]:
+        """What rows that were not run need -> names of those rows."""
+        grouped: dict[tuple[str, ...], list[str]] = {}
+        for row in self.unrun:
+            grouped.setdefault(row.needs, []).append(row.name)
+        return grouped
+
     @classmethod
     def from_json(cls, data: object, where: str = "results") -> Results:
         if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
@@ -257,7 +307,7 @@ class Results:
                 f"{where}: this version reads tables of schema {SCHEMA}, but the file has schema {got!r}.\n"
                 "  Compute the table again, or use the conceptseg version that wrote it."
             )
-        body = {key: value for key, value in data.items() if key != "schema"}
+        body = _with_current_names({key: value for key, value in data.items() if key != "schema"})
         return build(cls, body, where)
 
     def to_json(self) -> dict[str, Any]:
@@ -275,8 +325,31 @@ class Results:
 
 _OPTIONAL: dict[str, tuple[object, ...]] = {
     "interval": ("",), "sheet": (None, ""), "places": (1,), "mark": ("",), "told": ("",), "trained_on": ("",), "argmax": ("",),
-    "also": ((), []), "series": ("",), "x": (None,), "axis": ("",),
+    "also": ((), []), "series": ("",), "x": (None,), "axis": ("",), "needs": ((), []), "command": ("",), "headline": (False,),
 }  # fmt: skip
+
+
+def _with_current_names(data: Any) -> Any:
+    """A plain table with today's names of columns and kinds: quoted columns and released metrics were called published."""
+    if isinstance(data, list):
+        return [_with_current_names(one) for one in data]
+    if not isinstance(data, Mapping):
+        return data
+    found = {key: _with_current_names(value) for key, value in data.items()}
+    if isinstance(found.get("values"), Mapping):
+        found["values"] = {_current_column(name): value for name, value in found["values"].items()}
+    if "label" in found and isinstance(found.get("name"), str):
+        found["name"] = _current_column(found["name"])
+        found |= {"kind": "quoted"} if found.get("kind") == "published" else {}
+    return found
+
+
+def _current_column(name: str) -> str:
+    """
+    >>> [_current_column(n) for n in ("published/miou", "released/published_ap_two_channel", "miou_dataset")]
+    ['quoted/miou', 'released/released_ap_two_channel', 'miou_dataset']
+    """
+    return re.sub(r"^(released/|standard/|)published_", r"\1released_", re.sub("^published/", "quoted/", name))
 
 
 def load(path: Path) -> Results:
@@ -334,7 +407,7 @@ def _row_problems(results: Results) -> list[str]:
             for name, value in row.values.items():
                 if name not in columns:
                     problems.append(f'{where}: unknown metric "{name}". {did_you_mean(name, columns)}')
-                elif row.status != "ok" and columns[name].kind != "published":
+                elif row.status != "ok" and columns[name].kind != "quoted":
                     problems.append(f'{where}: has a value of "{name}", but its status is "{row.status}"')
                 else:
                     problems += [f'{where}, metric "{name}": {problem}' for problem in _value_problems(value, columns[name])]
@@ -342,18 +415,18 @@ def _row_problems(results: Results) -> list[str]:
 
 
 def _value_problems(value: Value, column: Column) -> list[str]:
-    numbers = [v for v in (value.value, value.low, value.high) if v is not None]
+    numbers = value.numbers
     if not all(math.isfinite(v) for v in numbers):
-        return [f"{numbers} is not finite; leave a metric out where it is undefined"]
+        return [f"{list(numbers)} is not finite; leave a metric out where it is undefined"]
     problems = []
     if (value.low is None) != (value.high is None):
         problems.append("has one end of an interval without the other")
     elif value.low is None or value.high is None:
-        if column.kind not in ("published", "cost") and value.n != 1:
-            problems.append("has no interval; only quoted numbers (kind published), costs and single images may lack one")
+        if column.kind not in ("quoted", "cost") and value.n != 1:
+            problems.append("has no interval; only quoted numbers, costs and single images may lack one")
     elif value.low > value.high:  # the value itself may lie outside: percentile intervals of skewed statistics do that
         problems.append(f"its interval [{value.low:g}, {value.high:g}] is upside down")
-    if (value.n is None and column.kind not in ("published", "cost")) or (value.n is not None and value.n < 1):
+    if (value.n is None and column.kind not in ("quoted", "cost")) or (value.n is not None and value.n < 1):
         problems.append(f"n is {value.n}, but a number rests on at least one sample")
     if column.percent and any(abs(v) > 1 + 1e-9 for v in numbers):
         problems.append(f"{value.value:g} is not a share between -1 and 1, as a column in percent wants")

@@ -28,6 +28,8 @@ class RowSheet:
     """Key of a segmenter of the protocol; null takes the block's."""
     picture: bool = False
     """Whether the row is on the picture sheet, if the block draws one."""
+    headline: bool = False
+    """Whether the row is on the first screen of RESULTS.md."""
     note: str = ""
 
 
@@ -60,6 +62,8 @@ class TableSheet:
     columns: tuple[str, ...]
     blocks: tuple[BlockSheet, ...]
     against: tuple[Against, ...] = ()
+    headline: tuple[str, ...] = ()
+    """Columns of the first screen of RESULTS.md, those of them that the table has."""
     notes: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     """Names of the rows that are computed; all of them where it is empty."""
@@ -155,7 +159,7 @@ class PaperTable:
     """A paper's table: as printed, under the released protocol and under the standard one."""
 
     title: str
-    published: str
+    claim: str
     """Name of the claim under benchmarks/ that is quoted."""
     blocks: tuple[PaperBlock, ...]
     quoted: tuple[str, ...] = ()
@@ -181,7 +185,7 @@ class PaperTable:
         return {protocol: part for protocol, part in both.items() if part is not None}
 
 
-OF_PAPERS = {"published", "quoted", *PROTOCOLS}
+OF_PAPERS = {"claim", "quoted", *PROTOCOLS}
 """Keys that only a paper's table has."""
 
 

@@ -11,8 +11,7 @@ import pytest
 
 from conceptseg import files
 from conceptseg.files import remove_abandoned_parts, write_atomically, written_aside
-from conceptseg.report.results import load
-from conceptseg.report.results_md import update
+from conceptseg.report.results_md import check
 from conceptseg.store.cost import Cost, measured, read_cost
 
 DEAD = 4_000_000
@@ -62,29 +61,29 @@ def test_a_folder_takes_the_place_of_one_that_holds_files(tmp_path):
 WRITER = """
 import sys, dataclasses
 from pathlib import Path
+from conceptseg.report.publish import publish
 from conceptseg.report.results import load
-from conceptseg.report.results_md import update
-table = load(Path(sys.argv[1]))
+table, here = load(Path(sys.argv[1])), Path(sys.argv[2])
 sys.stdin.read(1)
-for number in range(15):
-    update(Path(sys.argv[2]), dataclasses.replace(table, table=f"{sys.argv[3]}{number}"))
+for number in range(4):
+    publish(dataclasses.replace(table, table=f"{sys.argv[3]}{number}"), here / "made", here / "benchmarks", here / "RESULTS.md")
 """
 
 
 def test_two_writers_of_results_md_lose_no_section(tmp_path):
-    published = files.Path(__file__).parents[2] / "benchmarks" / "lab" / "results.json"
-    target = tmp_path / "RESULTS.md"
+    table = files.Path(__file__).parents[2] / "benchmarks" / "lab" / "results.json"
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(published), str(target), name], stdin=subprocess.PIPE)
-        for name in "abc"
+        subprocess.Popen([sys.executable, "-c", WRITER, str(table), str(tmp_path), name], stdin=subprocess.PIPE) for name in "abc"
     ]
     for writer in writers:
         writer.stdin.write(b".")
         writer.stdin.close()
     assert [writer.wait(timeout=100) for writer in writers] == [0, 0, 0]
-    update(target, load(published))
-    assert target.read_text().count("conceptseg:begin") == 46
-    assert [path.name for path in tmp_path.iterdir()] == ["RESULTS.md"]
+    assert check(tmp_path / "RESULTS.md", tmp_path / "benchmarks") == []
+    assert all(
+        f"conceptseg:begin {name}{number} " in (tmp_path / "RESULTS.md").read_text() for name in "abc" for number in range(4)
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["RESULTS.md", "benchmarks"]
 
 
 @pytest.mark.parametrize(
