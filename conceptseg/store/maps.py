@@ -43,7 +43,7 @@ class MapKeeper:
         self._write(self._path(task.key, view, segmenter), prediction.labels)
 
     def _path(self, sample: str, view: str, what: str) -> Path:
-        return self.folder / file_name(view) / f"{file_name(sample, what)}.png"
+        return self.folder / _folder_name(view) / f"{file_name(sample, what)}.png"
 
     def _write(self, path: Path, picture: np.ndarray) -> None:
         buffer = io.BytesIO()
@@ -101,11 +101,16 @@ def file_name(*names: str) -> str:
     """A name for a file or folder that no other names give, also on disks that fold case: readable parts and a digest of all.
 
     >>> file_name("trip 1", "map"), file_name("trip_1", "map")
-    ('trip_1.map-e22b8b78545d4b7e', 'trip_1.map-7d8a1f2f5e4c3a10')
+    ('trip_1.map-7532c616457a0b82', 'trip_1.map-0bec611efc24a743')
     """
     told = json.dumps(names).encode()
     readable = ".".join(_slug(name)[:60] for name in names).lstrip(".")
     return f"{readable}-{hashlib.blake2b(told, digest_size=8).hexdigest()}"
+
+
+def _folder_name(view: str) -> str:
+    """The view itself where it is a plain word, which no `file_name` is: those end in a hyphen and a digest."""
+    return view if re.fullmatch("[a-z0-9_]{1,60}", view) else file_name(view)
 
 
 def _slug(text: str) -> str:

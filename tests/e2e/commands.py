@@ -139,11 +139,11 @@ def lines_of(run: Path) -> list[bytes]:
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
-    """Every row of a run without its times and the digest that covers them, sorted by key."""
+    """Every row of a run without its times, the digest that covers them and the run's name, sorted by key."""
     rows = [json.loads(line) for line in lines_of(run)]
     for row in rows:
-        row.pop("seconds", None)
-        row.pop("check", None)
+        for name in ("seconds", "check", "run"):
+            row.pop(name, None)
     return sorted(rows, key=lambda row: (row["sample"], row["view"], row["segmenter"], row["status"]))
 
 
