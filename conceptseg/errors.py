@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from math import inf
 from typing import Any
 
 
@@ -73,6 +74,32 @@ def in_range(key: str, value: float | None, least: float, most: float) -> None:
     """
     if value is not None and not least <= value <= most:
         raise ConfigError(f"{key} is {value}; wanted {least:,} to {most:,}.")
+
+
+def real_number(key: str, value: Any, least: float = -inf, most: float = inf) -> float:
+    """The setting `key` as a float. Raise ConfigError for what is no finite number from `least` to `most`.
+
+    >>> real_number("views.blur", -1, 0)
+    Traceback (most recent call last):
+    conceptseg.errors.ConfigError: views.blur is -1; wanted a number of at least 0.
+    """
+    bounds = f"of at least {least:,}" if most == inf else f"from {least:,} to {most:,}"
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and -inf < value < inf and least <= value <= most
+    if not fits:
+        raise ConfigError(f"{key} is {value!r}; wanted a number{'' if least == -inf else f' {bounds}'}.")
+    return float(value)
+
+
+def whole_number(key: str, value: Any, least: int, most: int = 2**63 - 1) -> int:
+    """The setting `key` as an int. Raise ConfigError for what is no whole number from `least` to `most`.
+
+    >>> whole_number("extractor.seed", "abc", 0)
+    Traceback (most recent call last):
+    conceptseg.errors.ConfigError: extractor.seed is 'abc'; wanted a whole number of at least 0.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ConfigError(f"{key} is {value!r}; wanted a whole number of at least {least:,}.")
+    return value
 
 
 def guarded(main: Callable[[], int | None]) -> Callable[[], None]:

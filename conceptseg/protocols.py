@@ -50,7 +50,7 @@ class SegmentationProtocol:
         name: str,
         version: int,
         task: str,
-        background: Sequence[str],
+        background: Sequence[Any],
         segmenters: Iterable[Segmenter],
         caption: str = "a {word}",
         caption_join: str = " and ",

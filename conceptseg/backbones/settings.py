@@ -9,15 +9,26 @@ import torch
 
 from conceptseg.errors import ConfigError, DataError, did_you_mean, one_of
 
+DEVICES = ("cpu", "cuda", "mps", "xpu", "meta")
+"""Kinds of devices that models run on; "meta" holds no values, for counting."""
+
 
 def device_of(name: str) -> torch.device:
     """Raises ConfigError for a device that torch does not know or see."""
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f'runtime.device: unknown "{name}". {did_you_mean(name, ["cpu", "cuda", "cuda:0", "mps"])}') from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f'runtime.device is "{name}", but torch sees no CUDA device here. Use runtime.device=cpu.')
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise ConfigError(
+            f'runtime.device is "{name}", but torch sees {torch.cuda.device_count()} CUDA devices here, numbered from 0.'
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f'runtime.device is "{name}", but torch sees no Apple GPU (MPS) here. Use runtime.device=cpu.')
+    if device.type not in DEVICES:
+        raise ConfigError(f'runtime.device is "{name}". {did_you_mean(name, DEVICES)}')
     return device
 
 

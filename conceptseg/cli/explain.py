@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conceptseg.errors import ConceptSegError, ConfigError, did_you_mean
+from conceptseg.errors import ConceptSegError, ConfigError, did_you_mean, real_number, whole_number
+from conceptseg.types import check_distinct, checked_word
 
 SETTINGS: dict[str, str] = {
     "image": "an image file to explain, or",
@@ -26,37 +27,71 @@ SETTINGS: dict[str, str] = {
     "layers": '"14-17", "last 4", all (last half)',
     "timesteps": "for an image: noise levels in (0, 1] ([0.5])",
     "draws": "for an image: noise draws that are averaged (1)",
-    "softmax": "per_cell, of_mean, tokens, none (per_cell)",
+    "softmax": "per_cell, of_mean, tokens, none (per_cell, of one concept none)",
     "normalize": "none, linear, unit (none)",
     "blur": "sigma of a 3 x 3 Gaussian (0)",
 }
 VIEW = ("space", "layers", "timesteps", "draws", "softmax", "normalize", "blur")
 
 
-def parse(words: Sequence[str]) -> dict[str, Any]:
-    """Settings from "key=value" words, values read as YAML. Raises ConfigError for an unknown key or one that is needed."""
-    import yaml
+TEXTS = ("image", "prompt", "model", "out", "maps", "caption", "device", "space", "layers", "softmax", "normalize")
+"""Settings taken as they are written; others are read as YAML."""
+FOR_PROMPTS, FOR_IMAGES = ("steps", "guidance"), ("caption", "timesteps", "draws")
 
+
+def parse(words: Sequence[str]) -> dict[str, Any]:
+    """Settings from "key=value" words. Raises ConfigError for a word that is no setting, or a value of another kind."""
     given: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or key not in SETTINGS:
             raise ConfigError(f'conceptseg-explain: can\'t read "{word}". {did_you_mean(key, SETTINGS)} Write key=value.')
-        given[key] = (
-            str(value) if key in ("image", "prompt", "caption", "model", "out", "maps", "layers") else yaml.safe_load(value)
-        )
+        if key in given:
+            raise ConfigError(f'conceptseg-explain: {key} is given twice, the second time as "{value}". Leave one out.')
+        given[key] = value if key in TEXTS else _read(key, value)
+        if value == "" and key != "caption":
+            raise ConfigError(f"conceptseg-explain: {key} is empty; wanted {SETTINGS[key]}.")
     if ("image" in given) == ("prompt" in given):
         raise ConfigError("conceptseg-explain: wanted one of image=photo.jpg and prompt='a dragon on a rock'.")
     if not isinstance(given.get("concepts"), list):
         raise ConfigError("conceptseg-explain: wanted the words to look for, such as concepts=[dragon,rock].")
-    given["concepts"] = [str(word) for word in given["concepts"]]
+    unused, what = (FOR_IMAGES, "image=") if "prompt" in given else (FOR_PROMPTS, "prompt=")
+    if useless := [key for key in unused if key in given]:
+        raise ConfigError(f"conceptseg-explain: {useless[0]} changes nothing here, it goes with {what}. Leave it out.")
+    given["concepts"] = [checked_word(word, f"concepts.{k}") for k, word in enumerate(given["concepts"])]
+    check_distinct(given["concepts"], "concepts", ConfigError)
     return given
+
+
+def _read(key: str, value: str) -> Any:
+    """A value read as YAML and held against what its setting is. Raises ConfigError."""
+    import yaml
+
+    where = f"conceptseg-explain: {key}"
+    try:
+        found = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(
+            f'{where}: "{value}" can\'t be read: {str(error).splitlines()[0]}. Is a bracket or quote open?'
+        ) from error
+    if key in ("size", "timesteps"):
+        if not isinstance(found, list) or (key == "size" and len(found) != 2):
+            wanted = "[height,width], such as [512,768]" if key == "size" else "a list of noise levels, such as [0.5]"
+            raise ConfigError(f"{where} is {value}; wanted {wanted}.")
+        return [whole_number(where, one, 1) if key == "size" else real_number(where, one) for one in found]
+    if key in ("seed", "steps", "draws"):
+        return whole_number(where, found, 0 if key == "seed" else 1)
+    return real_number(where, found, 0) if key in ("guidance", "blur") else found
 
 
 def explain(given: dict[str, Any]) -> list[Path]:
     """Do what the settings say; the files that were written."""
     from conceptseg.extractors.concept_attention import ConceptAttention
+    from conceptseg.extractors.explanation import NUMBERS, PICTURES, checked_place
 
+    out = checked_place(given.get("out", "explained.png"), PICTURES, "conceptseg-explain: out")
+    if "maps" in given:
+        checked_place(given["maps"], (NUMBERS,), "conceptseg-explain: maps")
     method = ConceptAttention.from_pretrained(
         given.get("model", "lab_flux"), device=given.get("device", "cpu"), seed=given.get("seed", 0)
     )
@@ -64,7 +99,6 @@ def explain(given: dict[str, Any]) -> list[Path]:
     size = tuple(given["size"]) if "size" in given else None
     about = Path(given["image"]) if "image" in given else given["prompt"]
     found = method.explain(about, given["concepts"], size=size, **chosen)
-    out = Path(given.get("out", "explained.png"))
     written = [found.save(out)]
     if "prompt" in given:
         written.append(found.save_image(out.with_stem(f"{out.stem}_image")))

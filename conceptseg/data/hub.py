@@ -56,7 +56,7 @@ class HubTable(SegmentationDataset):
         revision: str | None = None,
         image_column: str = "image",
         mask_column: str = "mask",
-        words: str | Mapping[Any, str] = "voc",
+        words: str | Mapping[Any, Any] = "voc",
         mask_encoding: str = "index",
         limit: int | None = None,
         id_column: str | None = None,
@@ -298,7 +298,7 @@ def is_table_folder(path: Path) -> bool:
     return saved or bool(_shards(path)) or bool(_image_folders(path))
 
 
-def _checked_words(words: str | Mapping[Any, str]) -> dict[int, str]:
+def _checked_words(words: str | Mapping[Any, Any]) -> dict[int, str]:
     if isinstance(words, str):
         if words not in _LISTS:
             raise ConfigError(

@@ -54,7 +54,7 @@ class CLIPasRNN(ImageModelMethod):
         self,
         backbone: CLIPBackbone,
         judge: CLIPBackbone,
-        background: Sequence[str],
+        background: Sequence[Any],
         prompts: Sequence[str] = PROPOSAL_PROMPTS,
         mask_level: float = 0.4,
         keep: float = 0.6,

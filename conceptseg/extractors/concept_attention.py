@@ -22,18 +22,18 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from conceptseg.backbones.base import sample_noise, sample_seed, shared_noise, stack_images
+from conceptseg.backbones.base import GREATEST_SIDE, sample_noise, sample_seed, shared_noise, stack_images
 from conceptseg.backbones.sheets import backbone_of
 from conceptseg.backbones.transformers.concept_stream import SPACES, ConceptStream, ConceptTokens, StreamActivations
 from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
 from conceptseg.backbones.transformers.prompts import Prompts
-from conceptseg.errors import ConfigError, one_of
+from conceptseg.errors import ConfigError, DataError, one_of, real_number, whole_number
 from conceptseg.extractors.base import Extractor, Provenance
-from conceptseg.extractors.explanation import Explanation, as_pixels, read_pixels
+from conceptseg.extractors.explanation import Explanation, as_pixels, checked_maps, read_pixels
 from conceptseg.saliency.cells import CellStore, cell_scores, kinds_by_layer
 from conceptseg.saliency.normalize import linear_over_concepts, unit_length
-from conceptseg.saliency.views import Axes, CellKind, Normalize, View, expand_views
-from conceptseg.types import Batch, SaliencyMaps, Task
+from conceptseg.saliency.views import Axes, CellKind, Normalize, Softmax, View, expand_views
+from conceptseg.types import Batch, SaliencyMaps, Task, check_distinct, checked_word
 
 
 class ConceptAttention(Extractor):
@@ -64,6 +64,8 @@ class ConceptAttention(Extractor):
         self.cross_attention, self.self_attention = concept_cross_attention, concept_self_attention
         one_of("extractor.noise", noise, ("per_sample", "shared"))
         one_of("extractor.posterior", posterior, ("mode", "sample"))
+        real_number("extractor.guidance", guidance)
+        whole_number("extractor.seed", seed, -(2**63))
         self.noise, self.posterior, self.guidance, self.seed = noise, posterior, guidance, seed
 
     def axes(self) -> Axes:
@@ -214,19 +216,37 @@ class ConceptAttention(Extractor):
         caption: what is said of a real image; by default "a x and a y" of the concepts. size: (height, width) the model is shown;
         by default the image's own proportions at the area of the backbone's image size. steps, guidance: for prompts.
         view: settings of the view: space, layers, timesteps, draws, normalize, softmax, fold, blur; by default the paper's:
-        output space, upper half of the layers, t = 0.5 (prompts: all steps), softmax over concepts. Raises ConfigError, ViewError
-        or DataError.
+        output space, upper half of the layers, t = 0.5 (prompts: all steps), softmax over concepts (none for a single concept).
+        Raises ConfigError or ViewError for a setting, before the model runs; DataError for an image or word that can't be
+        explained, and for maps that hold NaN or are the same number everywhere.
         """
-        names = tuple(concepts)
-        if not names or isinstance(concepts, str):
-            raise ConfigError(f"explain: wanted a list of concepts, such as ['dragon', 'rock'], but got {concepts!r}.")
-        chosen = {"space": "output", "layers": "last half", "timesteps": [0.5], "softmax": "per_cell", **view}
-        (one,) = expand_views({"view": chosen}, self.axes()).values()
+        names = _checked_concepts(concepts)
+        softmax = "per_cell" if len(names) > 1 else "none"
+        chosen = {"space": "output", "layers": "last half", "timesteps": [0.5], "softmax": softmax, **view}
+        views = list(expand_views({"view": chosen}, self.axes()).values())
+        if len(views) != 1:
+            raise ConfigError(f"explain: {len(views)} views were asked for; name one space, and leave out each.")
+        (one,) = views
+        if len(names) == 1 and (one.softmax in (Softmax.PER_CELL, Softmax.OF_MEAN) or one.normalize is Normalize.LINEAR):
+            raise ConfigError(
+                f'explain: "{names[0]}" is the only concept, and softmax={one.softmax}, normalize={one.normalize} compare '
+                f"concepts: its map would be the same everywhere. Name a second one, or set softmax=none and normalize=none."
+            )
+        size = None if size is None else self._checked_size(size)
+        steps = whole_number("explain: steps", steps, 1, 100_000)
+        guidance = real_number("explain: guidance", guidance, 0)
+        if not isinstance(caption, str | None):
+            raise ConfigError(f"explain: caption is {caption!r}; wanted a text.")
         about = {"backbone": self.backbone.identity(), "provenance": self.provenance}
         if isinstance(image_or_prompt, str):
             images, (maps,) = self.generate([image_or_prompt], [names], [one], steps, size, guidance)
+            if not bool(images.isfinite().all()):
+                raise DataError("the image that was made holds NaN or infinity. Try dtype=float32 or bfloat16.")
             return Explanation(
-                names, maps.scores[0], as_pixels(images[0]), {**about, "prompt": image_or_prompt, "view": maps.view}
+                names,
+                checked_maps(names, maps.scores[0]),
+                as_pixels(images[0]),
+                {**about, "prompt": image_or_prompt, "view": maps.view},
             )
         image = read_pixels(image_or_prompt)
         size = size or self.backbone.fitting_size(image.shape[-3], image.shape[-2])
@@ -238,7 +258,15 @@ class ConceptAttention(Extractor):
         prompts, tokens = self.backbone.prompts([said]), self.backbone.concepts([names])
         latents = self.backbone.latents(shown)
         found = self.read_cells(latents, prompts, tokens, ["explained"], [one]).read(one, self.backbone.grid(latents))[0]
-        return Explanation(names, found, image, {**about, "caption": said, "view": one.key})
+        return Explanation(names, checked_maps(names, found), image, {**about, "caption": said, "view": one.key})
+
+    def _checked_size(self, size: Sequence[int]) -> tuple[int, int]:
+        """Raises ConfigError for what is no (height, width) that the model can be shown."""
+        if isinstance(size, str) or not isinstance(size, Sequence) or len(size) != 2:
+            raise ConfigError(f"explain: size is {size!r}; wanted [height, width] in pixels, such as [512, 768].")
+        height, width = (whole_number("explain: size", side, 1, GREATEST_SIDE) for side in size)
+        self.backbone.check_size(height, width)
+        return height, width
 
     # ------------------------------------------------------------ noise
 
@@ -255,6 +283,15 @@ class ConceptAttention(Extractor):
         )
         mixed = self.backbone.mix(noise, latents[:, None].to(dtype), level)
         return rearrange(mixed, "B N ... -> (B N) ..."), float(torch.tensor(level, dtype=dtype))
+
+
+def _checked_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
+    """Raises ConfigError for what is no list of words, and for a word that is empty or given twice."""
+    if isinstance(concepts, str) or not isinstance(concepts, Sequence) or not concepts:
+        raise ConfigError(f"explain: wanted a list of concepts, such as ['dragon', 'rock'], but got {concepts!r}.")
+    names = tuple(checked_word(word, f"concepts.{k}") for k, word in enumerate(concepts))
+    check_distinct(names, "concepts", ConfigError)
+    return names
 
 
 def _vectors(found: StreamActivations, kind: CellKind, concepts: ConceptTokens) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,10 @@ from torch import Tensor
 from conceptseg.data.images import as_rgb, read_image
 from conceptseg.errors import ConfigError, DataError, did_you_mean
 
+log = logging.getLogger(__name__)
+
+PICTURES, NUMBERS = (".png", ".jpg", ".jpeg"), ".safetensors"
+"""Endings of files that hold maps as a picture sheet, and as numbers."""
 CAPTION_HEIGHT = 16
 SHEET_CELL = 192
 """Pixels a side up to which small images are enlarged on a sheet."""
@@ -118,21 +124,53 @@ class Explanation(Mapping[str, Tensor]):
 
         Raises ConfigError for another ending.
         """
-        path = Path(path)
+        path = checked_place(path, (*PICTURES, NUMBERS), "explain")
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == NUMBERS:
             import json
 
             from safetensors.torch import save_file
 
             metadata = {"names": json.dumps(self.names), "about": json.dumps(dict(self.about), default=str)}
             save_file({"maps": self.maps.contiguous().cpu()}, path, metadata=metadata)
-        elif path.suffix.lower() in (".png", ".jpg", ".jpeg"):
-            self.sheet().save(path)
         else:
-            endings = (".png", ".jpg", ".safetensors")
-            raise ConfigError(f'saving to "{path}": unknown ending "{path.suffix}". {did_you_mean(path.suffix, endings)}')
+            self.sheet().save(path)
         return path
+
+
+def checked_place(path: str | Path, endings: Sequence[str], key: str) -> Path:
+    """Where a file is to be written. Raises ConfigError for another ending, or where it can't be written."""
+    path = Path(path)
+    if path.suffix.lower() not in endings:
+        raise ConfigError(f'{key}: saving to "{path}": unknown ending "{path.suffix}". {did_you_mean(path.suffix, endings)}')
+    nearest = next((one for one in path.absolute().parents if one.exists()), Path("/"))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f'{key}: saving to "{path}": "{nearest}" is no folder that can be written to. Name another place.')
+    if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+        raise ConfigError(f'{key}: saving to "{path}": it is there and is no file that can be written to. Name another place.')
+    return path
+
+
+def checked_maps(names: Sequence[str], maps: Float[Tensor, "C *f h w"]) -> Float[Tensor, "C *f h w"]:
+    """The maps themselves. Raises DataError for values that are not finite, or if every map is the same number everywhere.
+
+    Warns of single maps that are.
+    """
+    if not bool(maps.isfinite().all()):
+        raise DataError(
+            "the map holds NaN or infinity: the model's weights are damaged, or its numbers overflow. Try dtype=float32 or "
+            "bfloat16: float16 overflows in multi-modal transformers."
+        )
+    flat = maps.flatten(1)
+    constant = [name for name, values in zip(names, flat, strict=True) if flat.shape[1] > 1 and bool((values == values[0]).all())]
+    if len(constant) == len(names) and constant:
+        raise DataError(
+            f"the maps of {', '.join(constant)} are the same number everywhere, which says nothing of the image. Concepts whose "
+            f"scores lie far apart make a softmax 0 or 1 everywhere: try softmax=none, or other concepts, layers or timesteps."
+        )
+    if constant:
+        log.warning("the map of %s is the same number everywhere: it says nothing of the image", ", ".join(constant))
+    return maps
 
 
 def as_pixels(image: Float[Tensor, "*F 3 H W"]) -> UInt8[np.ndarray, "*F H W 3"]:

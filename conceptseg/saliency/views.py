@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from conceptseg.errors import ConfigError, ViewError, did_you_mean, one_of
+from conceptseg.errors import ConfigError, ViewError, did_you_mean, one_of, real_number
 
 
 class Normalize(StrEnum):
@@ -108,6 +108,8 @@ def parse_span(text: str | int | Sequence[int], offered: Sequence[int]) -> tuple
     if isinstance(text, int):
         chosen = [text]
     elif not isinstance(text, str):
+        if not isinstance(text, Sequence) or not all(isinstance(v, int) and not isinstance(v, bool) for v in text):
+            raise ConfigError(f'views.layers is {text!r}; wanted a list of numbers, "14-17", "all" or "last 4".')
         chosen = [int(v) for v in text]
     elif text == "all":
         chosen = list(offered)
@@ -171,13 +173,20 @@ def expand_views(settings: Mapping[str, Mapping[str, Any]], axes: Axes) -> dict[
 
 def _expand(where: str, given: dict[str, Any], axes: Axes) -> Iterator[tuple[list[str], View]]:
     spaces = given.pop("space", axes.spaces[0])
-    spaces = [spaces] if isinstance(spaces, str) else list(spaces)
+    spaces = [spaces] if isinstance(spaces, str) else spaces
+    if not isinstance(spaces, Sequence) or not spaces or not all(isinstance(space, str) for space in spaces):
+        raise ConfigError(f"{where}.space is {spaces!r}; wanted a name, or a list of names: {', '.join(axes.spaces[:8])}.")
     each = given.pop("each", None)
     if each is not None:
         one_of(f"{where}.each", each, ("layer", "timestep", "layer_timestep"))
     layers = parse_span(given.pop("layers", "all"), axes.layers) if axes.layers else ()
-    timesteps = tuple(float(t) for t in given.pop("timesteps", ())) if axes.has_timesteps else ()
-    draws = int(given.pop("draws", 1)) if axes.has_timesteps else 1
+    levels = given.pop("timesteps", ()) if axes.has_timesteps else ()
+    if isinstance(levels, str) or not isinstance(levels, Sequence):
+        raise ConfigError(f"{where}.timesteps is {levels!r}; wanted a list of noise levels in (0, 1], such as [0.5].")
+    timesteps = tuple(real_number(f"{where}.timesteps", t) for t in levels)
+    draws = given.pop("draws", 1) if axes.has_timesteps else 1
+    if not isinstance(draws, int) or isinstance(draws, bool):
+        raise ConfigError(f"{where}.draws is {draws!r}; wanted a whole number of noise draws.")
     for absent in ("layers", "timesteps", "draws"):
         given.pop(absent, None)
     if axes.has_timesteps and not timesteps:
@@ -192,8 +201,8 @@ def _expand(where: str, given: dict[str, Any], axes: Axes) -> Iterator[tuple[lis
         "normalize": _choice(Normalize, given.pop("normalize", "none"), f"{where}.normalize"),
         "softmax": _choice(Softmax, given.pop("softmax", "none"), f"{where}.softmax"),
         "fold": _choice(Fold, given.pop("fold", "mean"), f"{where}.fold"),
-        "temperature": float(given.pop("temperature", 1.0)),
-        "blur": float(given.pop("blur", 0.0)),
+        "temperature": real_number(f"{where}.temperature", given.pop("temperature", 1.0), least=1e-6),
+        "blur": real_number(f"{where}.blur", given.pop("blur", 0.0), least=0),
         "draws": draws,
     }
     if given:

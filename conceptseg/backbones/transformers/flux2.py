@@ -116,7 +116,7 @@ class Flux2Backbone(MultiModalBackbone):
         message = pipeline.tokenizer.apply_chat_template(
             format_input([string], pipeline.system_message), add_generation_prompt=False, tokenize=True, return_dict=True, **cut
         )
-        return list(message["input_ids"][0])
+        return [int(one) for one in message["input_ids"][0]]
 
     def _place(self, string: str) -> tuple[int, int]:
         """(start, length) of a string's own tokens in its padded chat message; (0, 0) if they are not found there."""

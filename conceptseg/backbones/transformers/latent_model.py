@@ -81,9 +81,14 @@ class LatentModel(LatentCheckpoint, ABC):
             return (self.vae.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises ConfigError for a size that tokens do not tile."""
+        """Raises ConfigError for a size that tokens do not tile, or with more tokens a side than the model has positions."""
         step = self.pixels_per_token
         for side in (height, width):
+            if self.largest_grid is not None and side > step * self.largest_grid:
+                raise ConfigError(
+                    f"extractor.backbone.image_size is {side}; this model has positions for {self.largest_grid} tokens a side: "
+                    f"at most {step * self.largest_grid} pixels."
+                )
             if side % step:
                 raise ConfigError(
                     f"extractor.backbone.image_size is {side}; this model's tokens are {step} pixels wide, so a multiple "
