@@ -80,14 +80,18 @@ def test_the_number_of_failed_samples_is_in_the_results(commands, kit):
 
 
 def test_a_failed_sample_is_not_tried_again_until_asked_for(commands, kit):
+    """Mended contents are another data set, and start a run of their own."""
     args = (*MULTI, "dataset=pascal_voc", f"dataset.root={kit}", "runtime.batch_size=1")
     good = image_of(kit, 1).read_bytes()
-    image_of(kit, 1).write_bytes(b"x" * len(good))  # the size is part of the data set's fingerprint
-    commands.run(*args)
+    image_of(kit, 1).write_bytes(b"x" * len(good))
+    assert "4 samples computed" in commands.run(*args).said
+    damaged = commands.the_run()
+    assert "5 held already, 0 excluded, 0 failed" in commands.run(*args).said
+    assert "4 held already, 0 excluded, 1 failed" in commands.run(*args, "runtime.retry_failed=true").said
     image_of(kit, 1).write_bytes(good)
-    assert "0 samples computed" in commands.run(*args).said
-    assert "1 samples computed" in commands.run(*args, "runtime.retry_failed=true").said
-    (reading,) = json.loads((commands.the_run() / "readings.json").read_text())["readings"]
+    assert "5 samples computed" in commands.run(*args).said
+    (mended,) = {path for path in damaged.parent.iterdir() if (path / "readings.json").exists()} - {damaged}
+    (reading,) = json.loads((mended / "readings.json").read_text())["readings"]
     assert (reading["n"], reading["failed"]) == (5, 0)
 
 
