@@ -60,11 +60,11 @@ class Report:
     draw: str = "images"
     """What the bootstrap draws: images, or words (whole groups of images that ask for the same words)."""
     results_md: str = "RESULTS.md"
-    """File whose section a table replaces."""
+    """File to which tables are published."""
     benchmarks: str = "benchmarks"
-    """Folder that holds results.json and the picture sheet of each table."""
-    publish: str = "auto"
-    """Whether a table goes to results_md and benchmarks: yes, no, or auto (only when nothing but runtime was overridden)."""
+    """Folder to which results.json and the picture sheet of each table are published."""
+    publish: bool = False
+    """Whether a table is also published to results_md and benchmarks; it is always written below runtime.runs."""
     pictures: int = 8
     """Samples on a picture sheet."""
     costs: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,12 @@ log = logging.getLogger(__name__)
 
 QUIET = ("runtime.", "report.", "hydra.", "hydra/", "launcher=", "launcher.")
 """Overrides that say how a run is done, not what is run."""
+PUBLISHING = ("publish", "results_md", "benchmarks")
+"""Settings of report that say where a finished table goes, and change nothing in it."""
 
 
 def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
+    """Compute what a table lacks, write it below runtime.runs, print it, and publish it if report.publish says so."""
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
 
@@ -39,7 +42,7 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     whole = plain(config)
     check_frame(whole)
     report, sheet = whole["report"], read_sheet(whole["table"])
-    if sheet.only and report["publish"] == "yes":
+    if sheet.only and report["publish"]:
         raise ConfigError(
             f"report.publish=yes publishes whole tables, but table.only names {len(sheet.only)} of the rows of {name}. "
             "Leave one of the two out."
@@ -49,29 +52,25 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     of_table = [o for o in overrides if o.lstrip("+~").startswith("table.")]
     meaningful = [o for o in extra if not o.lstrip("+~").startswith(QUIET)]
     meaningful += [o for o in of_table if not o.startswith("table.backbones=")]
-    publish = report["publish"] == "yes" or (report["publish"] == "auto" and not meaningful)
     on_lab = isinstance(sheet, PaperTable) and sheet.on_lab
     place = name.replace("/", "-") + ("-lab" if on_lab else "")
-    if publish:
-        folder = Path(report["benchmarks"]) / place
-    else:
-        folder = Path(whole["runtime"]["runs"]) / "tables" / f"{place}-{digest(sorted(meaningful), 6)}"
-
     tables, source = Path(whole["runtime"]["runs"]) / "tables", composing_source()
+    folder = tables / (f"{place}-{digest(sorted(meaningful), 6)}" if meaningful else place)
+
     share = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]  # only the first of several processes prints
-    written = [folder / "sheet.png", *([Path(report["results_md"])] if publish else [])]
+    asked_for = {**whole, "report": {key: value for key, value in report.items() if key not in PUBLISHING}}
+    said = sorted(o for o in overrides if not o.startswith(tuple(f"report.{key}=" for key in PUBLISHING)))
     finished = FinishedTable(
-        tables / "finished" / f"{place}-{digest(sorted(overrides), 6)}.json", folder / "results.json", written,
-        Path(whole["runtime"]["runs"]), None if source is None or report["trackers"] else [source, whole, overrides, share],
+        tables / "finished" / f"{place}-{digest(said, 6)}.json", folder / "results.json", [folder / "sheet.png"],
+        Path(whole["runtime"]["runs"]), None if source is None or report["trackers"] else [source, asked_for, said, share],
     )  # fmt: skip
     if (results := finished.read()) is not None:
         log.info("nothing that %s was made from has changed: it is printed as it stands", folder / "results.json")
-        _show_table(results, folder, report["results_md"] if publish else None)
+        _show_table(results, folder, report)
         return 0
 
     from conceptseg.evaluation.assemble import shard_of
     from conceptseg.report.results import save
-    from conceptseg.report.results_md import update
     from conceptseg.report.trackers import track
     from conceptseg.tables.paper import compute_paper_table
     from conceptseg.tables.table import compute_table
@@ -97,17 +96,23 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
         return 0
     save(folder / "results.json", results)
     track(results, report["trackers"], Path(whole["runtime"]["runs"]) / "trackers" / place)
-    if publish:
-        update(Path(report["results_md"]), results)
     finished.keep(results, composed.asked())
-    _show_table(results, folder, report["results_md"] if publish else None)
+    _show_table(results, folder, report)
     return 0
 
 
-def _show_table(results: Results, folder: Path, published: str | None) -> None:
+def _show_table(results: Results, folder: Path, report: Mapping[str, Any]) -> None:
+    """Print a table that was written to `folder` and where it lies; publish it where `report` says so, else say how."""
+    from conceptseg.report.publish import publish
     from conceptseg.report.terminal import print_table
 
     print_table(results)
-    print(f"results: {folder / 'results.json'}" + (f", {published}" if published else ""))
+    print(f"results: {folder / 'results.json'}")
     if (folder / "sheet.png").exists():
         print(f"pictures: {folder / 'sheet.png'}")
+    benchmarks, results_md = Path(report["benchmarks"]), Path(report["results_md"])
+    if report["publish"]:
+        for line in publish(results, folder, benchmarks, results_md):
+            print(line)
+    else:
+        print(f"not published; to write {benchmarks / results.table} and {results_md}: {results.command} report.publish=yes")

@@ -63,15 +63,33 @@ class Column:
         >>> Column("miou", "mIoU", True, "", "", "standard").written(Value(0.561, 0.503, 0.612, 64))
         ('56.1', '[50.3, 61.2]')
         """
-        numbers = [v for v in (value.value, value.low, value.high) if v is not None]
-        if self.percent:
-            scale, places = 100, self.places
-        else:
-            largest = max(abs(v) for v in numbers)
-            scale, places = 1, 3 if largest < 10 else 1 if largest < 1000 else 0
-        sign = "+" if self.kind == "difference" else ""
-        value_text, *bounds = (f"{scale * v:{sign}.{places}f}" for v in numbers)
+        value_text, *bounds = (self.printed(value, number) for number in value.numbers)
         return value_text + value.mark, f"[{', '.join(bounds)}]" if bounds else ""
+
+    def printed(self, value: Value, number: float) -> str:
+        """A number as text with the decimals that `value` and its interval have."""
+        scale, shift = (100, 2) if self.percent else (1, 0)
+        sign = "+" if self.kind == "difference" else ""
+        return f"{scale * number:{sign}.{self.decimals(value) - shift}f}"
+
+    def decimals(self, value: Value) -> int:
+        """Decimals of the stored number that are seen in print: three for a percentage printed with one.
+
+        >>> Column("miou", "mIoU", True, "", "", "standard").decimals(Value(0.561, 0.503, 0.612, 64))
+        3
+        """
+        if self.percent:
+            return self.places + 2
+        largest = max(abs(v) for v in value.numbers)
+        return 3 if largest < 10 else 1 if largest < 1000 else 0
+
+    def tolerance(self, value: Value) -> float:
+        """How far another machine's rounding may move a number before it is published anew: one unit of the last printed digit.
+
+        >>> Column("miou", "mIoU", True, "", "", "standard").tolerance(Value(0.561, 0.503, 0.612, 64))
+        0.001
+        """
+        return float(10 ** -self.decimals(value))
 
 
 def by_kind(columns: Sequence[Column]) -> list[tuple[Kind, tuple[Column, ...]]]:
@@ -93,6 +111,11 @@ class Value:
     """Samples that the number rests on."""
     mark: str = ""
     """A sign printed behind the number and explained in the table's notes, such as one for another definition."""
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The value, and the ends of its interval where it has one."""
+        return tuple(v for v in (self.value, self.low, self.high) if v is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,9 +365,9 @@ def _row_problems(results: Results) -> list[str]:
 
 
 def _value_problems(value: Value, column: Column) -> list[str]:
-    numbers = [v for v in (value.value, value.low, value.high) if v is not None]
+    numbers = value.numbers
     if not all(math.isfinite(v) for v in numbers):
-        return [f"{numbers} is not finite; leave a metric out where it is undefined"]
+        return [f"{list(numbers)} is not finite; leave a metric out where it is undefined"]
     problems = []
     if (value.low is None) != (value.high is None):
         problems.append("has one end of an interval without the other")

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from conceptseg.errors import ReportError
 from conceptseg.files import locked, write_atomically
+from conceptseg.report.digits import rounded
 from conceptseg.report.results import ABSENT, Block, Column, Results, Row, load
 
 HEADER = """# Results
@@ -93,6 +94,10 @@ def check(path: Path, benchmarks: Path) -> list[str]:
             continue
         if results.table != file.parent.name:
             sentences.append(f'{file} holds table "{results.table}", but its folder is "{file.parent.name}"; rename one of them.')
+        elif rounded(results) != results:
+            sentences.append(
+                f"{file} holds more digits than are published; publish it again: {results.command} report.publish=yes"
+            )
         elif results.table not in spans:
             sentences.append(f'{path.name} has no section for table "{results.table}" ({file}); write it from that file.')
         else:

@@ -39,8 +39,13 @@ def test_a_small_lab_table_does_not_touch_what_is_published(shared, table):
     assert sorted(p.name for p in shared.folder.iterdir()) == ["runs"]
 
 
-def test_a_table_says_where_its_results_are(shared, table):
-    assert "results.json" in table.out and "oracle" in table.out and "ConceptAttention" in table.out
+def test_a_table_says_where_its_results_and_pictures_are_and_how_to_publish_it(shared, table):
+    assert "oracle" in table.out and "ConceptAttention" in table.out
+    (folder,) = (shared.folder / "runs" / "tables").glob("lab-*")
+    for word, name in (("results", "results.json"), ("pictures", "sheet.png")):
+        (path,) = (line.partition(": ")[2] for line in table.out.splitlines() if line.startswith(f"{word}: "))
+        assert shared.folder / path == folder / name and (shared.folder / path).exists()
+    assert "conceptseg table=lab dataset.count=4 report.publish=yes" in table.out
 
 
 def test_a_table_again_computes_nothing(shared, table):
@@ -85,9 +90,23 @@ print("LOADED", *sorted({{name.split(".")[0] for name in sys.modules}}))
     assert written == {p: p.stat().st_mtime_ns for p in written}
 
 
+def test_a_table_with_nothing_overridden_is_not_published_unless_asked(commands):
+    """Of this table nothing can be run here, so it is as fast as a table can be."""
+    said = commands.run("table=conceptattention/ablation_attention")
+    assert sorted(p.name for p in commands.folder.iterdir()) == ["runs"] and "report.publish=yes" in said.out
+    assert (commands.folder / "runs" / "tables" / "conceptattention-ablation_attention" / "results.json").exists()
+    said = commands.run(*LAB, "report.publish=auto", code=1)
+    assert "report.publish" in said.err
+
+
 def test_a_table_that_is_published_passes_the_check_and_a_changed_one_does_not(shared, table):
-    shared.run(*LAB, "report.publish=yes")
+    said = shared.run(*LAB, "report.publish=yes")
+    assert "samples computed" not in said.said  # the finished table is published as it stands
     assert shared.run("--check", name="conceptseg-report").code == 0
+    before = {p: p.read_bytes() for p in (shared.folder / "benchmarks").rglob("*") if p.is_file()}
+    assert {p.name for p in before} >= {"results.json", "sheet.png"}
+    said = shared.run(*LAB, "report.publish=yes")
+    assert " 0 of " in said.out and "kept: " in said.out and before == {p: p.read_bytes() for p in before}
     written = shared.folder / "RESULTS.md"
     text = written.read_text()
     written.write_text(text.replace("| *oracle* |", "| *oracel* |"))

@@ -59,7 +59,7 @@ def test_the_method_has_its_row_in_the_table_and_in_the_report(done):
     row = table["blocks"][0]["rows"][-1]
     assert (row["name"], row["status"], row["n"], row["told"]) == ("Edge energy", "ok", 12, "nothing")
     assert 0 < row["values"]["ap_image"]["low"] <= row["values"]["ap_image"]["high"] < 1
-    assert "Edge energy" in said["conceptseg table=mine report.resamples=200"]
+    assert "Edge energy" in said["conceptseg table=mine report.resamples=200 report.publish=yes"]
     assert "| Edge energy |" in (root / "RESULTS.md").read_text()
 
 
