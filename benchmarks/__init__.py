@@ -1,1 +1,1 @@
-"""Published numbers, which ship with the package as conceptseg.benchmarks; results of tables stay in the repository."""
+"""Quoted numbers, which ship with the package as conceptseg.benchmarks; results of tables stay in the repository."""

@@ -21,7 +21,7 @@ LIBRARIES = (
 # Folders and files whose code decides what a row says. Reports, launchers and the command line are left out on purpose.
 NUMBER_MAKERS: tuple[str, ...] = (
     "backbones", "data", "evaluation/loop.py", "extractors", "metrics/average_precision.py", "metrics/counts.py",
-    "metrics/published.py", "protocols.py", "saliency", "segment", "types.py",
+    "metrics/released.py", "protocols.py", "saliency", "segment", "types.py",
 )  # fmt: skip
 
 

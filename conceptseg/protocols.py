@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from conceptseg.errors import ConfigError, DataError, in_range, one_of
 from conceptseg.metrics.average_precision import average_precision, minmax_scaled, two_channel_average_precision
 from conceptseg.metrics.counts import count
-from conceptseg.metrics.published import f1_over_rows
+from conceptseg.metrics.released import f1_over_rows
 from conceptseg.segment.resize import nearest_centre, resize_image
 from conceptseg.segment.segmenter import Segmenter
 from conceptseg.types import BACKGROUND, VOID, Concepts, Prediction, Sample, Task, check_distinct, checked_word, folded

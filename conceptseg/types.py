@@ -27,8 +27,8 @@ says what is there; or (controls) the mask."""
 
 TrainedOn = Literal["nothing", "images", "class labels", "images and captions", "masks or boxes"]
 """What supervision stands behind a method's model, the strongest where there are several."""
-AP_NAMES = ("foreground", "two_channel", "two_channel_minmax", "f1_rowwise")
-"""Per-image numbers that counts can't give: average precision, its two published forms (raw and min-max scaled scores), and the
+PER_IMAGE = ("foreground", "two_channel", "two_channel_minmax", "f1_rowwise")
+"""Per-image numbers that counts can't give: average precision, its two released forms (raw and min-max scaled scores), and the
 F1 that Chefer's protocol averages over the rows of an image."""
 
 
@@ -187,8 +187,8 @@ class Counts:
 
 
 __all__ = [
-    "AP_NAMES",
     "BACKGROUND",
+    "PER_IMAGE",
     "VOID",
     "Batch",
     "Concepts",

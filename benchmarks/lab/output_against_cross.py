@@ -12,7 +12,7 @@ from pathlib import Path
 
 from conceptseg.metrics.definitions import DEFINITIONS, Rows
 from conceptseg.metrics.intervals import paired_difference
-from conceptseg.report.results import Row, load
+from conceptseg.report.results import TableRow, load
 from conceptseg.store.run import RunStore
 
 METHOD = "ConceptAttention, output space"
@@ -22,7 +22,7 @@ OTHERS = (
 )  # fmt: skip
 
 
-def rows_of(row: Row, runs: Path) -> Rows:
+def rows_of(row: TableRow, runs: Path) -> Rows:
     """The scored rows behind one line of the table."""
     held = RunStore(runs / row.run_id).rows()
     return Rows.from_records(

@@ -19,7 +19,7 @@ from statistics import median
 import torch
 from diffusers import UNet2DConditionModel
 
-from conceptseg.backbones.unets.cross_attention import cross_attentions, upsample
+from conceptseg.backbones.unets.attention_maps import cross_attentions, upsample
 from conceptseg.trace import Trace
 from conceptseg.trace.calls import Call
 

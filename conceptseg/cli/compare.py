@@ -13,7 +13,7 @@ from typing import Any
 from conceptseg.errors import guarded
 from conceptseg.metrics.breakdowns import Part, clusters_by_word, worst_images
 from conceptseg.metrics.comparisons import Comparison, compare
-from conceptseg.metrics.definitions import DEFINITIONS
+from conceptseg.metrics.definitions import DEFINITIONS, current_name
 from conceptseg.metrics.intervals import Interval
 from conceptseg.metrics.seeds import Spread, seed_spread
 from conceptseg.metrics.thresholds import Sensitivity
@@ -36,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("runs", nargs="+", metavar="run", help="run id or folder, with ::view and ::segmenter if it has several")
     found.add_argument("--folder", type=Path, default=Path("runs"), help="where run ids are looked for (runtime.runs)")
     found.add_argument("--baseline", help="the run that others are tested against; the first one unless said")
-    found.add_argument("--metric", action="append", choices=sorted(DEFINITIONS), help="may be given several times")
+    found.add_argument(
+        "--metric", action="append", type=current_name, choices=sorted(DEFINITIONS), help="may be given several times"
+    )
     found.add_argument("--by", choices=("word", "class", "size"), help="numbers of parts of the data, for each run")
     found.add_argument("--worst", type=float, metavar="PERCENT", help="mean over the worst images of each run")
     found.add_argument("--thresholds", action="store_true", help="fixed, best and quantile cuts (experiment=thresholds)")

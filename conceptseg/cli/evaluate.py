@@ -48,7 +48,7 @@ def _evaluate(config: DictConfig) -> int:
         return print_table_of(config, overrides)
     from conceptseg.evaluation.assemble import assemble
     from conceptseg.evaluation.carry_out import carry_out
-    from conceptseg.evaluation.readings import readings, write_results
+    from conceptseg.evaluation.readings import readings, write_readings
     from conceptseg.report.results import save
     from conceptseg.report.terminal import print_table
     from conceptseg.report.trackers import check_trackers, track
@@ -60,7 +60,7 @@ def _evaluate(config: DictConfig) -> int:
     evaluation = assemble(whole)
     carry_out(evaluation)
     found = readings(evaluation, whole["report"]["columns"])
-    write_results(evaluation, found)
+    write_readings(evaluation, found)
     if evaluation.shard.index != 0:
         return 0
     if not any(r.n or r.failed or r.waiting for r in found):
@@ -78,7 +78,7 @@ def _evaluate(config: DictConfig) -> int:
         whole["report"]["pictures"],
     )
     print_table(table)
-    print(f"rows, results.json and manifest: {evaluation.store.folder}")
+    print(f"rows, readings.json and manifest: {evaluation.store.folder}")
     if sheet:
         print(f"pictures: {sheet}")
     return 0

@@ -35,13 +35,14 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     from conceptseg.keys import digest
     from conceptseg.report.trackers import check_trackers
     from conceptseg.tables.composed_cache import Compositions
+    from conceptseg.tables.former_names import with_current_names
     from conceptseg.tables.sheet import PaperTable, read_sheet
     from conceptseg.tables.stamp import FinishedTable
 
     name = str(HydraConfig.get().runtime.choices["table"])
     whole = plain(config)
     check_frame(whole)
-    report, sheet = whole["report"], read_sheet(whole["table"])
+    report, sheet = whole["report"], read_sheet(with_current_names(whole["table"]))
     if sheet.only and report["publish"]:
         raise ConfigError(
             f"report.publish=yes publishes whole tables, but table.only names {len(sheet.only)} of the rows of {name}. "

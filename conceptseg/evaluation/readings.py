@@ -65,9 +65,9 @@ def scored(evaluation: Evaluation, reading: Reading) -> Rows:
     return Rows.from_records(row for row in mine if row is not None and row["status"] == "ok")
 
 
-def write_results(evaluation: Evaluation, found: Sequence[Reading]) -> Path:
-    """results.json of the run folder: every reading, with what it rests on."""
-    path = evaluation.store.folder / "results.json"
+def write_readings(evaluation: Evaluation, found: Sequence[Reading]) -> Path:
+    """readings.json of the run folder: every reading, with what it rests on."""
+    path = evaluation.store.folder / "readings.json"
     body = {
         "run_id": evaluation.run_id, "provenance": evaluation.extractor.provenance, "protocol": evaluation.protocol.label,
         "dataset": evaluation.dataset.name, "interval": interval_text(evaluation.config["report"]),

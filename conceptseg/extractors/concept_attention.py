@@ -24,7 +24,7 @@ from torch import Tensor
 
 from conceptseg.backbones.base import sample_noise, sample_seed, shared_noise, stack_images
 from conceptseg.backbones.sheets import backbone_of
-from conceptseg.backbones.transformers.concept_stream import SPACES, BlockActivations, ConceptStream, ConceptTokens
+from conceptseg.backbones.transformers.concept_stream import SPACES, ConceptStream, ConceptTokens, StreamActivations
 from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
 from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.errors import ConfigError, one_of
@@ -127,7 +127,7 @@ class ConceptAttention(Extractor):
         """The stream of one forward pass, which puts every cell of this level that the views ask for into the store."""
         wanted = kinds_by_layer(asked)
 
-        def score(layer: int, found: BlockActivations) -> None:
+        def score(layer: int, found: StreamActivations) -> None:
             vectors: dict[tuple[str, Normalize], tuple[Tensor, Tensor]] = {}
             for kind in wanted.get(layer, ()):
                 name = (kind.space, kind.normalize)
@@ -257,7 +257,7 @@ class ConceptAttention(Extractor):
         return rearrange(mixed, "B N ... -> (B N) ..."), float(torch.tensor(level, dtype=dtype))
 
 
-def _vectors(found: BlockActivations, kind: CellKind, concepts: ConceptTokens) -> tuple[Tensor, Tensor]:
+def _vectors(found: StreamActivations, kind: CellKind, concepts: ConceptTokens) -> tuple[Tensor, Tensor]:
     """Vectors of words and of image tokens in one space, the words' in float32 and normalised."""
     token_vectors, image_vectors = SPACES[kind.space][1](found)
     concept_vectors = concepts.by_word(token_vectors.float())

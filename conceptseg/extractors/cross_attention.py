@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from conceptseg.backbones.transformers.concept_stream import BlockActivations, ConceptStream, ConceptTokens
+from conceptseg.backbones.transformers.concept_stream import ConceptStream, ConceptTokens, StreamActivations
 from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
 from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.extractors.concept_attention import ConceptAttention
@@ -69,7 +69,7 @@ class PromptCrossAttention(ConceptAttention):
         assert concepts.words is not None
         words = concepts.words.float()
 
-        def score(layer: int, found: BlockActivations) -> None:
+        def score(layer: int, found: StreamActivations) -> None:
             for kind in wanted.get(layer, ()):
                 scores = rearrange(prompt_scores(found, words, kind), "(B N) C L -> N B C L", N=draws)
                 for draw in range(draws):
@@ -80,7 +80,7 @@ class PromptCrossAttention(ConceptAttention):
         return ConceptStream(concepts.tokens[:, :1], pooled, score, last_layer=max(wanted), **options)
 
 
-def prompt_scores(found: BlockActivations, words: Tensor, kind: CellKind) -> Tensor:
+def prompt_scores(found: StreamActivations, words: Tensor, kind: CellKind) -> Tensor:
     """Scores of words [R C L] from a block's text and image tokens; words [R C N]: the share of each token in each word."""
     text, image = found.text_keys, found.image_queries
     if kind.space == "query_key":

@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from conceptseg.backbones.unets.cross_attention import CFG_ROWS, Attended, upsample
+from conceptseg.backbones.unets.attention_maps import CFG_ROWS, Attended, upsample
 from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.backbones.unets.word_tokens import POSITION_RULES, placed, positions_of, prompt_length
 from conceptseg.errors import ConfigError, DataError, one_of

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from conceptseg.backbones.base import stack_images
-from conceptseg.backbones.unets.cross_attention import Attended, CrossAttention, CrossAttentionTap, grid_factor, upsample
+from conceptseg.backbones.unets.attention_maps import Attended, CrossAttention, CrossAttentionTap, grid_factor, upsample
 from conceptseg.backbones.unets.optimised_tokens import digest_of, read_tokens
 from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.backbones.unets.word_tokens import PlacedText, placed, positions_of

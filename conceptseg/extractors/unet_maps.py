@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from conceptseg.backbones.base import sample_noise, sample_seed, shared_noise, stack_images
-from conceptseg.backbones.unets.cross_attention import (
+from conceptseg.backbones.unets.attention_maps import (
     UPSAMPLINGS,
     Attended,
     CrossAttention,

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.metrics.definitions import DEFINITIONS, Definition, Rows, entering, ratio
 from conceptseg.metrics.intervals import Interval, bootstrap_all
-from conceptseg.metrics.published import BACKGROUND
+from conceptseg.metrics.released import BACKGROUND
 
 SIZE_EDGES = (0.0, 0.05, 0.15, 0.3, 1.0)
 """Foreground share of the pixels that are not void, at which objects are told small, medium, large and huge."""

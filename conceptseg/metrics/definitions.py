@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 
 from conceptseg.errors import ConfigError, DataError, did_you_mean
-from conceptseg.metrics.published import BACKGROUND, iou_from_accuracy
-from conceptseg.types import AP_NAMES
+from conceptseg.metrics.released import BACKGROUND, iou_from_accuracy
+from conceptseg.types import PER_IMAGE
 
 Statistics = Float[np.ndarray, "n K"]
 Sums = Float[np.ndarray, "... K"]
@@ -33,8 +33,9 @@ class Rows:
     valid: Int64[np.ndarray, " n"]
     correct: Int64[np.ndarray, " n"]
     void: Int64[np.ndarray, " n"]
-    ap: Mapping[str, Float[np.ndarray, " n"]]
-    """Per-image average precisions in 0..1 under `AP_NAMES`; NaN where undefined or not measured."""
+    per_image: Mapping[str, Float[np.ndarray, " n"]]
+    """Numbers of each image that counts can't give, in 0..1, under `PER_IMAGE`; NaN where undefined or not measured. The stored
+    field is named `ap`."""
     words: tuple[tuple[str, ...], ...]
     """Class words asked for in each image, in the order of its foreground classes; () where a row does not say."""
     present: Bool[np.ndarray, "n C"]
@@ -73,11 +74,11 @@ class Rows:
         totals = np.array([[record[name] for name in ("valid", "correct", "void")] for record in ordered], np.int64)
         valid, correct, void = totals.reshape(-1, 3).T
         # float64 turns None into NaN.
-        ap = {name: np.array([record["ap"].get(name) for record in ordered], np.float64) for name in AP_NAMES}
+        per_image = {name: np.array([record["ap"].get(name) for record in ordered], np.float64) for name in PER_IMAGE}
         inter, pred, label, pred_void = tables
         words = tuple(tuple(map(str, record.get("words", ()))) for record in ordered)
         seconds = np.array([record.get("seconds") for record in ordered], np.float64)
-        return cls(samples, offered, inter, pred, label, pred_void, valid, correct, void, ap, words, given, seconds)
+        return cls(samples, offered, inter, pred, label, pred_void, valid, correct, void, per_image, words, given, seconds)
 
     def at(self, places: Sequence[int]) -> Rows:
         """The rows at these places, in that order; the class axis stays."""
@@ -85,7 +86,7 @@ class Rows:
         return Rows(
             tuple(self.samples[i] for i in chosen), self.classes, self.inter[chosen], self.pred[chosen], self.label[chosen],
             self.pred_void[chosen], self.valid[chosen], self.correct[chosen], self.void[chosen],
-            {name: values[chosen] for name, values in self.ap.items()}, tuple(self.words[i] for i in chosen),
+            {name: values[chosen] for name, values in self.per_image.items()}, tuple(self.words[i] for i in chosen),
             self.present[chosen], self.seconds[chosen],
         )  # fmt: skip
 
@@ -190,7 +191,7 @@ def _image_mean_iou(rows: Rows) -> Statistics:
 
 
 def _ap_foreground(rows: Rows) -> Statistics:
-    return _of_image(rows.ap["foreground"])
+    return _of_image(rows.per_image["foreground"])
 
 
 def _f1_of_image(rows: Rows) -> Statistics:
@@ -200,15 +201,15 @@ def _f1_of_image(rows: Rows) -> Statistics:
 
 
 def _f1_rowwise(rows: Rows) -> Statistics:
-    return _of_image(rows.ap["f1_rowwise"])
+    return _of_image(rows.per_image["f1_rowwise"])
 
 
 def _ap_two_channel(rows: Rows) -> Statistics:
-    return _of_image(rows.ap["two_channel"])
+    return _of_image(rows.per_image["two_channel"])
 
 
 def _ap_two_channel_minmax(rows: Rows) -> Statistics:
-    return _of_image(rows.ap["two_channel_minmax"])
+    return _of_image(rows.per_image["two_channel_minmax"])
 
 
 def _accuracy_void_half(rows: Rows) -> Statistics:
@@ -291,11 +292,11 @@ DEFINITIONS: dict[str, Definition] = {
             statistics=_f1_of_image,
             finish=_pooled_ratio,
             text="F1 of the foreground's pixels within each image, 0 where nothing was there or found; mean over images.",
-            source="The ordinary form of published_f1_rowwise.",
+            source="The ordinary form of released_f1_rowwise.",
         ),
         Definition(
-            name="published_f1_rowwise",
-            label='published "F1" (over rows)',
+            name="released_f1_rowwise",
+            label='released "F1" (over rows)',
             percent=True,
             higher_is_better=True,
             statistics=_f1_rowwise,
@@ -304,8 +305,8 @@ DEFINITIONS: dict[str, Definition] = {
             source="Chefer et al. 2021 (arXiv:2012.09838), hila-chefer/Transformer-Explainability at c3e578f, utils/metrices.py.",
         ),
         Definition(
-            name="published_miou_from_accuracy",
-            label='published "mIoU" = acc/(2-acc)',
+            name="released_miou_from_accuracy",
+            label='released "mIoU" = acc/(2-acc)',
             percent=True,
             higher_is_better=True,
             statistics=_correct_of_valid,
@@ -314,8 +315,8 @@ DEFINITIONS: dict[str, Definition] = {
             source=_CONCEPTATTENTION + "experiments/imagenet_segmentation/run_experiment.py.",
         ),
         Definition(
-            name="published_ap_two_channel",
-            label='published "mAP" (1-s, s), raw',
+            name="released_ap_two_channel",
+            label='released "mAP" (1-s, s), raw',
             percent=True,
             higher_is_better=True,
             statistics=_ap_two_channel,
@@ -327,8 +328,8 @@ DEFINITIONS: dict[str, Definition] = {
             source=_CONCEPTATTENTION + "run_single_class_split_experiment.py.",
         ),
         Definition(
-            name="published_ap_two_channel_minmax",
-            label='published "mAP" (1-s, s), min-max',
+            name="released_ap_two_channel_minmax",
+            label='released "mAP" (1-s, s), min-max',
             percent=True,
             higher_is_better=True,
             statistics=_ap_two_channel_minmax,
@@ -340,8 +341,8 @@ DEFINITIONS: dict[str, Definition] = {
             source=_CONCEPTATTENTION + "experiments/imagenet_segmentation/run_experiment.py.",
         ),
         Definition(
-            name="published_accuracy_void_half",
-            label="published acc (void half wrong)",
+            name="released_accuracy_void_half",
+            label="released acc (void half wrong)",
             percent=True,
             higher_is_better=True,
             statistics=_accuracy_void_half,
@@ -350,8 +351,8 @@ DEFINITIONS: dict[str, Definition] = {
             source=_CONCEPTATTENTION + "run_single_class_split_experiment.py.",
         ),
         Definition(
-            name="published_miou_void_in_union",
-            label="published mIoU (void in union)",
+            name="released_miou_void_in_union",
+            label="released mIoU (void in union)",
             percent=True,
             higher_is_better=True,
             statistics=_inter_union_with_void,
@@ -366,8 +367,18 @@ DEFINITIONS: dict[str, Definition] = {
 }
 
 
+def current_name(name: str) -> str:
+    """A metric's name, given that or the one that it had while released definitions were called published.
+
+    >>> current_name("published_f1_rowwise"), current_name("accuracy")
+    ('released_f1_rowwise', 'accuracy')
+    """
+    return name.replace("published_", "released_", 1) if name.startswith("published_") else name
+
+
 def definition_of(name: str, where: str) -> Definition:
-    """The metric of that name. Raises ConfigError, which names the setting `where` it was asked for, if there is none."""
+    """The metric of that name, an old one included. Raises ConfigError, which names the setting `where` it was asked for."""
+    name = current_name(name)
     if name not in DEFINITIONS:
         raise ConfigError(f'{where}: unknown metric "{name}". {did_you_mean(name, DEFINITIONS)}')
     return DEFINITIONS[name]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from conceptseg.errors import ConfigError, did_you_mean
-from conceptseg.metrics.definitions import DEFINITIONS, Definition, Rows, entering
+from conceptseg.metrics.definitions import DEFINITIONS, Definition, Rows, current_name, entering
 
 
 class CountMetric(Metric):
@@ -68,28 +68,28 @@ class ImageF1(CountMetric):
     definition = DEFINITIONS["f1_image"]
 
 
-class PublishedF1OverRows(CountMetric):
-    definition = DEFINITIONS["published_f1_rowwise"]
+class ReleasedF1OverRows(CountMetric):
+    definition = DEFINITIONS["released_f1_rowwise"]
 
 
-class PublishedMeanIoUFromAccuracy(CountMetric):
-    definition = DEFINITIONS["published_miou_from_accuracy"]
+class ReleasedMeanIoUFromAccuracy(CountMetric):
+    definition = DEFINITIONS["released_miou_from_accuracy"]
 
 
-class PublishedTwoChannelAveragePrecision(CountMetric):
-    definition = DEFINITIONS["published_ap_two_channel"]
+class ReleasedTwoChannelAveragePrecision(CountMetric):
+    definition = DEFINITIONS["released_ap_two_channel"]
 
 
-class PublishedTwoChannelMinmaxAveragePrecision(CountMetric):
-    definition = DEFINITIONS["published_ap_two_channel_minmax"]
+class ReleasedTwoChannelMinmaxAveragePrecision(CountMetric):
+    definition = DEFINITIONS["released_ap_two_channel_minmax"]
 
 
-class PublishedAccuracyVoidHalf(CountMetric):
-    definition = DEFINITIONS["published_accuracy_void_half"]
+class ReleasedAccuracyVoidHalf(CountMetric):
+    definition = DEFINITIONS["released_accuracy_void_half"]
 
 
-class PublishedMeanIoUVoidInUnion(CountMetric):
-    definition = DEFINITIONS["published_miou_void_in_union"]
+class ReleasedMeanIoUVoidInUnion(CountMetric):
+    definition = DEFINITIONS["released_miou_void_in_union"]
 
 
 METRICS: dict[str, type[CountMetric]] = {kind.definition.name: kind for kind in CountMetric.__subclasses__()}
@@ -97,6 +97,7 @@ METRICS: dict[str, type[CountMetric]] = {kind.definition.name: kind for kind in 
 
 def metric(name: str, classes: tuple[int, ...] = (0, 1)) -> CountMetric:
     """A fresh metric under the name of its definition."""
+    name = current_name(name)
     if name not in METRICS:
         raise ConfigError(f'Unknown metric "{name}". {did_you_mean(name, METRICS)}')
     return METRICS[name](classes)

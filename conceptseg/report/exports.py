@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from conceptseg.report.results import ABSENT, KIND_NAMES, Block, Column, Results, Row, by_kind
+from conceptseg.report.results import ABSENT, KIND_NAMES, Block, Column, Results, TableRow, by_kind
 
 _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -83,7 +83,7 @@ def _kinds(columns: list[Column]) -> list[str]:
     return [" & ".join(cells) + r" \\", " ".join(rules)]
 
 
-def _cell(block: Block, row: Row, column: Column) -> str:
+def _cell(block: Block, row: TableRow, column: Column) -> str:
     cell = block.cell(row, column)
     if cell is None:
         return _tex(ABSENT)

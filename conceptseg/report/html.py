@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from conceptseg.report.results import ABSENT, KIND_NAMES, Block, Column, Results, Row, by_kind
+from conceptseg.report.results import ABSENT, KIND_NAMES, Block, Column, Results, TableRow, by_kind
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
@@ -111,7 +111,7 @@ def charts_of(block: Block, columns: Sequence[Column]) -> tuple[Chart, ...]:
     return tuple(_chart(points, column) for column in drawn)
 
 
-def _chart(rows: Sequence[Row], column: Column) -> Chart:
+def _chart(rows: Sequence[TableRow], column: Column) -> Chart:
     held = [row for row in rows if column.name in row.values]
     xs = sorted({row.x for row in held if row.x is not None})
     ends = [v for row in held for v in (row.values[column.name].low, row.values[column.name].high, row.values[column.name].value)]

@@ -1,4 +1,4 @@
-"""Numbers that others printed: benchmarks/<claim>/published.yaml, each with its source and the definition that it obeys."""
+"""Numbers that others printed: benchmarks/<claim>/quoted.yaml, each with its source and the definition that it obeys."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class QuotedColumn:
-    """A column of the published table."""
+    """A column of the quoted table."""
 
     label: str
     text: str
@@ -37,7 +37,7 @@ class QuotedColumn:
 
 @dataclass(frozen=True, slots=True)
 class QuotedRow:
-    """A row of the published table, in percent as printed."""
+    """A row of the quoted table, in percent as printed."""
 
     row: str
     """Name; unique in its claim."""
@@ -56,7 +56,7 @@ class QuotedRow:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One published table or curve."""
+    """One quoted table or curve."""
 
     name: str
     """Folder under benchmarks/."""
@@ -69,14 +69,14 @@ class Claim:
         for row in self.rows:
             if row.row == name:
                 return row
-        raise ReportError(f'{self.name}: no published row "{name}". {did_you_mean(name, [row.row for row in self.rows])}')
+        raise ReportError(f'{self.name}: no quoted row "{name}". {did_you_mean(name, [row.row for row in self.rows])}')
 
 
 def shipped(claim: str) -> Path:
-    """published.yaml of a claim, in the installed package or in the checkout beside it."""
+    """quoted.yaml of a claim, in the installed package or in the checkout beside it."""
     package = Path(str(resources.files("conceptseg")))
-    inside = package / "benchmarks" / claim / "published.yaml"
-    return inside if inside.exists() else package.parent / "benchmarks" / claim / "published.yaml"
+    inside = package / "benchmarks" / claim / "quoted.yaml"
+    return inside if inside.exists() else package.parent / "benchmarks" / claim / "quoted.yaml"
 
 
 def load_claim(path: Path) -> Claim:
@@ -84,7 +84,7 @@ def load_claim(path: Path) -> Claim:
     try:
         data = read_yaml(path)
     except DataError as error:
-        raise ReportError(f"can't read the published numbers: {error}") from error
+        raise ReportError(f"can't read the quoted numbers: {error}") from error
     _keys(data, ("title", "sources", "columns", "rows"), str(path))
     sources = {name: Source(**_keys(one, _names(Source), f"{path}: source {name}")) for name, one in data["sources"].items()}
     columns = {

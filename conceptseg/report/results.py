@@ -18,9 +18,9 @@ from conceptseg.report.strict_json import build
 SCHEMA = 1
 ABSENT = "\u2013"  # an en dash, where a row has no such metric
 
-Kind = Literal["standard", "released", "published", "difference", "cost"]
+Kind = Literal["standard", "released", "quoted", "difference", "cost"]
 KIND_NAMES: dict[Kind, str] = {
-    "published": "quoted", "released": "released protocol", "standard": "standard protocol",
+    "quoted": "quoted", "released": "released protocol", "standard": "standard protocol",
     "difference": "paired difference", "cost": "cost",
 }  # fmt: skip
 Group = Literal["controls", "methods"]
@@ -55,7 +55,7 @@ class Column:
     @property
     def caveat(self) -> str:
         """Printed under the heading of every column that is not the correct definition computed here."""
-        return {"standard": "", "released": "released", "published": "quoted", "difference": "", "cost": ""}[self.kind]
+        return {"standard": "", "released": "released", "quoted": "quoted", "difference": "", "cost": ""}[self.kind]
 
     def written(self, value: Value) -> tuple[str, str]:
         """The number and its interval as text; the interval is empty for a quoted number that has none.
@@ -135,7 +135,7 @@ class Behind:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """One method or control, on one data set under one protocol."""
 
     name: str
@@ -211,22 +211,22 @@ class Block:
     """Name and version of the protocol."""
     text: str
     """What is asked of a method, in a sentence."""
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     """In printing order within each group."""
     axis: str = ""
     """What a curve's x is, such as "layer"; empty where rows are no points."""
 
     @property
-    def ordered_rows(self) -> tuple[Row, ...]:
+    def ordered_rows(self) -> tuple[TableRow, ...]:
         return tuple(sorted(self.rows, key=lambda row: row.group != "controls"))
 
     @property
     def declared(self) -> tuple[tuple[str, str], ...]:
-        """(heading, field of Row) of the declared properties that some row has: columns of the printed table."""
+        """(heading, field of TableRow) of the declared properties that some row has: columns of the printed table."""
         headings = (("told", "told"), ("trained on", "trained_on"), ("argmax", "argmax"))
         return tuple((heading, name) for heading, name in headings if any(getattr(row, name) for row in self.rows))
 
-    def cell(self, row: Row, column: Column) -> Cell | None:
+    def cell(self, row: TableRow, column: Column) -> Cell | None:
         """What stands in a printed table; None where the row has no such number."""
         if column.name not in row.values:
             return None
@@ -238,7 +238,7 @@ class Block:
     def best(self, column: Column) -> str | None:
         """The largest value of a method as it is printed, so that rows that look alike share the place; None for quotations."""
         values = [row.values[column.name] for row in self.rows if row.group == "methods" and column.name in row.values]
-        if column.kind in ("published", "difference", "cost") or not values:
+        if column.kind in ("quoted", "difference", "cost") or not values:
             return None
         return column.written(max(values, key=lambda value: value.value))[0]
 
@@ -280,7 +280,7 @@ class Results:
                 f"{where}: this version reads tables of schema {SCHEMA}, but the file has schema {got!r}.\n"
                 "  Compute the table again, or use the conceptseg version that wrote it."
             )
-        body = {key: value for key, value in data.items() if key != "schema"}
+        body = _with_current_names({key: value for key, value in data.items() if key != "schema"})
         return build(cls, body, where)
 
     def to_json(self) -> dict[str, Any]:
@@ -300,6 +300,29 @@ _OPTIONAL: dict[str, tuple[object, ...]] = {
     "interval": ("",), "sheet": (None, ""), "places": (1,), "mark": ("",), "told": ("",), "trained_on": ("",), "argmax": ("",),
     "also": ((), []), "series": ("",), "x": (None,), "axis": ("",),
 }  # fmt: skip
+
+
+def _with_current_names(data: Any) -> Any:
+    """A plain table with today's names of columns and kinds: quoted columns and released metrics were called published."""
+    if isinstance(data, list):
+        return [_with_current_names(one) for one in data]
+    if not isinstance(data, Mapping):
+        return data
+    found = {key: _with_current_names(value) for key, value in data.items()}
+    if isinstance(found.get("values"), Mapping):
+        found["values"] = {_current_column(name): value for name, value in found["values"].items()}
+    if "label" in found and isinstance(found.get("name"), str):
+        found["name"] = _current_column(found["name"])
+        found |= {"kind": "quoted"} if found.get("kind") == "published" else {}
+    return found
+
+
+def _current_column(name: str) -> str:
+    """
+    >>> [_current_column(n) for n in ("published/miou", "released/published_ap_two_channel", "miou_dataset")]
+    ['quoted/miou', 'released/released_ap_two_channel', 'miou_dataset']
+    """
+    return re.sub(r"^(released/|standard/|)published_", r"\1released_", re.sub("^published/", "quoted/", name))
 
 
 def load(path: Path) -> Results:
@@ -357,7 +380,7 @@ def _row_problems(results: Results) -> list[str]:
             for name, value in row.values.items():
                 if name not in columns:
                     problems.append(f'{where}: unknown metric "{name}". {did_you_mean(name, columns)}')
-                elif row.status != "ok" and columns[name].kind != "published":
+                elif row.status != "ok" and columns[name].kind != "quoted":
                     problems.append(f'{where}: has a value of "{name}", but its status is "{row.status}"')
                 else:
                     problems += [f'{where}, metric "{name}": {problem}' for problem in _value_problems(value, columns[name])]
@@ -372,11 +395,11 @@ def _value_problems(value: Value, column: Column) -> list[str]:
     if (value.low is None) != (value.high is None):
         problems.append("has one end of an interval without the other")
     elif value.low is None or value.high is None:
-        if column.kind not in ("published", "cost") and value.n != 1:
-            problems.append("has no interval; only quoted numbers (kind published), costs and single images may lack one")
+        if column.kind not in ("quoted", "cost") and value.n != 1:
+            problems.append("has no interval; only quoted numbers, costs and single images may lack one")
     elif value.low > value.high:  # the value itself may lie outside: percentile intervals of skewed statistics do that
         problems.append(f"its interval [{value.low:g}, {value.high:g}] is upside down")
-    if (value.n is None and column.kind not in ("published", "cost")) or (value.n is not None and value.n < 1):
+    if (value.n is None and column.kind not in ("quoted", "cost")) or (value.n is not None and value.n < 1):
         problems.append(f"n is {value.n}, but a number rests on at least one sample")
     if column.percent and any(abs(v) > 1 + 1e-9 for v in numbers):
         problems.append(f"{value.value:g} is not a share between -1 and 1, as a column in percent wants")

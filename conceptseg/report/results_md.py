@@ -10,7 +10,7 @@ from urllib.parse import quote
 from conceptseg.errors import ReportError
 from conceptseg.files import locked, write_atomically
 from conceptseg.report.digits import rounded
-from conceptseg.report.results import ABSENT, Block, Column, Results, Row, load
+from conceptseg.report.results import ABSENT, Block, Column, Results, TableRow, load
 
 HEADER = """# Results
 
@@ -20,7 +20,7 @@ _MARK = re.compile(r"^<!-- conceptseg:(begin|end) (\S+) -->[ \t\r]*$", re.MULTIL
 _KINDS = {
     "standard": "standard definition",
     "released": "as released code computes it",
-    "published": "quoted, not computed here",
+    "quoted": "quoted, not computed here",
     "difference": "paired difference",
     "cost": "what it cost here",
 }
@@ -149,7 +149,7 @@ def _block_table(block: Block, columns: Sequence[Column]) -> str:
     return _grid(["row", "provenance", *properties, "n", *headings], rows, left=2 + len(properties))
 
 
-def _cell(block: Block, row: Row, column: Column) -> str:
+def _cell(block: Block, row: TableRow, column: Column) -> str:
     cell = block.cell(row, column)
     if cell is None:
         return ABSENT

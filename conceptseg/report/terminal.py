@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from conceptseg.report.results import ABSENT, Block, Column, Results, Row, by_kind
+from conceptseg.report.results import ABSENT, Block, Column, Results, TableRow, by_kind
 
 WIDTH_OF_A_FILE = 120  # columns where output is no terminal
 _NAME_WIDTH = 18  # the least; names wrap
@@ -26,7 +26,7 @@ _CODES = {
     },
 }  # fmt: skip
 """What a method declares, where the words don't fit; a legend explains each."""
-_KINDS = {"standard": "", "released": " (released code)", "published": " (quoted)", "difference": "", "cost": " (cost)"}
+_KINDS = {"standard": "", "released": " (released code)", "quoted": " (quoted)", "difference": "", "cost": " (cost)"}
 
 
 def print_table(results: Results, console: Console | None = None) -> None:
@@ -146,7 +146,7 @@ def _declared_width(block: Block, heading: str, name: str, spelt: bool) -> int:
     return max(len(heading if spelt else _SHORT[name]), *(len(_declared(row, name, spelt)) for row in block.rows))
 
 
-def _declared(row: Row, name: str, spelt: bool) -> str:
+def _declared(row: TableRow, name: str, spelt: bool) -> str:
     text = getattr(row, name)
     return (text if spelt else _CODES[name].get(text, text)) or ABSENT
 
@@ -183,7 +183,7 @@ def _table(block: Block, layout: _Layout, notes: Mapping[str, int]) -> Table:
     return table
 
 
-def _n(row: Row) -> Text:
+def _n(row: TableRow) -> Text:
     return Text(str(row.n)) if row.status == "ok" else Text(row.status, "bold red" if row.status == "failed" else "italic")
 
 
@@ -206,7 +206,7 @@ def _legend(block: Block, columns: Sequence[Column], layouts: Sequence[_Layout])
     return lines
 
 
-def _cell(block: Block, row: Row, column: Column, separator: str) -> Text:
+def _cell(block: Block, row: TableRow, column: Column, separator: str) -> Text:
     cell = block.cell(row, column)
     if cell is None:
         return Text(ABSENT)

@@ -53,7 +53,7 @@ def track(table: Results, names: Sequence[str], folder: Path) -> None:
 
 
 def _scalars(table: Results) -> Iterator[tuple[int, dict[str, float]]]:
-    computed = {column.name for column in table.columns if column.kind != "published"}
+    computed = {column.name for column in table.columns if column.kind != "quoted"}
     for block in table.blocks:
         curves: dict[str, int] = {}
         for row in block.ordered_rows:

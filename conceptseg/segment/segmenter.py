@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from conceptseg.errors import ConfigError, one_of
-from conceptseg.metrics.published import colliding_relabel
+from conceptseg.metrics.released import colliding_relabel
 from conceptseg.segment.resize import bilinear, nearest_floor
 from conceptseg.segment.threshold import above_level, above_mean, above_otsu, above_quantile, from_share
 from conceptseg.types import Concepts, Prediction

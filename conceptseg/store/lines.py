@@ -9,7 +9,7 @@ from typing import Any, cast, get_args
 
 from conceptseg.errors import did_you_mean
 from conceptseg.store.schema import Row, Status
-from conceptseg.types import AP_NAMES, VOID
+from conceptseg.types import PER_IMAGE, VOID
 
 COUNTS = ("inter", "pred", "label", "pred_void")
 TOTALS = ("valid", "correct", "void")
@@ -127,8 +127,8 @@ def _precisions_fault(row: dict[str, Any]) -> str | None:
     if not isinstance(row.get("ap"), dict):
         return f"ap is {_shown(row.get('ap'))}, wanted average precisions by name"
     for name, value in row["ap"].items():
-        if name not in AP_NAMES:
-            return f'unknown average precision "{name[:40]}". {did_you_mean(name[:40], AP_NAMES)}'
+        if name not in PER_IMAGE:
+            return f'unknown average precision "{name[:40]}". {did_you_mean(name[:40], PER_IMAGE)}'
         if value is not None and not _is_number(value, 0, 1 + ROUNDING):
             return f"ap.{name} is {_shown(value)}, wanted 0 to 1 or null"
     return None

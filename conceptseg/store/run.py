@@ -18,7 +18,7 @@ from conceptseg.files import remove_abandoned_parts, write_atomically, written_a
 from conceptseg.keys import run_id
 from conceptseg.store.lines import DamagedRow, line_of, row_of, sealed
 from conceptseg.store.schema import SCHEMA, TIMING_FIELDS, Manifest, Row, RowKey
-from conceptseg.types import AP_NAMES
+from conceptseg.types import PER_IMAGE
 
 log = logging.getLogger(__name__)
 
@@ -277,7 +277,7 @@ def _parquet_schema() -> Any:
         + [("words", pa.list_(pa.string()))]
         + [(name, counts) for name in ("classes", "inter", "pred", "label", "pred_void")]
         + [(name, pa.int64()) for name in ("valid", "correct", "void")]
-        + [("ap", pa.struct([(name, pa.float64()) for name in AP_NAMES])), ("seconds", pa.float64())]
+        + [("ap", pa.struct([(name, pa.float64()) for name in PER_IMAGE])), ("seconds", pa.float64())]
     )
 
 

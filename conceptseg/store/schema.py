@@ -49,7 +49,8 @@ class Row(TypedDict, total=False):
     void: int
     """Void pixels."""
     ap: dict[str, float | None]
-    """Average precisions: "foreground" (mean over present classes), "two_channel", "two_channel_minmax" (published forms)."""
+    """Per-image numbers that counts can't give: average precisions "foreground" (mean over present classes), "two_channel",
+    "two_channel_minmax" (released forms), and "f1_rowwise", an F1 over pixel rows."""
     seconds: float
     """Wall time of the sample's share of its batch: model and scoring; not part of the row's identity."""
     run: str

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.unets.cross_attention import Attended, CrossAttentionTap, cross_attentions
+from conceptseg.backbones.unets.attention_maps import Attended, CrossAttentionTap, cross_attentions
 from conceptseg.errors import TapError
 
 

@@ -146,5 +146,5 @@ def thresholds_of(
     return {
         d.name: (sensitivity(d, by_cut, resamples, level=level), curve(d, by_cut, resamples, level=level))
         for d in definitions
-        if not d.name.startswith(("ap_", "published_ap"))
+        if not d.name.startswith(("ap_", "released_ap"))
     }

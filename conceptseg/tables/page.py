@@ -20,7 +20,7 @@ from conceptseg.metrics.breakdowns import by_class, by_word
 from conceptseg.metrics.definitions import DEFINITIONS, Rows
 from conceptseg.report.html import Gallery, RunBehind, Section, charts_of, render
 from conceptseg.report.panels import colour_map
-from conceptseg.report.results import Behind, Block, Results, Row
+from conceptseg.report.results import Behind, Block, Results, TableRow
 from conceptseg.store.maps import MapKeeper
 from conceptseg.store.run import RunStore
 from conceptseg.types import Task
@@ -44,7 +44,7 @@ TRUTH, PREDICTION, COVER = (0, 200, 130), (240, 120, 0), 140
 class _Shown:
     """A row with its run folder."""
 
-    row: Row
+    row: TableRow
     run: Behind
     store: RunStore
 

@@ -18,12 +18,12 @@ from conceptseg.evaluation.assemble import Evaluation
 from conceptseg.evaluation.readings import Reading, interval_text
 from conceptseg.metrics.definitions import definition_of
 from conceptseg.report.quoted import Claim, load_claim, shipped
-from conceptseg.report.results import Behind, Block, Column, Results, Row, Value
+from conceptseg.report.results import Behind, Block, Column, Results, TableRow, Value
 from conceptseg.tables.pictures import draw_sheet
 from conceptseg.tables.row import COSTS, Compose, Done, Evaluations, chosen, costs_of, declared, value_of
 from conceptseg.tables.sheet import PaperBlock, PaperRow, PaperTable, PerProtocol, Protocol
 
-MARKS = {"published_miou_from_accuracy": "†", "unknown": "?"}
+MARKS = {"released_miou_from_accuracy": "†", "unknown": "?"}
 """What a quoted number is marked with when it does not obey the definition that its heading promises."""
 NOT_VERIFIED = "*"
 LEGEND = (
@@ -45,7 +45,7 @@ def compute_paper_table(
     name: str, table: PaperTable, compose: Compose, extra: Sequence[str], folder: Path, command: str
 ) -> Results:
     """Compute what can be computed here, quote what is printed, and say what the rest needs."""
-    claim = load_claim(shipped(table.published))
+    claim = load_claim(shipped(table.claim))
     report = compose([])["report"]
     columns = _columns(table, claim, report)
     filling = _Filling(table, claim, Evaluations(compose, extra))
@@ -82,11 +82,11 @@ def _columns(table: PaperTable, claim: Claim, report: Mapping[str, Any]) -> tupl
         if name not in claim.columns:
             raise ConfigError(f'table.quoted: {claim.name} has no column "{name}". {did_you_mean(name, claim.columns)}')
         column = claim.columns[name]
-        found.append(Column(f"published/{name}", column.label, True, column.text, cites, "published", 2))
+        found.append(Column(f"quoted/{name}", column.label, True, column.text, cites, "quoted", 2))
     for kind, part in table.parts.items():
         for name in part.columns:
             d = definition_of(name, f"table.{kind}.columns")
-            label = d.label.removeprefix("published ")  # its group says so
+            label = d.label.removeprefix("released ")  # its group says so
             found.append(Column(f"{kind}/{name}", label, d.percent, d.text, d.source, kind))
     return (*found, *(COSTS if report["costs"] else ()))
 
@@ -96,7 +96,7 @@ def _columns(table: PaperTable, claim: Claim, report: Mapping[str, Any]) -> tupl
 
 def _rows_of(
     row: PaperRow, block: PaperBlock, filling: _Filling
-) -> tuple[list[Row], list[tuple[Protocol, Evaluation, Reading]], list[str]]:
+) -> tuple[list[TableRow], list[tuple[Protocol, Evaluation, Reading]], list[str]]:
     """A row (several if each of its views is a point of a curve), what was computed for it, and its protocols."""
     table, evaluations = filling.table, filling.evaluations
     quotes = _quotes(row, filling)
@@ -158,13 +158,13 @@ def _quotes(row: PaperRow, filling: _Filling) -> dict[str, Value]:
     for name in table.quoted:
         if name in quoted.values:
             mark = MARKS.get(quoted.obeys[name], "") + ("" if quoted.verified else NOT_VERIFIED)
-            found[f"published/{name}"] = Value(quoted.values[name] / 100, None, None, None, mark)
+            found[f"quoted/{name}"] = Value(quoted.values[name] / 100, None, None, None, mark)
     return found
 
 
-def _not_run(row: PaperRow, config: Mapping[str, Any] | None, quoted: Mapping[str, Value], note: str) -> Row:
+def _not_run(row: PaperRow, config: Mapping[str, Any] | None, quoted: Mapping[str, Value], note: str) -> TableRow:
     backbone = config["extractor"].get("backbone") or {} if config else {}
-    return Row(
+    return TableRow(
         name=row.name, group=row.group, extractor=_name_of(config), backbone=backbone.get("path"),
         provenance="control" if row.group == "controls" else "weights", run_id="", view="", segmenter="", n=0, excluded=0,
         failed=0, values=quoted, status="not run", note=note,
@@ -192,7 +192,7 @@ def _name_of(config: Mapping[str, Any] | None) -> str:
 
 def _run(
     row: PaperRow, found: Sequence[tuple[Protocol, Evaluation, Reading]], quotes: Mapping[str, Value], table: PaperTable
-) -> Row:
+) -> TableRow:
     found = sorted(found, key=lambda one: not one[2].n)  # a protocol under which every sample failed stands last
     _, evaluation, reading = found[0]
     values = {**quotes, **costs_of(evaluation)}
@@ -202,7 +202,7 @@ def _run(
         Behind(which, e.protocol.label, e.run_id, r.view, r.segmenter, r.n, r.excluded, r.failed) for which, e, r in found[1:]
     )
     late = f"{reading.waiting} samples are not computed yet" if reading.waiting else ""
-    return Row(
+    return TableRow(
         name=row.name, group=row.group, extractor=_name_of(evaluation.config),
         backbone=_backbone(evaluation), provenance=evaluation.extractor.provenance, run_id=evaluation.run_id,
         view=reading.view, segmenter=reading.segmenter, n=reading.n, excluded=reading.excluded, failed=reading.failed,
@@ -211,7 +211,7 @@ def _run(
     )  # fmt: skip
 
 
-def _points(row: PaperRow, table: PaperTable, finished: Mapping[Protocol, Done]) -> list[Row]:
+def _points(row: PaperRow, table: PaperTable, finished: Mapping[Protocol, Done]) -> list[TableRow]:
     """A row for every view that stands at one layer or one timestep."""
     views = next(iter(finished.values())).evaluation.views
     several = len({view.space for view in views.values()}) > 1

@@ -9,7 +9,7 @@ from typing import Any
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.evaluation.assemble import Evaluation, assemble
 from conceptseg.evaluation.carry_out import carry_out
-from conceptseg.evaluation.readings import Reading, readings, write_results
+from conceptseg.evaluation.readings import Reading, readings, write_readings
 from conceptseg.extractors.base import Extractor
 from conceptseg.keys import canonical_json
 from conceptseg.metrics.intervals import Interval
@@ -54,7 +54,7 @@ class Evaluations:
             evaluation = assemble(config, in_table=True)
             carry_out(evaluation, title)
             found = readings(evaluation, metrics)
-            write_results(evaluation, found)
+            write_readings(evaluation, found)
             self._done[place] = Done(evaluation, tuple(found))
         return self._done[place]
 

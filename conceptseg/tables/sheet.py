@@ -155,7 +155,7 @@ class PaperTable:
     """A paper's table: as printed, under the released protocol and under the standard one."""
 
     title: str
-    published: str
+    claim: str
     """Name of the claim under benchmarks/ that is quoted."""
     blocks: tuple[PaperBlock, ...]
     quoted: tuple[str, ...] = ()
@@ -181,7 +181,7 @@ class PaperTable:
         return {protocol: part for protocol, part in both.items() if part is not None}
 
 
-OF_PAPERS = {"published", "quoted", *PROTOCOLS}
+OF_PAPERS = {"claim", "quoted", *PROTOCOLS}
 """Keys that only a paper's table has."""
 
 

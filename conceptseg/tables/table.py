@@ -15,7 +15,7 @@ from conceptseg.evaluation.readings import Reading, interval_text, scored
 from conceptseg.metrics.breakdowns import clusters_by_word
 from conceptseg.metrics.comparisons import compare
 from conceptseg.metrics.definitions import Rows, definition_of
-from conceptseg.report.results import Block, Column, Results, Row, Value
+from conceptseg.report.results import Block, Column, Results, TableRow, Value
 from conceptseg.tables.pictures import draw_sheet
 from conceptseg.tables.row import COSTS, Compose, Evaluations, chosen, costs_of, declared, value_of
 from conceptseg.tables.sheet import Against, RowSheet, TableSheet
@@ -24,7 +24,14 @@ from conceptseg.tables.sheet import Against, RowSheet, TableSheet
 def columns_of(names: Sequence[str]) -> tuple[Column, ...]:
     """Raises ConfigError for a metric that is not defined."""
     return tuple(
-        Column(d.name, d.label, d.percent, d.text, d.source, "released" if d.name.startswith("published_") else "standard")
+        Column(
+            d.name,
+            d.label.removeprefix("released "),
+            d.percent,
+            d.text,
+            d.source,
+            "released" if d.name.startswith("released_") else "standard",
+        )
         for d in (definition_of(name, "columns") for name in names)
     )
 
@@ -111,14 +118,14 @@ def _difference(against: Against) -> str:
     return f"{against.metric} over {against.row}"
 
 
-def _row(row: RowSheet, evaluation: Evaluation, reading: Reading) -> Row:
+def _row(row: RowSheet, evaluation: Evaluation, reading: Reading) -> TableRow:
     named = dict(o.split("=", 1) for o in row.overrides if "=" in o)
     backbone = getattr(getattr(evaluation.extractor, "backbone", None), "checkpoint", None)
     note = row.note
     if reading.waiting:
         note = (note + " " if note else "") + f"{reading.waiting} samples are not computed yet"
     extractor = named.get("extractor", type(evaluation.extractor).__name__)
-    return Row(
+    return TableRow(
         name=row.name, group=row.group, extractor=extractor,
         backbone=backbone.path if backbone else None, provenance=evaluation.extractor.provenance, run_id=evaluation.run_id,
         view=reading.view, segmenter=reading.segmenter, n=reading.n, excluded=reading.excluded, failed=reading.failed,
@@ -139,7 +146,7 @@ def single_table(evaluation: Evaluation, found: Sequence[Reading], command: str)
         )
     many = len({r.segmenter for r in found}) > 1
     rows_ = tuple(
-        Row(
+        TableRow(
             name=f"{r.name}, {r.segmenter}" if many else r.name,
             group="methods" if evaluation.extractor.provenance != "control" else "controls",
             extractor=type(evaluation.extractor).__name__, backbone=None, provenance=evaluation.extractor.provenance,

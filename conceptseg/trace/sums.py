@@ -8,7 +8,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from conceptseg.backbones.unets.cross_attention import grid_factor, upsample
+from conceptseg.backbones.unets.attention_maps import grid_factor, upsample
 from conceptseg.errors import ViewError
 
 SpaceReduce = Literal["pairs", "grids"]

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.unets.cross_attention import (
+from conceptseg.backbones.unets.attention_maps import (
     CFG_ROWS,
     UPSAMPLINGS,
     Attended,

@@ -46,9 +46,9 @@ def test_every_table_that_was_promised_is_there():
 def test_every_row_of_the_paper_is_a_row_here(name):
     sheet = PAPER[name]
     quotes = {row.quoted for block in sheet.blocks for row in block.rows}
-    claim = load_claim(shipped(sheet.published))
+    claim = load_claim(shipped(sheet.claim))
     assert quotes - {None} <= {row.row for row in claim.rows}
-    if sheet.published == name.replace("/", "-") and sheet.quoted:
+    if sheet.claim == name.replace("/", "-") and sheet.quoted:
         assert {row.row for row in claim.rows} <= quotes
     assert set(sheet.quoted) <= claim.columns.keys()
 

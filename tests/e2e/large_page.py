@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from conceptseg.report.results import Block, Column, Results, Row, Value
+from conceptseg.report.results import Block, Column, Results, TableRow, Value
 from conceptseg.store.maps import MapKeeper
 from conceptseg.tables.page import write_html
 from conceptseg.types import Concepts, Prediction, Sample, Task
@@ -110,14 +110,14 @@ def make(folder: Path, images: int, methods: int = METHODS) -> Path:
         share = _run(folder / "runs" / f"{method:012x}", data, method, method < KEEPING)
         computed = Value(share, share - 0.01, share + 0.01, images)
         values = {f"{kind}/{m}": computed for kind in ("released", "standard") for m in METRICS}
-        values["published/miou"] = Value(share - 0.1, None, None, None, "\u2020")
+        values["quoted/miou"] = Value(share - 0.1, None, None, None, "\u2020")
         rows.append(
-            Row(
+            TableRow(
                 f"Method number {method}", "methods", "Made", "lab:flux", "lab", f"{method:012x}", VIEW, SEGMENTER, images, 0, 0,
                 values, "ok", "", "name and prompt" if method % 2 else "nothing", "images and captions", "yes",
             )
         )  # fmt: skip
-    columns = [Column("published/miou", "mIoU", True, "As printed.", "Table 1", "published", 2)]
+    columns = [Column("quoted/miou", "mIoU", True, "As printed.", "Table 1", "quoted", 2)]
     for kind in ("released", "standard"):
         columns += [Column(f"{kind}/{m}", m, True, "Made up.", "", kind) for m in METRICS]  # type: ignore[arg-type]
     block = Block("Made up", f"{images} images", "as it is v1", "One word an image.", tuple(rows))

@@ -75,7 +75,7 @@ def test_a_damaged_sample_gets_a_failed_row_and_the_others_are_scored(commands, 
 def test_the_number_of_failed_samples_is_in_the_results(commands, kit):
     mask_of(kit, 1).unlink()
     commands.run(*MULTI, "dataset=pascal_voc", f"dataset.root={kit}")
-    (reading,) = json.loads((commands.the_run() / "results.json").read_text())["readings"]
+    (reading,) = json.loads((commands.the_run() / "readings.json").read_text())["readings"]
     assert (reading["n"], reading["failed"], reading["waiting"]) == (4, 1, 0)
 
 
@@ -87,7 +87,7 @@ def test_a_failed_sample_is_not_tried_again_until_asked_for(commands, kit):
     image_of(kit, 1).write_bytes(good)
     assert "0 samples computed" in commands.run(*args).said
     assert "1 samples computed" in commands.run(*args, "runtime.retry_failed=true").said
-    (reading,) = json.loads((commands.the_run() / "results.json").read_text())["readings"]
+    (reading,) = json.loads((commands.the_run() / "readings.json").read_text())["readings"]
     assert (reading["n"], reading["failed"]) == (5, 0)
 
 

@@ -84,7 +84,7 @@ def test_the_oracle_is_right_on_every_layout(commands, kit, mat, hub):
     places = (("pascal_voc", "root", kit), ("imagenet_segmentation", "root", mat), ("hub", "path", hub))
     for dataset, key, place in places:
         commands.run("extractor=oracle", f"dataset={dataset}", f"dataset.{key}={place}", f"runtime.runs={dataset}")
-        (reading, *_) = json.loads((commands.the_run(dataset) / "results.json").read_text())["readings"]
+        (reading, *_) = json.loads((commands.the_run(dataset) / "readings.json").read_text())["readings"]
         assert reading["values"]["accuracy"]["value"] == 1
 
 

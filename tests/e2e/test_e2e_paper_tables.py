@@ -46,9 +46,9 @@ def test_rows_without_weights_are_not_run_and_say_what_they_need_and_how(quoted)
 def test_quoted_numbers_stand_in_their_own_columns_with_their_mark(quoted):
     _, table, rows = quoted
     kinds = {column["name"]: column["kind"] for column in table["columns"]}
-    assert rows[3]["values"]["published/miou"] == {"value": 0.7104, "low": None, "high": None, "n": None, "mark": "\u2020"}
-    assert all(kinds[name] == "published" for row in rows for name in row["values"])
-    assert {kind for kind in kinds.values()} == {"published", "released", "standard"}
+    assert rows[3]["values"]["quoted/miou"] == {"value": 0.7104, "low": None, "high": None, "n": None, "mark": "\u2020"}
+    assert all(kinds[name] == "quoted" for row in rows for name in row["values"])
+    assert {kind for kind in kinds.values()} == {"quoted", "released", "standard"}
     assert any("\u2020 is acc/(2-acc)" in note for note in table["notes"])
 
 
@@ -63,11 +63,11 @@ def test_the_lab_fills_both_protocols_beside_the_quoted_numbers(shared):
     assert [(row["status"], row["provenance"], row["n"]) for row in rows] == [("ok", "lab", 2)] * 4
     for row in rows:
         groups = {name.partition("/")[0] for name in row["values"]}
-        assert groups == {"published", "released", "standard", "cost_seconds", "cost_memory", "cost_passes"}
+        assert groups == {"quoted", "released", "standard", "cost_seconds", "cost_memory", "cost_passes"}
         (other,) = row["also"]
         assert other["kind"] == "standard" and other["run_id"] != row["run_id"]
         accuracy = row["values"]["released/accuracy"]["value"]
-        assert row["values"]["released/published_miou_from_accuracy"]["value"] == pytest.approx(accuracy / (2 - accuracy))
+        assert row["values"]["released/released_miou_from_accuracy"]["value"] == pytest.approx(accuracy / (2 - accuracy))
     assert "not to be held against quoted ones" in table["notes"][0]
 
 
@@ -115,5 +115,5 @@ def test_a_row_of_the_lab_without_weights_is_not_run_and_says_which(shared):
     tables = (json.loads(path.read_text()) for path in (shared.folder / "runs" / "tables").glob("*/results.json"))
     (table,) = [table for table in tables if model in table["command"]]
     for row in table["blocks"][0]["rows"]:
-        assert row["status"] == "not run" and row["values"]["published/miou"]
+        assert row["status"] == "not run" and row["values"]["quoted/miou"]
         assert row["note"].startswith("the lab has no mamba weights yet: conceptseg-lab train mamba --ship")

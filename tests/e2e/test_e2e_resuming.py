@@ -52,7 +52,7 @@ def test_fewer_scenes_are_summed_up_from_the_rows_that_are_held(commands):
     commands.run("extractor=constant", "dataset.count=6")
     said = commands.run("extractor=constant", "dataset.count=4")
     assert "0 samples computed" in said.said
-    (reading,) = json.loads((commands.the_run() / "results.json").read_text())["readings"]
+    (reading,) = json.loads((commands.the_run() / "readings.json").read_text())["readings"]
     assert reading["n"] == 4
 
 

@@ -147,4 +147,4 @@ def test_controls_score_their_closed_forms(rows, block):
     share = found["constant"]["accuracy"]
     if block == "one object":
         assert found["constant"]["miou_dataset"] == pytest.approx(share / 2)
-    assert found["constant"]["published_miou_from_accuracy"] == pytest.approx(share / (2 - share))
+    assert found["constant"]["released_miou_from_accuracy"] == pytest.approx(share / (2 - share))

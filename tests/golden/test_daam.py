@@ -18,7 +18,7 @@ from torch import nn
 
 from conceptseg.backbones.base import stack_images
 from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.unets.cross_attention import (
+from conceptseg.backbones.unets.attention_maps import (
     RELEASED_FACTORS,
     CrossAttention,
     CrossAttentionTap,

@@ -29,7 +29,7 @@ from test_concept_attention import tolerance_of, view_of
 from test_daam import CASES, MODULE_TENSORS, OneAttention, held
 
 import conceptseg.backbones.transformers.concept_stream as concept_stream
-import conceptseg.backbones.unets.cross_attention as cross_attention
+import conceptseg.backbones.unets.attention_maps as cross_attention
 import conceptseg.saliency.cells as cells
 import conceptseg.trace.sums as sums
 from conceptseg.backbones.encoders.tower import resized_positions
@@ -37,7 +37,7 @@ from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.transformers.concept_stream import ConceptTokens
 from conceptseg.backbones.transformers.flux import FluxBackbone, FluxCarrier
 from conceptseg.backbones.transformers.sd3 import SD3Backbone
-from conceptseg.backbones.unets.cross_attention import CrossAttention, CrossAttentionTap, kept_heads, kept_rows
+from conceptseg.backbones.unets.attention_maps import CrossAttention, CrossAttentionTap, kept_heads, kept_rows
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.saliency.normalize import softmax_over_tokens
 from conceptseg.saliency.views import Fold, Softmax, View

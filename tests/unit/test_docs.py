@@ -12,10 +12,9 @@ import pytest
 
 from conceptseg.metrics.definitions import DEFINITIONS
 from conceptseg.report.quoted import QuotedRow
-from conceptseg.report.results import Behind, Block, Column, Results, Row, Value
+from conceptseg.report.results import Behind, Block, Column, Results, TableRow, Value
 from conceptseg.store.cost import Cost
-from conceptseg.store.schema import Manifest
-from conceptseg.store.schema import Row as StoredRow
+from conceptseg.store.schema import Manifest, Row
 
 REPO = Path(__file__).parents[2]
 DOCS = REPO / "docs"
@@ -25,7 +24,7 @@ def page(name: str) -> str:
     return (DOCS / f"{name}.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("kind", [StoredRow, Manifest, Cost, Results, Column, Block, Row, Value, Behind, QuotedRow])
+@pytest.mark.parametrize("kind", [Row, Manifest, Cost, Results, Column, Block, TableRow, Value, Behind, QuotedRow])
 def test_every_key_of_a_file_is_in_the_schema(kind):
     names = [f.name for f in fields(kind)] if hasattr(kind, "__dataclass_fields__") else list(kind.__annotations__)
     assert [name for name in names if f"| `{name}` |" not in page("results_schema")] == []

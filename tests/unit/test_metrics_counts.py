@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.metrics.counts import count
-from conceptseg.metrics.published import colliding_relabel, relabel
+from conceptseg.metrics.released import colliding_relabel, relabel
 
 CLASSES = (0, 3, 7)
 

@@ -13,7 +13,7 @@ from conceptseg.errors import ConfigError, DataError
 from conceptseg.metrics.average_precision import foreground_average_precision, two_channel_average_precision
 from conceptseg.metrics.counts import count
 from conceptseg.metrics.definitions import DEFINITIONS, Definition, Rows, entering
-from conceptseg.metrics.published import BACKGROUND, iou_from_accuracy
+from conceptseg.metrics.released import BACKGROUND, iou_from_accuracy
 from conceptseg.metrics.reported import METRICS, CountMetric, PixelAccuracy, metric
 
 EXACT = 1e-12
@@ -44,7 +44,7 @@ def test_the_oracle_scores_one_everywhere_and_its_inverse_has_no_iou():
     _, truths, _ = random_records(void=0)
     oracle = [record(f"{i}", truth, truth, scores=truth.astype(float)) for i, truth in enumerate(truths)]
     inverted = [record(f"{i}", 1 - truth, truth, scores=1.0 - truth) for i, truth in enumerate(truths)]
-    for name in ("accuracy", "miou_dataset", "miou_image", "foreground_iou", "ap_image", "published_miou_from_accuracy"):
+    for name in ("accuracy", "miou_dataset", "miou_image", "foreground_iou", "ap_image", "released_miou_from_accuracy"):
         assert value(name, oracle) == 1.0
         if name != "ap_image":
             assert value(name, inverted) == 0.0
@@ -60,7 +60,7 @@ def test_all_background_scores_half_its_share_and_the_published_miou_more():
     assert value("miou_dataset", records) == pytest.approx(q / 2, abs=EXACT)
     assert value("miou_image", records) == pytest.approx((0.5 / 2 + 0.75 / 2) / 2, abs=EXACT)
     assert value("foreground_iou", records) == 0.0
-    assert value("published_miou_from_accuracy", records) == pytest.approx(q / (2 - q), abs=EXACT)
+    assert value("released_miou_from_accuracy", records) == pytest.approx(q / (2 - q), abs=EXACT)
 
 
 def literal_stacked(predict, target):
@@ -77,7 +77,7 @@ def test_the_golden_example_of_the_spec():
     target, mask = np.array([[1, 1], [0, 0]]), np.array([[1, 0], [0, 0]])
     correct, labelled, inter, union = literal_stacked(np.stack([1 - mask, mask]), np.stack([1 - target, target]))
     assert (correct, labelled, inter.tolist(), union.tolist()) == (6, 8, [3, 3], [5, 5])
-    assert value("published_miou_from_accuracy", [record("0", mask, target)]) == pytest.approx(0.6, abs=EXACT)
+    assert value("released_miou_from_accuracy", [record("0", mask, target)]) == pytest.approx(0.6, abs=EXACT)
     assert value("miou_dataset", [record("0", mask, target)]) == pytest.approx((2 / 3 + 1 / 2) / 2, abs=EXACT)
 
 
@@ -87,8 +87,8 @@ def test_the_stacked_algorithm_is_a_function_of_accuracy():
     totals = [literal_stacked(np.stack([1 - mask, mask]), np.stack([1 - truth, truth])) for mask, truth in pairs]
     correct, labelled, inter, union = (sum(parts) for parts in zip(*totals, strict=True))
     assert value("accuracy", records) == pytest.approx(correct / labelled, abs=EXACT)
-    assert value("published_miou_from_accuracy", records) == pytest.approx(np.mean(inter / union), abs=EXACT)
-    assert value("published_miou_from_accuracy", records) > value("miou_dataset", records)
+    assert value("released_miou_from_accuracy", records) == pytest.approx(np.mean(inter / union), abs=EXACT)
+    assert value("released_miou_from_accuracy", records) > value("miou_dataset", records)
 
 
 @pytest.mark.parametrize(("accuracy", "printed"), [(0.8307, 0.7104), (0.7492, 0.5990), (0.6452, 0.4762), (0.7780, 0.6367)])
@@ -101,8 +101,8 @@ def test_the_released_voc_accuracy_counts_void_half_wrong():
     pairs = zip(labels.astype(int), np.where(truths == 255, -1, truths.astype(int)), strict=True)
     totals = [literal_stacked(np.stack([1 - mask, mask]), np.stack([1 - truth, truth])) for mask, truth in pairs]
     correct, labelled, *_ = (sum(parts) for parts in zip(*totals, strict=True))
-    assert value("published_accuracy_void_half", records) == pytest.approx(correct / labelled, abs=EXACT)
-    assert value("published_accuracy_void_half", records) < value("accuracy", records)
+    assert value("released_accuracy_void_half", records) == pytest.approx(correct / labelled, abs=EXACT)
+    assert value("released_accuracy_void_half", records) < value("accuracy", records)
 
 
 def multiclass_records():
@@ -139,7 +139,7 @@ def test_the_released_voc_multi_class_miou_keeps_void_in_the_union():
         inter, union = ((labels == k) & (truths == k)).sum(), ((labels == k) | (truths == k)).sum()
         if union > 0:
             ious.append(inter / union)
-    assert value("published_miou_void_in_union", records) == pytest.approx(sum(ious) / (len(ious) + 1e-6), abs=EXACT)
+    assert value("released_miou_void_in_union", records) == pytest.approx(sum(ious) / (len(ious) + 1e-6), abs=EXACT)
 
 
 def test_miou_image_is_the_mean_over_images_of_the_classes_that_occur_there():
@@ -164,8 +164,8 @@ def test_images_without_foreground_stay_out_of_ap_and_n_says_so():
 def test_a_published_ap_of_zero_still_enters():
     row = record("0", [[0]], [[255]])
     row["ap"] = {"two_channel": two_channel_average_precision(np.ones((1, 1)), np.uint8([[255]]), minmax=False)}
-    assert value("published_ap_two_channel", [row]) == 0.0
-    assert np.isnan(value("published_ap_two_channel_minmax", [row]))
+    assert value("released_ap_two_channel", [row]) == 0.0
+    assert np.isnan(value("released_ap_two_channel_minmax", [row]))
 
 
 @pytest.mark.parametrize("definition", DEFINITIONS.values(), ids=lambda definition: definition.name)
@@ -247,6 +247,6 @@ def test_a_metric_works_in_lightnings_forward_and_with_many_classes():
 
 
 def test_reports_do_not_load_torch():
-    code = "import sys, conceptseg.metrics.definitions, conceptseg.metrics.intervals, conceptseg.metrics.published as p"
+    code = "import sys, conceptseg.metrics.definitions, conceptseg.metrics.intervals, conceptseg.metrics.released as p"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)
     assert BACKGROUND == types.BACKGROUND

@@ -108,7 +108,7 @@ def test_imagenet_segmentation(imagenet, case, name):
             assert two_channel_average_precision(enlarged(scores), truth, minmax=True) == ap
         records.append(record(i, counts, {"two_channel_minmax": ap}))
 
-    names = ("accuracy", "published_miou_from_accuracy", "published_ap_two_channel_minmax")
+    names = ("accuracy", "released_miou_from_accuracy", "released_ap_two_channel_minmax")
     for name, golden in zip(names, ("running_pixAcc", "running_mIoU", "running_mAP"), strict=True):
         np.testing.assert_allclose(running(name, records), imagenet[f"{case}.{golden}"], atol=RATIO, rtol=0)
     finals = [running(name, records)[-1] for name in names]
@@ -141,7 +141,7 @@ def test_voc_single_class(voc, case):
         assert ap == pytest.approx(voc[f"{case}.ap"][i].item(), abs=AP)
         records.append(record(i, counts, {"two_channel": ap}))
 
-    names = ("published_accuracy_void_half", "miou_dataset", "published_ap_two_channel")
+    names = ("released_accuracy_void_half", "miou_dataset", "released_ap_two_channel")
     for name, golden in zip(names, ("running_pixAcc", "running_mIoU", "running_mAP"), strict=True):
         np.testing.assert_allclose(running(name, records), voc[f"{case}.{golden}"], atol=RATIO, rtol=0)
     finals = [running(name, records)[-1] for name in names]

@@ -76,7 +76,7 @@ def test_a_95_percent_interval_holds_the_truth_about_95_times_in_100():
 def test_agrees_with_the_normal_interval_of_a_mean():
     rows = Rows.from_records(records(400))
     interval = bootstrap(AP, rows)
-    values = rows.ap["foreground"][~np.isnan(rows.ap["foreground"])]
+    values = rows.per_image["foreground"][~np.isnan(rows.per_image["foreground"])]
     half = 1.96 * values.std() / math.sqrt(len(values))
     assert interval.n == len(values) == 320
     assert interval.low == pytest.approx(values.mean() - half, abs=0.05 * 2 * half)

@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from conceptseg.config import instantiate
-from conceptseg.metrics.published import f1_over_rows
+from conceptseg.metrics.released import f1_over_rows
 from conceptseg.metrics.summary import summarise
 from conceptseg.types import Concepts, Sample, Task
 
@@ -24,8 +24,8 @@ def numbers(scores, truth):
     ((segmenter, record, prediction),) = built("chefer").score(task, scores[None])
     row = {"sample": "made/0", "view": "map", "segmenter": segmenter.key, "status": "ok", **record}
     names = [
-        "accuracy", "miou_dataset", "published_ap_two_channel_minmax", "ap_image", "published_f1_rowwise", "f1_image",
-        "published_miou_from_accuracy",
+        "accuracy", "miou_dataset", "released_ap_two_channel_minmax", "ap_image", "released_f1_rowwise", "f1_image",
+        "released_miou_from_accuracy",
     ]  # fmt: skip
     return prediction, {k: v.value for k, v in summarise([row], names, 10, 0.95).items()}
 
@@ -35,8 +35,8 @@ def test_the_golden_image_gives_the_printed_numbers():
     assert prediction.labels.tolist() == [[1, 0], [0, 0]]  # 0.4, the mean, is not above the mean
     assert found == pytest.approx(
         {
-            "accuracy": 3 / 4, "miou_dataset": 0.583333, "published_ap_two_channel_minmax": 0.854167, "ap_image": 0.833333,
-            "published_f1_rowwise": 1 / 3, "f1_image": 2 / 3, "published_miou_from_accuracy": 0.6,
+            "accuracy": 3 / 4, "miou_dataset": 0.583333, "released_ap_two_channel_minmax": 0.854167, "ap_image": 0.833333,
+            "released_f1_rowwise": 1 / 3, "f1_image": 2 / 3, "released_miou_from_accuracy": 0.6,
         },
         abs=1e-6,
     )  # fmt: skip
@@ -45,7 +45,7 @@ def test_the_golden_image_gives_the_printed_numbers():
 def test_a_constant_map_is_background_everywhere_and_scores_0_in_both_channels():
     prediction, found = numbers(np.full((2, 2), 0.3, np.float32), TRUTH)
     assert not prediction.labels.any()
-    assert found["published_f1_rowwise"] == found["f1_image"] == 0 and found["published_ap_two_channel_minmax"] == 0.5
+    assert found["released_f1_rowwise"] == found["f1_image"] == 0 and found["released_ap_two_channel_minmax"] == 0.5
 
 
 def test_the_accidental_f1_is_one_of_each_row():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conceptseg.backbones.unets.cross_attention import cross_attentions
+from conceptseg.backbones.unets.attention_maps import cross_attentions
 
 PROMPT, TEXT, SIDE = 12, 77, 64  # start token, ten tokens and end token; all positions; side of the reference's maps
 CHUNK = 2 * 2**20  # probabilities that are computed at a time; logits are as many

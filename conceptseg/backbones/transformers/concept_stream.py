@@ -20,13 +20,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from conceptseg.backbones.taps import StopForward, TapSet
 from conceptseg.errors import TapError
 
-Rows = TypeVar("Rows", bound="TensorRows")
+Held = TypeVar("Held", bound="TensorRows")
 Vectors = tuple[Tensor, Tensor]
 """Concept vectors [R C d] or [R A C d], and image vectors [R L d] or [R A L d]."""
 
 
 @dataclass
-class BlockActivations:
+class StreamActivations:
     """What one block yields for scoring, all before any output projection and before rotary embedding.
 
     R rows, A heads, C concept tokens, L image tokens, N text tokens; concept_* are [R C A d] or [R C A·d], image_* [R L A d] or
@@ -58,7 +58,7 @@ def _joined(x: Tensor) -> Tensor:
     return x.flatten(2)
 
 
-SPACES: dict[str, tuple[str, Callable[[BlockActivations], Vectors]]] = {
+SPACES: dict[str, tuple[str, Callable[[StreamActivations], Vectors]]] = {
     "output": (
         "attention outputs before the output projection, heads concatenated (the paper's space)",
         lambda a: (a.concept_outputs, a.image_outputs),
@@ -105,7 +105,7 @@ SPACES: dict[str, tuple[str, Callable[[BlockActivations], Vectors]]] = {
 class TensorRows:
     """A dataclass of tensors [B ...], any of which may be None."""
 
-    def repeated(self: Rows, draws: int) -> Rows:
+    def repeated(self: Held, draws: int) -> Held:
         """Every row `draws` times, copies of a row side by side."""
         held = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{k: None if t is None else repeat(t, "B ... -> (B n) ...", n=draws) for k, t in held.items()})
@@ -148,7 +148,7 @@ class ConceptStream:
 
     concepts: Float[Tensor, "R T d"]
     pooled: Float[Tensor, "R p"] | None
-    on_block: Callable[[int, BlockActivations], None]
+    on_block: Callable[[int, StreamActivations], None]
     last_layer: int
     cross_attention: bool = True
     self_attention: bool = True
@@ -257,7 +257,7 @@ class ConceptCarrier(ABC):
 
         stream.on_block(
             layer,
-            BlockActivations(
+            StreamActivations(
                 concept_queries=concepts.queries, concept_keys=concepts.keys, concept_values=concepts.values,
                 concept_outputs=outputs, image_queries=image.queries, image_keys=image.keys, image_values=image.values,
                 image_outputs=image_outputs, rotated_image_keys=rotated_image_keys, text_queries=text[0], text_keys=text[1],

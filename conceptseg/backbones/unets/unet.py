@@ -14,7 +14,7 @@ from conceptseg.backbones.latent_checkpoint import LatentCheckpoint
 from conceptseg.backbones.latents import spread_out
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextCache
-from conceptseg.backbones.unets.cross_attention import CrossAttention, CrossAttentionTap, cross_attentions, reference_side
+from conceptseg.backbones.unets.attention_maps import CrossAttention, CrossAttentionTap, cross_attentions, reference_side
 from conceptseg.errors import ConfigError
 
 

@@ -1,4 +1,4 @@
-"""What released code computes where it differs from the usual definition, so that published numbers can be met exactly."""
+"""What released code computes where it differs from the usual definition, so that quoted numbers can be met exactly."""
 
 from __future__ import annotations
 
