@@ -17,8 +17,8 @@ def report() -> int:
     import argparse
 
     parser = argparse.ArgumentParser(prog="conceptseg-report", description=report.__doc__)
-    parser.add_argument("--check", action="store_true", help="exit with 1 if RESULTS.md is not what benchmarks/ gives")
-    parser.add_argument("--write", action="store_true", help="bring RESULTS.md up to date from benchmarks/")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if RESULTS.md or a README.md of benchmarks/ is stale")
+    parser.add_argument("--write", action="store_true", help="bring RESULTS.md and benchmarks/*/README.md up to date")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write each table as CSV, LaTeX and an HTML page")
     parser.add_argument("--table", action="append", help="only this one, or a results.json anywhere; may be given several times")
     parser.add_argument("--pictures", type=int, help="at most so many samples of a block in a page; all unless said")
@@ -27,7 +27,7 @@ def report() -> int:
     parser.add_argument("--benchmarks", default="benchmarks", type=Path)
     said = parser.parse_args()
     from conceptseg.report.results import load
-    from conceptseg.report.results_md import check, update
+    from conceptseg.report.results_md import check, write
     from conceptseg.report.terminal import print_table
 
     if said.check:
@@ -36,16 +36,19 @@ def report() -> int:
             print(problem, file=sys.stderr)
         print(f"{said.results}: " + (f"{len(problems)} stale or missing" if problems else "up to date"))
         return 1 if problems else 0
+    if said.write:
+        if said.table:
+            parser.error("--write brings all tables up to date, so it takes no --table")
+        write(said.results, said.benchmarks)
+        print(f"{said.results} and the README.md files in {said.benchmarks}: up to date")
+        return 0
     asked = [Path(name) if name.endswith(".json") else said.benchmarks / name / "results.json" for name in said.table or ()]
     found = [load(path) for path in asked or sorted(said.benchmarks.glob("*/results.json"))]
     if said.export:
         return _export(found, said.runs, said.export, said.pictures)
     for table in found:
-        if said.write:
-            update(said.results, table)
-        else:
-            print_table(table)
-    print(f"{len(found)} tables in {said.benchmarks}" + (f", written to {said.results}" if said.write else ""))
+        print_table(table)
+    print(f"{len(found)} tables in {said.benchmarks}")
     return 0
 
 

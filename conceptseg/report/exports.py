@@ -22,7 +22,9 @@ def to_csv(table: Results) -> str:
     head = ["block", "protocol", "row", "group", "status", "extractor", "backbone", "provenance", "told", "trained_on"]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*head, "view", "segmenter", "run_id", "n", "excluded", "failed", *columns, "series", "x", "note"])
+    writer.writerow(
+        [*head, "view", "segmenter", "run_id", "n", "excluded", "failed", *columns, "series", "x", "note", "needs", "command"]
+    )
     for block in table.blocks:
         for row in block.ordered_rows:
             cells: list[object] = []
@@ -32,7 +34,10 @@ def to_csv(table: Results) -> str:
             fixed = (block.name, block.protocol, row.name, row.group, row.status, row.extractor, row.backbone, row.provenance)
             read = (row.told, row.trained_on, row.view, row.segmenter, row.run_id, row.n, row.excluded, row.failed)
             writer.writerow(
-                ["" if cell is None else _inert(cell) for cell in (*fixed, *read, *cells, row.series, row.x, row.note)]
+                [
+                    "" if cell is None else _inert(cell)
+                    for cell in (*fixed, *read, *cells, row.series, row.x, row.note, "; ".join(row.needs), row.command)
+                ]
             )
     return buffer.getvalue()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from conceptseg.files import write_atomically
 from conceptseg.report.digits import settled, values_of
 from conceptseg.report.results import Results, load, save
-from conceptseg.report.results_md import update
+from conceptseg.report.results_md import write
 
 
 def publish(results: Results, folder: Path, benchmarks: Path, results_md: Path) -> list[str]:
@@ -30,7 +30,7 @@ def publish(results: Results, folder: Path, benchmarks: Path, results_md: Path) 
         written.append(f"published: {old_sheet}")
     elif sheet.exists():
         written.append(f"kept: {old_sheet}, since no number moved; delete it to have it replaced")
-    update(results_md, made)
+    write(results_md, benchmarks)
     return written
 
 

@@ -47,6 +47,8 @@ class Column:
     or what computing cost."""
     places: int = 1
     """Decimals of a percentage: one for numbers computed here, as many as were printed for quoted ones."""
+    headline: bool = False
+    """Whether the first screen of RESULTS.md shows it, for the rows that it shows."""
 
     @property
     def heading(self) -> str:
@@ -165,7 +167,7 @@ class TableRow:
     status: Status
     """Whether the row was computed."""
     note: str
-    """Anything a reader must know beside the number, such as what a row that was not run needs."""
+    """Anything a reader must know beside the number."""
     told: str = ""
     """What the method is told of an image; empty in tables of older versions."""
     trained_on: str = ""
@@ -178,6 +180,12 @@ class TableRow:
     """In a table that is a curve: the line that this row is a point of."""
     x: float | None = None
     """In a table that is a curve: where on the axis."""
+    needs: tuple[str, ...] = ()
+    """Weights and data that a row which was not run needs, each with its size or the script that fetches it."""
+    command: str = ""
+    """Command that runs it once they are there."""
+    headline: bool = False
+    """Whether the first screen of RESULTS.md shows the row."""
 
     @property
     def runs(self) -> tuple[Behind, ...]:
@@ -272,6 +280,25 @@ class Results:
             listed = "\n  ".join(problems[:10]) + (f"\n  and {len(problems) - 10} more" if len(problems) > 10 else "")
             raise ReportError(f'table "{self.table}" can\'t be reported:\n  {listed}\n  Compute it again: {self.command}')
 
+    @property
+    def computed(self) -> bool:
+        """Whether any row was run."""
+        return any(row.runs for block in self.blocks for row in block.rows)
+
+    @property
+    def unrun(self) -> tuple[TableRow, ...]:
+        """Rows that say what they need, each name once."""
+        rows = {row.name: row for block in self.blocks for row in block.ordered_rows if row.needs}
+        return tuple(rows.values())
+
+    @property
+    def needs(self) -> dict[tuple[str, ...], list[str]]:
+        """What rows that were not run need -> names of those rows."""
+        grouped: dict[tuple[str, ...], list[str]] = {}
+        for row in self.unrun:
+            grouped.setdefault(row.needs, []).append(row.name)
+        return grouped
+
     @classmethod
     def from_json(cls, data: object, where: str = "results") -> Results:
         if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
@@ -298,7 +325,7 @@ class Results:
 
 _OPTIONAL: dict[str, tuple[object, ...]] = {
     "interval": ("",), "sheet": (None, ""), "places": (1,), "mark": ("",), "told": ("",), "trained_on": ("",), "argmax": ("",),
-    "also": ((), []), "series": ("",), "x": (None,), "axis": ("",),
+    "also": ((), []), "series": ("",), "x": (None,), "axis": ("",), "needs": ((), []), "command": ("",), "headline": (False,),
 }  # fmt: skip
 
 

@@ -1,9 +1,14 @@
-"""RESULTS.md: a build product, one marked section per finished table, with any text around the sections left alone."""
+"""RESULTS.md and benchmarks/<table>/README.md: build products of benchmarks/*/results.json, in marked sections.
+
+RESULTS.md begins with an overview and has a section for each table of which something was computed. A table of which nothing was
+run is a line of the overview; what it quotes and needs is in benchmarks/<table>/README.md. Text around the marks is left alone.
+"""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -14,8 +19,14 @@ from conceptseg.report.results import ABSENT, Block, Column, Results, TableRow, 
 
 HEADER = """# Results
 
-Every section between two `conceptseg` marks is written by the command that it names; edit the text around them, not inside.
+Numbers of conceptseg, a benchmark harness for zero-shot segmentation with saliency methods. Each has a definition, an interval, a
+command that computes it and the runs behind it. Numbers that papers print are quoted in columns of their own.
+
+`conceptseg-report --write` writes what stands between two `conceptseg` marks; edit the text around them, not inside.
 """
+README_HEADER = "<!-- Written by conceptseg-report --write. -->\n"
+OVERVIEW = "(overview)"
+MOST_NEEDS = 3  # named in one line of the overview
 _MARK = re.compile(r"^<!-- conceptseg:(begin|end) (\S+) -->[ \t\r]*$", re.MULTILINE)
 _KINDS = {
     "standard": "standard definition",
@@ -26,17 +37,23 @@ _KINDS = {
 }
 
 
-def render(results: Results) -> str:
-    """One table as GitHub Markdown, without marks; ends with a newline and depends on nothing but its argument."""
-    parts = [f"## {_text(results.title)}", f"```sh\n{' '.join(results.command.split())}\n```"]
+def render(results: Results, level: int = 2) -> str:
+    """One table as GitHub Markdown, without marks; ends with a newline and depends on nothing but its arguments.
+
+    level: of its heading.
+    """
+    parts = [f"{'#' * level} {_text(results.title)}", f"```sh\n{' '.join(results.command.split())}\n```", *_needs(results)]
     for block in results.blocks:
+        protocol = f" Protocol: {_code(block.protocol)}." if block.protocol else ""
         parts += [
-            f"### {_text(block.name)}",
-            f"{_text(block.text)} Data: {_text(block.dataset)}. Protocol: {_code(block.protocol)}.".strip(),
+            f"{'#' * (level + 1)} {_text(block.name)}",
+            f"{_text(block.text)} Data: {_text(block.dataset)}.{protocol}".strip(),
             _block_table(block, results.columns),
         ]
     cell = "number [interval]" + (f": {_text(results.interval)}" if results.interval else "")
     legend = f"Each cell is {cell}. n counts scored samples. Bold is the best method of a column; controls are in italics."
+    if results.computed:
+        legend += " Another machine may move a number by one unit of its last digit."
     if results.sheet:
         parts.append(f"![Picture sheet of {_text(results.table)}]({quote(results.sheet)})")
     parts += [
@@ -44,71 +61,162 @@ def render(results: Results) -> str:
         "**Definitions**",
         "\n".join(_definition(column) for column in results.columns),
         *(["**Notes**", "\n".join(f"- {_text(note)}" for note in results.notes)] if results.notes else []),
-        f"<details>\n<summary>Runs behind these numbers (conceptseg {_text(results.conceptseg)})</summary>",
-        _runs(results.blocks),
-        "</details>",
     ]
+    if commands := [line for row in results.unrun if row.command for line in (f"# {' '.join(row.name.split())}", row.command)]:
+        parts.append(
+            "\n".join(
+                ["<details>", "<summary>Commands of single rows</summary>", "", "```sh", *commands, "```", "", "</details>"]
+            )
+        )
+    if results.computed:
+        parts += [
+            f"<details>\n<summary>Runs behind these numbers (conceptseg {_text(results.conceptseg)})</summary>",
+            _runs(results.blocks),
+            "</details>",
+        ]
     return "\n\n".join(parts) + "\n"
 
 
-def update(path: Path, results: Results) -> None:
-    """Replace the section of this table, or add it among the others by name; everything outside its marks stays as it was.
+def overview(tables: Sequence[Results], benchmarks: str) -> str:
+    """The first screen: headline numbers, then a line for each table. benchmarks: its folder, as a link from RESULTS.md."""
+    parts = []
+    for table in tables:
+        if grid := _headline(table):
+            link = f"[all rows, definitions and intervals](#{_anchor(table.title)})"
+            parts += [f"## {_text(table.title)}, in brief", grid, f"In percent; controls are in italics; {link}."]
+    parts.append("## Tables")
+    if run := [table for table in tables if table.computed]:
+        parts += [
+            "Computed:",
+            "\n".join(f"- [{_text(t.title)}](#{_anchor(t.title)}), {_size(t)}: {_command(t)}" for t in run),
+        ]
+    if unrun := [table for table in tables if not table.computed]:
+        lines = [
+            f"- [{_text(t.title)}]({quote(f'{benchmarks}/{t.table}')}/README.md), {_size(t)}. {_needs_in_brief(t)}{_command(t)}"
+            for t in unrun
+        ]
+        parts += ["Not run; each page has the quoted numbers, what the rows need and their commands:", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
 
-    Processes that write at the same time take turns, so that no section is lost.
+
+def write(path: Path, benchmarks: Path) -> None:
+    """Bring RESULTS.md, at `path`, and each benchmarks/<table>/README.md up to date.
+
+    Processes that write at the same time take turns, so that no table is lost. Raises ReportError for a broken table or mark, before
+    anything is written.
     """
     with locked(path):
-        _update(path, results)
+        _write(path, benchmarks)
 
 
-def _update(path: Path, results: Results) -> None:
+def _write(path: Path, benchmarks: Path) -> None:
+    tables = [load(file) for file in sorted(benchmarks.glob("*/results.json"))]
     text = path.read_bytes().decode() if path.exists() else HEADER
-    spans = _spans(text, path)
-    section = f"<!-- conceptseg:begin {results.table} -->\n{render(results)}<!-- conceptseg:end {results.table} -->"
-    if results.table in spans:
-        begin, _, _, end = spans[results.table]
-        text = text[:begin] + section + text[end:]
-    elif later := [span[0] for name, span in spans.items() if name > results.table]:
-        text = text[: min(later)] + section + "\n\n" + text[min(later) :]
-    elif spans:
-        end = max(span[3] for span in spans.values())
-        text = text[:end] + "\n\n" + section + (text[end:] or "\n")
-    else:
-        text = (text.rstrip("\n") + "\n\n" if text.strip() else "") + section + "\n"
+    wanted = _sections(tables, _link(path, benchmarks))
+    for name in [name for name in _spans(text, path) if name not in wanted]:
+        text = _without_section(text, name, path)
+    for name, body in wanted.items():
+        text = _with_section(text, name, body, path)
+    pages = {}
+    for table in tables:
+        page = benchmarks / table.table / "README.md"
+        held = page.read_bytes().decode() if page.exists() else README_HEADER
+        if not table.computed:
+            pages[page] = _with_section(held, table.table, render(table, 1), page)
+        elif table.table in _spans(held, page):
+            pages[page] = _without_section(held, table.table, page)
+    for page, content in pages.items():
+        if content.strip() in ("", README_HEADER.strip()):
+            page.unlink()
+        else:
+            write_atomically(page, content.encode())
     write_atomically(path, text.encode())
 
 
 def check(path: Path, benchmarks: Path) -> list[str]:
-    """One sentence for each section that is missing, stale or an orphan; empty when RESULTS.md is what the tables say."""
-    sentences, tables = [], set()
+    """One sentence for each section that is missing, stale or an orphan; empty when all pages are what the tables say."""
+    sentences, tables, broken = [], [], set()
+    for file in sorted(benchmarks.glob("*/results.json")):
+        try:
+            results = load(file)
+        except ReportError as error:
+            sentences.append(str(error))
+            broken.add(file.parent.name)
+            continue
+        if results.table != file.parent.name:
+            sentences.append(f'{file} holds table "{results.table}", but its folder is "{file.parent.name}"; rename one of them.')
+            broken.add(file.parent.name)
+            continue
+        if rounded(results) != results:
+            again = f"{results.command} report.publish=yes"
+            sentences.append(f"{file} holds more digits than are published; publish it again: {again}")
+        tables.append(results)
+    wanted = _sections(tables, _link(path, benchmarks))
+    if broken:  # the overview is of all tables
+        wanted.pop(OVERVIEW, None)
+    sentences += _page_problems(path, wanted, broken | {OVERVIEW} if broken else set())
+    pages = {table.table: render(table, 1) for table in tables if not table.computed}
+    for folder in sorted(pages.keys() | {page.parent.name for page in benchmarks.glob("*/README.md")}):
+        mine = {folder: pages[folder]} if folder in pages else {}
+        sentences += _page_problems(benchmarks / folder / "README.md", mine, broken)
+    return sentences
+
+
+def _sections(tables: Iterable[Results], benchmarks: str) -> dict[str, str]:
+    """Name -> text of each section of RESULTS.md, the overview first."""
+    tables = list(tables)
+    found = {OVERVIEW: overview(tables, benchmarks)} if tables else {}
+    return found | {table.table: render(table) for table in tables if table.computed}
+
+
+def _page_problems(path: Path, wanted: Mapping[str, str], unknown: set[str]) -> list[str]:
+    """A sentence for each section of a page that is not as it is wanted; those of `unknown` may be as they are."""
     try:
         text = path.read_bytes().decode() if path.exists() else ""
         spans = _spans(text, path)
     except ReportError as error:
         return [str(error)]
-    for file in sorted(benchmarks.glob("*/results.json")):
-        tables.add(file.parent.name)
-        try:
-            results = load(file)
-        except ReportError as error:
-            sentences.append(str(error))
-            continue
-        if results.table != file.parent.name:
-            sentences.append(f'{file} holds table "{results.table}", but its folder is "{file.parent.name}"; rename one of them.')
-        elif rounded(results) != results:
-            sentences.append(
-                f"{file} holds more digits than are published; publish it again: {results.command} report.publish=yes"
-            )
-        elif results.table not in spans:
-            sentences.append(f'{path.name} has no section for table "{results.table}" ({file}); write it from that file.')
-        else:
-            _, inner_begin, inner_end, _ = spans[results.table]
-            if text[inner_begin:inner_end].replace("\r\n", "\n").strip("\n") != render(results).strip("\n"):
-                sentences.append(f'{path.name}: the section of table "{results.table}" is stale; write it again from {file}.')
-    for name in spans:
-        if name not in tables:
-            file = benchmarks / name / "results.json"
-            sentences.append(f'{path.name}: the section of table "{name}" has no {file}; delete it or compute the table.')
+    sentences = []
+    for name, body in wanted.items():
+        what = "overview" if name == OVERVIEW else f'section of table "{name}"'
+        if name not in spans:
+            sentences.append(f"{path} has no {what}; write it: conceptseg-report --write")
+        elif text[spans[name][1] : spans[name][2]].replace("\r\n", "\n").strip("\n") != body.strip("\n"):
+            sentences.append(f"{path}: the {what} is stale; write it again: conceptseg-report --write")
+    for name in spans.keys() - wanted.keys() - unknown:
+        sentences.append(
+            f'{path}: the section of table "{name}" has no place here, since no results.json wants it; compute the table, or '
+            "delete the section: conceptseg-report --write"
+        )
     return sentences
+
+
+def _link(path: Path, benchmarks: Path) -> str:
+    return Path(os.path.relpath(benchmarks, path.parent)).as_posix()
+
+
+def _with_section(text: str, name: str, body: str, path: Path) -> str:
+    """The page with this section replaced, or added: the overview first, then tables by name."""
+    spans = _spans(text, path)
+    section = f"<!-- conceptseg:begin {name} -->\n{body}<!-- conceptseg:end {name} -->"
+    if name in spans:
+        begin, _, _, end = spans[name]
+        return text[:begin] + section + text[end:]
+    if later := [span[0] for other, span in spans.items() if _order(other) > _order(name)]:
+        return text[: min(later)] + section + "\n\n" + text[min(later) :]
+    if spans:
+        end = max(span[3] for span in spans.values())
+        return text[:end] + "\n\n" + section + (text[end:] or "\n")
+    return (text.rstrip("\n") + "\n\n" if text.strip() else "") + section + "\n"
+
+
+def _order(name: str) -> tuple[bool, str]:
+    return name != OVERVIEW, name
+
+
+def _without_section(text: str, name: str, path: Path) -> str:
+    begin, _, _, end = _spans(text, path)[name]
+    return text[:begin] + text[end:].lstrip("\r\n")
 
 
 def _spans(text: str, path: Path) -> dict[str, tuple[int, int, int, int]]:
@@ -133,7 +241,70 @@ def _spans(text: str, path: Path) -> dict[str, tuple[int, int, int, int]]:
     return spans
 
 
+# ---------------------------------------------------------------- pieces of the overview
+
+
+def _headline(table: Results) -> str:
+    """The headline rows of a table under its headline columns, block beside block; empty where it has none."""
+    columns = [column for column in table.columns if column.headline]
+    rows = {row.name: row for block in table.blocks for row in block.ordered_rows if row.headline}
+    if not columns or not rows:
+        return ""
+    head, lines = [""], []
+    for block in table.blocks:
+        head += [f"{_text(block.name)}:<br>{_text(column.label)}" for column in columns]
+    for name, row in rows.items():
+        line = [f"*{_text(name)}*" if row.group == "controls" else _text(name)]
+        for block in table.blocks:
+            mine = next((row for row in block.rows if row.name == name), None)
+            cells = [block.cell(mine, column) if mine else None for column in columns]
+            line += [ABSENT if cell is None else cell.number for cell in cells]
+        lines.append(line)
+    return _grid(head, lines, left=1)
+
+
+def _size(table: Results) -> str:
+    rows = [row for block in table.blocks for row in block.rows]
+    unrun = sum(row.status == "not run" for row in rows)
+    return f"{len(rows)} row{'s' * (len(rows) > 1)}" + (f", {unrun} of them not run" if 0 < unrun < len(rows) else "")
+
+
+def _command(table: Results) -> str:
+    return _code(table.command)
+
+
+def _needs_in_brief(table: Results) -> str:
+    """What all rows need, and how much else there is."""
+    every = [set(needs) for needs in table.needs]
+    if not every:
+        return ""
+    shared = set.intersection(*every)
+    named = [one for one in dict.fromkeys(one for needs in table.needs for one in needs)]
+    if len(named) > MOST_NEEDS:
+        others = len(named) - len(shared)
+        named = [one for one in named if one in shared] + [f"{others} others, each for some of the rows"]
+    return f"Needs {_text('; '.join(named))}. "
+
+
+def _anchor(title: str) -> str:
+    """The address that GitHub gives a heading.
+
+    >>> _anchor("The lab: every method in miniature, on drawn scenes")
+    'the-lab-every-method-in-miniature-on-drawn-scenes'
+    """
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
 # ---------------------------------------------------------------- pieces of a section
+
+
+def _needs(results: Results) -> list[str]:
+    """A paragraph for what rows that were not run need, said once for all rows of which it is true."""
+    if len(results.needs) == 1 and not results.computed:
+        (needs,) = results.needs
+        return [f"Not run. Needs {_text('; '.join(needs))}."]
+    lines = [f"- {_text('; '.join(needs))}: {_text('; '.join(names))}" for needs, names in results.needs.items()]
+    return ["Rows that were not run need:", "\n".join(lines)] if lines else []
 
 
 def _block_table(block: Block, columns: Sequence[Column]) -> str:
@@ -171,8 +342,6 @@ def _runs(blocks: Sequence[Block]) -> str:
         for row in block.ordered_rows
         for run in row.runs
     ]  # fmt: skip
-    if not rows:
-        return "None: no row of this table was run."
     head = ["block", "row", "run id", "extractor", "backbone", "view", "segmenter", "n", "excluded", "failed"]
     return _grid(head, rows, left=7)
 

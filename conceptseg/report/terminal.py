@@ -49,6 +49,11 @@ def print_table(results: Results, console: Console | None = None) -> None:
             _line(console, Text(line, style="dim"), hang=2)
         for note, place in notes.items():
             _line(console, Text(f"({place}) {note}"), hang=4)
+    for needs, names in results.needs.items():
+        _line(console, Text(f"Not run: {'; '.join(names)}. Needs {'; '.join(needs)}."), hang=2)
+    for row in results.unrun:
+        if row.command:
+            _line(console, Text.assemble(f"To run {row.name}: ", (row.command, "dim")), hang=4)
     console.print()
     for column in results.columns:
         source = f" Source: {column.source}" if column.source else ""

@@ -104,25 +104,27 @@ def _rows_of(
         row = replace(row, note=_notes(row, row.lab.note))
     kinds = [kind for kind in table.parts if kind in row.kinds]
     if row.overrides is None or (table.on_lab and row.lab is None) or (row.needs and not table.on_lab):
-        why = "no model of the lab does this" if table.on_lab and not row.needs else f"needs {row.needs}"
-        return [_not_run(row, None, quotes, _notes(row, why))], [], []
+        why = "no model of the lab does this" if table.on_lab and not row.needs else ""
+        return [_not_run(row, None, quotes, _notes(row, why), [] if why else [row.needs])], [], []
     found: list[tuple[Protocol, Evaluation, Reading]] = []
     finished: dict[Protocol, Done] = {}
-    labels, wants = [], []
+    labels: list[str] = []
+    wants: list[tuple[list[str], str]] = []
     config: dict[str, Any] = {}
     for kind in kinds:
         overrides = overrides_of(row, block, table, kind)
         config = evaluations.config(overrides)
         labels.append(f"{config['protocol']['name']} v{config['protocol']['version']}")
-        if why := _why_not_run(config, row, overrides, evaluations.extra):
-            wants.append(why)
+        needs, command = _needs(config, row, overrides, evaluations.extra)
+        if needs:
+            wants.append((needs, command))
             continue
         metrics = [name for k in kinds for name in table.parts[k].columns]
         finished[kind] = evaluations.carried_out(config, metrics, f"{row.name}, {kind}")
         reading = chosen(finished[kind], _under(row.view, kind), _segmenter(row, table, kind), row.name)
         found.append((kind, finished[kind].evaluation, reading))
     if not found:
-        return [_not_run(row, config, quotes, _notes(row, wants[0]))], [], labels
+        return [_not_run(row, config, quotes, _notes(row), *wants[0])], [], labels
     if row.each_view:
         return _points(row, table, finished), found, labels
     return [_run(row, found, quotes, table)], found, labels
@@ -162,12 +164,15 @@ def _quotes(row: PaperRow, filling: _Filling) -> dict[str, Value]:
     return found
 
 
-def _not_run(row: PaperRow, config: Mapping[str, Any] | None, quoted: Mapping[str, Value], note: str) -> TableRow:
+def _not_run(
+    row: PaperRow, config: Mapping[str, Any] | None, quoted: Mapping[str, Value], note: str, needs: Sequence[str],
+    command: str = "",
+) -> TableRow:  # fmt: skip
     backbone = config["extractor"].get("backbone") or {} if config else {}
     return TableRow(
         name=row.name, group=row.group, extractor=_name_of(config), backbone=backbone.get("path"),
         provenance="control" if row.group == "controls" else "weights", run_id="", view="", segmenter="", n=0, excluded=0,
-        failed=0, values=quoted, status="not run", note=note,
+        failed=0, values=quoted, status="not run", note=note, needs=tuple(needs), command=command,
     )  # fmt: skip
 
 
@@ -237,14 +242,14 @@ def _backbone(evaluation: Evaluation) -> str | None:
 # ---------------------------------------------------------------- what a row needs
 
 
-def _why_not_run(config: Mapping[str, Any], row: PaperRow, overrides: Sequence[str], extra: Sequence[str]) -> str:
-    """What this machine lacks for a row and the command that has it; empty where nothing is lacking."""
+def _needs(config: Mapping[str, Any], row: PaperRow, overrides: Sequence[str], extra: Sequence[str]) -> tuple[list[str], str]:
+    """What this machine lacks for a row, nothing where it can be run, and the command that runs the row or has what it lacks."""
     missing = lacking(config, row.memory)
     models = [one.removeprefix("lab:") for one in missing if one.startswith("lab:")]
     if models:
-        return f"the lab has no {' and '.join(models)} weights yet: conceptseg-lab train {models[0]} --ship"
+        return [f"lab weights of {model}" for model in models], f"conceptseg-lab train {models[0]} --ship"
     command = shlex.join(["conceptseg", *overrides, *_settings(extra)])
-    return f"needs {row.needs or ' and '.join(missing)}: {command}" if missing else ""
+    return ([row.needs] if missing and row.needs else missing), command
 
 
 def lacking(config: Mapping[str, Any], memory: str = "") -> list[str]:

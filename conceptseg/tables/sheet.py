@@ -28,6 +28,8 @@ class RowSheet:
     """Key of a segmenter of the protocol; null takes the block's."""
     picture: bool = False
     """Whether the row is on the picture sheet, if the block draws one."""
+    headline: bool = False
+    """Whether the row is on the first screen of RESULTS.md."""
     note: str = ""
 
 
@@ -60,6 +62,8 @@ class TableSheet:
     columns: tuple[str, ...]
     blocks: tuple[BlockSheet, ...]
     against: tuple[Against, ...] = ()
+    headline: tuple[str, ...] = ()
+    """Columns of the first screen of RESULTS.md, those of them that the table has."""
     notes: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     """Names of the rows that are computed; all of them where it is empty."""

@@ -42,7 +42,8 @@ def compute_table(name: str, table: TableSheet, compose: Compose, extra: Sequenc
     `extra` are the user's own overrides, put after each row's; those of `extractor.` and `backbone@` concern only rows
     that have such a key.
     """
-    columns: tuple[Column, ...] = columns_of(table.columns)
+    headline = [definition_of(name, "table.headline").name for name in table.headline]
+    columns = tuple(replace(column, headline=column.name in headline) for column in columns_of(table.columns))
     columns += tuple(difference_column(against) for against in table.against)
     evaluations = Evaluations(compose, extra)
     blocks = []
@@ -130,8 +131,8 @@ def _row(row: RowSheet, evaluation: Evaluation, reading: Reading) -> TableRow:
         backbone=backbone.path if backbone else None, provenance=evaluation.extractor.provenance, run_id=evaluation.run_id,
         view=reading.view, segmenter=reading.segmenter, n=reading.n, excluded=reading.excluded, failed=reading.failed,
         values={m: value_of(i) for m, i in reading.values.items()} | costs_of(evaluation), status="ok" if reading.n else "failed",
-        note=note or ("" if reading.n else "no sample could be scored: see the rows of its run"),
-        **declared(evaluation.extractor),
+        headline=row.headline, note=note or ("" if reading.n else "no sample could be scored: see the rows of its run"),
+        headline=row.get("headline", False), **declared(evaluation.extractor),
     )  # fmt: skip
 
 

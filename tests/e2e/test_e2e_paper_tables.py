@@ -36,9 +36,10 @@ def quoted(shared):
 def test_rows_without_weights_are_not_run_and_say_what_they_need_and_how(quoted):
     said, _, rows = quoted
     assert [row["status"] for row in rows] == ["not run"] * 4
-    note = rows[0]["note"]
-    assert note.startswith("needs FLUX.1-schnell, 34 GB in bf16 and gtsegs_ijcv.mat (scripts/fetch_imagenet_segmentation.py)")
-    assert "conceptseg dataset=imagenet_segmentation" in note and "protocol=imagenet_released" in note
+    needs, command = rows[0]["needs"], rows[0]["command"]
+    assert needs == ["FLUX.1-schnell, 34 GB in bf16", "gtsegs_ijcv.mat (scripts/fetch_imagenet_segmentation.py)"]
+    assert command.startswith("conceptseg dataset=imagenet_segmentation ") and "protocol=imagenet_released" in command
+    assert said.said.count(needs[0]) == 1 and command.split()[-1] in said.said
     assert rows[0]["extractor"] == "ConceptAttention"
     assert "not run" in said.out and not any(row["run_id"] for row in rows)
 
@@ -53,7 +54,10 @@ def test_quoted_numbers_stand_in_their_own_columns_with_their_mark(quoted):
 
 
 def test_a_quoted_table_is_published_and_checks(quoted, shared):
-    assert "71.04\u2020" in (shared.folder / "RESULTS.md").read_text()
+    page = shared.folder / "benchmarks" / "conceptattention-ablation_attention" / "README.md"
+    assert (
+        "71.04\u2020" in page.read_text() and f"({page.relative_to(shared.folder)})" in (shared.folder / "RESULTS.md").read_text()
+    )
     assert shared.run("--check", name="conceptseg-report").code == 0
 
 
@@ -99,9 +103,8 @@ def test_the_lab_fills_every_row_that_its_models_can(shared, name):
     absent = {one for one in ("sd3", "dino") if not (LAB_MODELS / one / "card.json").exists()}
     for row in rows:
         if row["status"] == "not run":
-            assert any(f"the lab has no {one} weights yet" in row["note"] for one in absent) or any(
-                n in row["note"] for n in NEVER
-            )
+            wanted = [*row.get("needs", ()), row["note"]]
+            assert any(f"lab weights of {one}" in wanted for one in absent) or any(n in one for n in NEVER for one in wanted)
         else:
             assert (row["status"], row["n"], row["failed"]) == ("ok", 1, 0), row["note"]
             assert ("ViT of the lab stands here" in row["note"]) == row["name"].startswith(("DINO", "iBOT")), row["name"]
@@ -116,4 +119,4 @@ def test_a_row_of_the_lab_without_weights_is_not_run_and_says_which(shared):
     (table,) = [table for table in tables if model in table["command"]]
     for row in table["blocks"][0]["rows"]:
         assert row["status"] == "not run" and row["values"]["quoted/miou"]
-        assert row["note"].startswith("the lab has no mamba weights yet: conceptseg-lab train mamba --ship")
+        assert row["needs"] == ["lab weights of mamba"] and row["command"] == "conceptseg-lab train mamba --ship"

@@ -164,8 +164,8 @@ EVALUATED = (
 @contextmanager
 def kept(patched, change):
     """Change what a block keeps for scoring."""
-    original = concept_stream.BlockActivations
-    patched.setattr(concept_stream, "BlockActivations", lambda **found: original(**{**found, **change(found)}))
+    original = concept_stream.StreamActivations
+    patched.setattr(concept_stream, "StreamActivations", lambda **found: original(**{**found, **change(found)}))
     yield
 
 

@@ -36,7 +36,8 @@ def test_an_n_that_differs_from_the_rows_own_is_printed_in_the_cell():
 def test_a_row_that_was_not_run_says_so_with_its_note_and_its_quoted_number():
     text = printed(plain_table())
     assert re.search(r"Flux \(1\) +weights +not run +\u2013 +71\.0", text)
-    assert "(1) needs 24 GB" in text
+    assert "(1) as printed" in text
+    assert "Needs Flux, 24 GB; VOCdevkit." in " ".join(text.split()) and "conceptseg extractor=flux" in text
 
 
 def test_columns_in_which_nothing_was_run_are_left_out_where_room_is_short_and_named():
