@@ -131,8 +131,8 @@ def _row(row: RowSheet, evaluation: Evaluation, reading: Reading) -> TableRow:
         backbone=backbone.path if backbone else None, provenance=evaluation.extractor.provenance, run_id=evaluation.run_id,
         view=reading.view, segmenter=reading.segmenter, n=reading.n, excluded=reading.excluded, failed=reading.failed,
         values={m: value_of(i) for m, i in reading.values.items()} | costs_of(evaluation), status="ok" if reading.n else "failed",
-        headline=row.headline, note=note or ("" if reading.n else "no sample could be scored: see the rows of its run"),
-        headline=row.get("headline", False), **declared(evaluation.extractor),
+        note=note or ("" if reading.n else "no sample could be scored: see the rows of its run"),
+        headline=row.headline, **declared(evaluation.extractor),
     )  # fmt: skip
 
 
