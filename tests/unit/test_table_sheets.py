@@ -65,7 +65,7 @@ MISSPELT = {
     "a block's": (TABLE, "blocks/0", "overrides", "overides"),
     "a row's": (TABLE, "blocks/0/rows/1", "view", "veiw"),
     "the overrides of a row": (TABLE, "blocks/0/rows/1", "overrides", "overides"),
-    "a paper's table's": (PAPER, "", "claim", "publishd"),
+    "a paper's table's": (PAPER, "", "claim", "clam"),
     "a protocol's": (PAPER, "released", "segmenter", "segmentr"),
     "a paper's block's": (PAPER, "blocks/0", "text", "texts"),
     "a paper's row's": (PAPER, "blocks/0/rows/LRP", "overrides", "overides"),
