@@ -102,8 +102,8 @@ def overview(tables: Sequence[Results], benchmarks: str) -> str:
 def write(path: Path, benchmarks: Path) -> None:
     """Bring RESULTS.md, at `path`, and each benchmarks/<table>/README.md up to date.
 
-    Processes that write at the same time take turns, so that no table is lost. Raises ReportError for a broken table or mark, before
-    anything is written.
+    Processes that write at the same time take turns, so that no table is lost. Raises ReportError for a broken table or mark,
+    before anything is written.
     """
     with locked(path):
         _write(path, benchmarks)

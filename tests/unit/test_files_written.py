@@ -11,8 +11,6 @@ import pytest
 
 from conceptseg import files
 from conceptseg.files import remove_abandoned_parts, write_atomically, written_aside
-from conceptseg.report.results import load
-from conceptseg.report.results_md import update
 from conceptseg.store.cost import Cost, measured, read_cost
 
 DEAD = 4_000_000
@@ -62,12 +60,16 @@ def test_a_folder_takes_the_place_of_one_that_holds_files(tmp_path):
 WRITER = """
 import sys, dataclasses
 from pathlib import Path
-from conceptseg.report.results import load
-from conceptseg.report.results_md import update
+from conceptseg.report.results import load, save
+from conceptseg.report.results_md import write
 table = load(Path(sys.argv[1]))
+results_md = Path(sys.argv[2])
+benchmarks = results_md.with_name("benchmarks")
 sys.stdin.read(1)
-for number in range(15):
-    update(Path(sys.argv[2]), dataclasses.replace(table, table=f"{sys.argv[3]}{number}"))
+for number in range(5):
+    mine = dataclasses.replace(table, table=f"{sys.argv[3]}{number}")
+    save(benchmarks / mine.table / "results.json", mine)
+    write(results_md, benchmarks)
 """
 
 
@@ -82,9 +84,8 @@ def test_two_writers_of_results_md_lose_no_section(tmp_path):
         writer.stdin.write(b".")
         writer.stdin.close()
     assert [writer.wait(timeout=100) for writer in writers] == [0, 0, 0]
-    update(target, load(published))
-    assert target.read_text().count("conceptseg:begin") == 46
-    assert [path.name for path in tmp_path.iterdir()] == ["RESULTS.md"]
+    assert target.read_text().count("conceptseg:begin") == 16  # the overview and 15 tables
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["RESULTS.md", "benchmarks"]
 
 
 @pytest.mark.parametrize(
