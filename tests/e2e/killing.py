@@ -115,15 +115,16 @@ def tabulate(table: dict[str, Any], shards: int) -> None:
     """What is written of a finished table: its results, its section of RESULTS.md, exports and the page of pictures."""
     from conceptseg.files import write_atomically
     from conceptseg.report.exports import to_csv, to_latex
-    from conceptseg.report.publish import publish
     from conceptseg.report.results import load, save
+    from conceptseg.report.results_md import write
     from conceptseg.tables.composed_cache import Compositions
     from conceptseg.tables.page import write_html
     from conceptseg.tables.stamp import FinishedTable
 
     results = load(Path(table["from"]))
     save(Path("t/results.json"), results)
-    publish(results, Path("t"), Path("benchmarks"), Path("RESULTS.md"))
+    save(Path("benchmarks") / results.table / "results.json", results)
+    write(Path("RESULTS.md"), Path("benchmarks"))
     write_atomically(Path("report/t.csv"), to_csv(results).encode())
     write_atomically(Path("report/t.tex"), to_latex(results).encode())
     write_html(results, Path("runs"), Path("report"))
