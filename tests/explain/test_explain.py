@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def method(folder):
-    return ConceptAttention.from_pretrained(folder, image_size=32, resize="bicubic", text_tokens=8)
+    return ConceptAttention.from_pretrained(folder, image_size=32, resize="bicubic", text_tokens=12)
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def method(tmp_path_factory):
 
 def test_frames_give_maps_of_frames_height_and_width(method):
     frames = np.random.default_rng(0).integers(0, 256, (5, 40, 56, 3), np.uint8)  # 4k + 1 frames: two latent ones
-    found = method.explain(frames, WORDS, size=(32, 48))
+    found = method.explain(frames, WORDS, caption="a fish", size=(32, 48))
     assert method.backbone.kind == "cogvideox"
     assert found.maps.shape == (3, 2, 2, 3) and found["boat"].shape == (2, 2, 3) and found.image.shape == (5, 40, 56, 3)
     torch.testing.assert_close(found.maps.sum(0), torch.ones(2, 2, 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -97,6 +98,13 @@ class Flux2Backbone(MultiModalBackbone):
     def carrier(self, stream: ConceptStream) -> Flux2Carrier:  # type: ignore[override]
         return Flux2Carrier(stream, self.concept_token)
 
+    @cached_property
+    def chat(self) -> Any:
+        """What makes chat messages of strings, as the checkpoint's pipeline holds it; reads no weights."""
+        from transformers import AutoProcessor
+
+        return self.part("tokenizer", AutoProcessor)
+
     def encode(self, strings: Sequence[str]) -> Iterable[TextRecord]:
         for string in strings:
             tokens, _ = self.text_pipeline.encode_prompt([string], max_sequence_length=self.text_tokens)
@@ -110,11 +118,10 @@ class Flux2Backbone(MultiModalBackbone):
 
     def _message(self, string: str, **cut: Any) -> list[int]:
         """Token ids of a string's chat message."""
-        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+        from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, format_input
 
-        pipeline = self.text_pipeline
-        message = pipeline.tokenizer.apply_chat_template(
-            format_input([string], pipeline.system_message), add_generation_prompt=False, tokenize=True, return_dict=True, **cut
+        message = self.chat.apply_chat_template(
+            format_input([string], SYSTEM_MESSAGE), add_generation_prompt=False, tokenize=True, return_dict=True, **cut
         )
         return [int(one) for one in message["input_ids"][0]]
 
