@@ -73,8 +73,8 @@ def _modules(name: str) -> Iterator[tuple[str, str]]:
         module = f"{module}.{part}"
         candidates = [os.path.join(place, part) for place in places]
         places = [place for place in candidates if os.path.isdir(place)]
-        files = [os.path.join(place, "__init__.py") for place in places] or [f"{place}.py" for place in candidates]
-        yield from ((module, file) for file in files[:1] if os.path.isfile(file))
+        files = [*(os.path.join(place, "__init__.py") for place in places), *(f"{place}.py" for place in candidates)]
+        yield from ((module, file) for file in [file for file in files if os.path.isfile(file)][:1])
         if not places:
             return
 
@@ -143,7 +143,7 @@ def _tell(value: object, said: list[str], imports: dict[tuple[str, int], None]) 
         said.append(f"{type(value).__name__}(")
         for name in value._fields:
             field = getattr(value, name, None)
-            if field is None and not isinstance(value, ast.Constant) or field == [] or name in ("kind", "type_comment"):
+            if (field is None and not isinstance(value, ast.Constant)) or field == [] or name in ("kind", "type_comment"):
                 continue
             if name in _SKIPPED and isinstance(value, _SKIPPED[name]):
                 continue

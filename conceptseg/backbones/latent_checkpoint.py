@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
-from conceptseg.backbones.base import RESIZES, Backbone, Checkpoint, Provenance
+from conceptseg.backbones.base import RESIZES, Backbone, Checkpoint
 from conceptseg.backbones.settings import device_of, dtype_of
 from conceptseg.errors import ConfigError, DataError, did_you_mean, one_of
 
@@ -45,10 +45,6 @@ class LatentCheckpoint(Backbone):
         self.size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
         self.resize = resize
         self._warned: set[str] = set()
-
-    @property
-    def provenance(self) -> Provenance:
-        return self.checkpoint.provenance
 
     def settings_identity(self) -> dict[str, Any]:
         """The checkpoint and how it is run, for the run id; the device does not belong to it."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -64,9 +63,6 @@ class CLIPasRNN(ImageModelMethod):
         self.judge, self.background, self.prompts = needs_text(judge), tuple(background), tuple(prompts)
         self.mask_level, self.keep, self.box_level = mask_level, keep, box_level
         self.crf_iterations = crf_iterations
-
-    def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "judge": self.judge.identity()}
 
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
         proposing = _Proposals(self.backbone, batch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange, repeat
@@ -27,7 +27,7 @@ from conceptseg.backbones.unets.cross_attention import (
 )
 from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.errors import ConfigError, ViewError, one_of
-from conceptseg.extractors.base import Extractor, Provenance
+from conceptseg.extractors.base import Extractor
 from conceptseg.saliency.normalize import gaussian_blur, softmax_over_concepts, softmax_over_tokens
 from conceptseg.saliency.views import Axes, Fold, Softmax, View
 from conceptseg.types import Batch, SaliencyMaps, Task
@@ -160,13 +160,6 @@ class UNetMaps(Extractor):
         most = max(len(kept_heads(layer.heads, self.cfg_rows)) for layer in self.layers)
         indices = tuple(one.index for one in self.layers)
         return Axes(spaces=self.spaces(most), layers=indices, has_timesteps=True, has_vectors=False)
-
-    @property
-    def provenance(self) -> Provenance:
-        return self.backbone.provenance
-
-    def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "backbone": self.backbone.identity()}
 
     def stream(self, batch: Batch, views: Sequence[View]) -> Iterator[SaliencyMaps]:
         asked = [self.asked(task) for task in batch.tasks]

@@ -74,10 +74,8 @@ class Claim:
 
 
 def shipped(claim: str) -> Path:
-    """published.yaml of a claim, in the installed package or in the checkout beside it."""
-    package = Path(str(resources.files("conceptseg")))
-    inside = package / "benchmarks" / claim / "published.yaml"
-    return inside if inside.exists() else package.parent / "benchmarks" / claim / "published.yaml"
+    """published.yaml of a claim."""
+    return Path(str(resources.files("conceptseg.benchmarks"))) / claim / "published.yaml"
 
 
 def load_claim(path: Path) -> Claim:
