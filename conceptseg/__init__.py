@@ -1,31 +1,34 @@
 """conceptseg: how well does a model know where a word is in a picture, without any training?"""
 
+from __future__ import annotations
+
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 
 __version__ = "0.1.0"
 
+_BESIDE = {f"{__name__}.{name}": Path(__file__).parents[1] / name for name in ("conf", "benchmarks")}
 
-def _own_folders() -> None:
-    """Make `conceptseg.conf` and `conceptseg.benchmarks` those of this very tree, whatever else is installed.
 
-    A wheel holds both inside the package. A checkout has them beside it, where an import alone would not look, or would find
-    those of another checkout that is installed as editable. Where a tree lacks one, importing it fails.
+class _OwnFolders:
+    """Finds `conceptseg.conf` and `conceptseg.benchmarks` beside this very package, whatever else is installed.
+
+    A wheel holds both inside the package, where Python looks anyway. A checkout has them at its top level, where an import alone
+    would look no further than another checkout that is installed as editable.
     """
-    package = Path(__file__).parent
-    for name in ("conf", "benchmarks"):
-        start = package.parent / name / "__init__.py"
-        if (package / name).is_dir():
-            continue
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Raises ModuleNotFoundError where the tree lacks the folder: that of another tree belongs to other code."""
+        folder = _BESIDE.get(name)
+        if folder is None or (Path(__file__).parent / folder.name).is_dir():
+            return None
+        start = folder / "__init__.py"
         if not start.is_file():
-            sys.modules[f"{__name__}.{name}"] = None  # type: ignore[assignment]
-            continue
-        spec = spec_from_file_location(f"{__name__}.{name}", start, submodule_search_locations=[str(start.parent)])
-        assert spec is not None and spec.loader is not None
-        module = sys.modules[spec.name] = module_from_spec(spec)
-        spec.loader.exec_module(module)
-        globals()[name] = module
+            raise ModuleNotFoundError(f"{name}: {start} is not there. Copy {folder.name}/ beside conceptseg/.", name=name)
+        return spec_from_file_location(name, start, submodule_search_locations=[str(folder)])
 
 
-_own_folders()
+sys.meta_path.insert(0, _OwnFolders)
