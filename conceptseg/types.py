@@ -27,6 +27,11 @@ says what is there; or (controls) the mask."""
 
 TrainedOn = Literal["nothing", "images", "class labels", "images and captions", "masks or boxes"]
 """What supervision stands behind a method's model, the strongest where there are several."""
+Provenance = Literal["control", "lab", "weights", "local", "random"]
+"""What numbers rest on: no model; a tiny model that ships with the package, by its digest; files of a pinned commit on the hub;
+a folder of which nothing but its digest is known; or weights whose card says that they were drawn at random."""
+LEAST_KNOWN_FIRST: tuple[Provenance, ...] = ("random", "local", "lab", "weights", "control")
+"""Of several models, the first of these is what numbers rest on."""
 PER_IMAGE = ("foreground", "two_channel", "two_channel_minmax", "f1_rowwise")
 """Per-image numbers that counts can't give: average precision, its two released forms (raw and min-max scaled scores), and the
 F1 that Chefer's protocol averages over the rows of an image."""

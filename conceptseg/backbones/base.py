@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +23,33 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.keys import digest
+from conceptseg.types import Provenance
 
 RESIZES = ("nearest", "bicubic")
 GREATEST_SIDE = 8192  # pixels that a model may be shown
 
-Provenance = Literal["lab", "weights", "random"]
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SHIPPED = "digests.json"
+"""File in conceptseg/lab/weights: the digest of each model there."""
+FOR_READERS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp4")
+"""Endings of files beside weights that no loader reads; card.json and hidden files are left out too."""
 
 
-class Backbone:
+class Backbone(ABC):
     """Base of every class that wraps a model. A configuration may name only subclasses of it as a part of an extractor."""
+
+    checkpoint: Checkpoint
+
+    @property
+    def provenance(self) -> Provenance:
+        """What is known of its weights."""
+        return self.checkpoint.provenance
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides its numbers, for the run id: `checkpoint.identity()` and each setting that the model or its
+        input depends on. Neither the device nor a local path belongs to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +61,52 @@ class Checkpoint:
 
     @property
     def provenance(self) -> Provenance:
-        """ "lab" for the shipped tiny models and for any folder whose card says so; else "weights"."""
-        if self.path.startswith("lab:"):
+        """ "weights" for files of a pinned commit on the hub, also where `path` is their folder in the hub's cache; "lab" for
+        what ships with the package, by its digest; "local" for every other folder, "random" where its own card says so."""
+        if self.pinned() is not None:
+            return "weights"
+        if self.digest() in shipped_digests().values():
             return "lab"
-        card = self.card()
-        return card.get("provenance", "weights") if card else "weights"
+        return "random" if (self.card() or {}).get("provenance") == "random" else "local"
+
+    def pinned(self) -> tuple[str, str | None] | None:
+        """(repository, commit) of a hub repository; None for a folder that is no snapshot of one in the hub's cache.
+
+        A folder in the cache is what it says it is unless `revision` names another commit.
+        """
+        folder = self.folder()
+        if folder is None:
+            return self.path, self.revision
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        parts = Path(os.path.relpath(folder.resolve(), Path(HF_HUB_CACHE).resolve())).parts
+        if len(parts) != 3 or not parts[0].startswith("models--") or parts[1] != "snapshots" or not COMMIT.fullmatch(parts[2]):
+            return None
+        if self.revision not in (None, parts[2]):
+            return None
+        return parts[0].removeprefix("models--").replace("--", "/"), parts[2]
+
+    def digest(self) -> str:
+        """Of every file of a local folder that a loader may read: names and contents. Raises ConfigError for a repository."""
+        folder = self.folder()
+        if folder is None:
+            raise ConfigError(f'extractor.backbone.path "{self.path}" is a hub repository, which has a commit and no digest.')
+        named = [(file.relative_to(folder), file) for file in sorted(folder.rglob("*")) if file.is_file()]
+        read = [
+            (name.as_posix(), file)
+            for name, file in named
+            if name.name != "card.json" and name.suffix not in FOR_READERS and not any(p.startswith(".") for p in name.parts)
+        ]
+        return digest([[name, _file_digest(file)] for name, file in read], 16)
+
+    def origin(self) -> dict[str, str | None]:
+        """What the manifest says of these weights: provenance, and repository with commit, or the digest of a folder."""
+        pinned = self.pinned()
+        repository, revision = pinned or (None, None)
+        return {
+            "provenance": self.provenance, "repository": repository, "revision": revision,
+            "digest": None if pinned else self.digest(),
+        }  # fmt: skip
 
     def folder(self) -> Path | None:
         """The local folder, or None for a hub repository."""
@@ -80,10 +143,11 @@ class Checkpoint:
         folder = self.folder()
         if folder is not None:
             return {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
-        if not self.revision:
+        if not COMMIT.fullmatch(self.revision or ""):
             raise ConfigError(
-                f'extractor.backbone.revision is empty, but "{self.path}" is a hub repository: pin the commit to be read, '
-                f"so that the numbers can be had again:\n  conceptseg ... extractor.backbone.revision=<40 hex digits>  "
+                f'extractor.backbone.revision is {self.revision or "empty"}, but "{self.path}" is a hub repository: pin the '
+                f"commit to be read, so that the numbers can be had again:\n"
+                f"  conceptseg ... extractor.backbone.revision=<40 hex digits>  "
                 f"(of a second model extractor.proxy.revision, .judge.revision or .masks.revision)"
             )
         return {"pretrained_model_name_or_path": self.path, "revision": self.revision}
@@ -102,22 +166,28 @@ class Checkpoint:
             ) from error
 
     def identity(self) -> dict[str, Any]:
-        """What names these weights in a run id: path and revision, or a digest of the files of a local folder."""
-        folder = self.folder()
-        if folder is None:
-            return {"path": self.path, "revision": self.revision}
-        digest = hashlib.sha256()
-        for file in sorted(folder.rglob("*")):
-            if file.suffix in {".safetensors", ".json", ".txt", ".model"} and file.name != "card.json":
-                digest.update(file.relative_to(folder).as_posix().encode())
-                size = file.stat().st_size
-                with file.open("rb") as opened:  # of a large file the two ends and the size: reading 24 GB takes minutes
-                    digest.update(opened.read(1 << 22))
-                    if size > 1 << 23:
-                        opened.seek(-(1 << 22), 2)
-                    digest.update(opened.read() if size <= 1 << 23 else opened.read(1 << 22))
-                digest.update(str(size).encode())
-        return {"path": self.path if self.path.startswith("lab:") else folder.name, "files": digest.hexdigest()[:16]}
+        """What names these weights in a run id: repository and commit, or the digest of a local folder, wherever it lies."""
+        pinned = self.pinned()
+        return {"files": self.digest()} if pinned is None else {"path": pinned[0], "revision": pinned[1]}
+
+
+def shipped_digests() -> dict[str, str]:
+    """Name -> digest of each tiny model that ships with the package."""
+    listed = resources.files("conceptseg.lab").joinpath("weights").joinpath(SHIPPED)
+    found: dict[str, str] = json.loads(listed.read_text(encoding="utf-8"))
+    return found
+
+
+def _file_digest(file: Path) -> str:
+    state = file.stat()
+    return _content_digest(os.path.abspath(file), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+
+
+@lru_cache(4096)
+def _content_digest(file: str, size: int, changed: int, touched: int, inode: int) -> str:
+    """SHA-256 of a file; read again only where it was written since."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def stack_images(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
-from conceptseg.backbones.base import GREATEST_SIDE, RESIZES, Backbone, Checkpoint, Provenance
+from conceptseg.backbones.base import GREATEST_SIDE, RESIZES, Backbone, Checkpoint
 from conceptseg.backbones.settings import check_length, device_of, dtype_of
 from conceptseg.errors import ConfigError, DataError, did_you_mean, in_range, one_of
 
@@ -48,10 +48,6 @@ class LatentCheckpoint(Backbone):
         self.resize = resize
         self._warned: set[str] = set()
         self._measured: set[str] = set()
-
-    @property
-    def provenance(self) -> Provenance:
-        return self.checkpoint.provenance
 
     def settings_identity(self) -> dict[str, Any]:
         """The checkpoint and how it is run, for the run id; the device does not belong to it."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conceptseg import keys
-from conceptseg.config import check_frame, check_targets, instantiate
+from conceptseg.config import check_frame, check_targets, instantiate, targets
 from conceptseg.data.base import SegmentationDataset
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.evaluation.loop import Shard
@@ -21,12 +21,17 @@ from conceptseg.metrics.definitions import definition_of
 from conceptseg.metrics.summary import DRAWN
 from conceptseg.protocols import SegmentationProtocol
 from conceptseg.saliency.views import View, expand_views
+from conceptseg.source import source_digests
 from conceptseg.store.maps import MapKeeper
 from conceptseg.store.run import RunStore
-from conceptseg.store.schema import SCHEMA, Manifest
+from conceptseg.store.schema import SCHEMA, SOURCE_FORM, Manifest
 
 MAPS_KEPT_FOR_VIEWS = 12
 """A run with more views than this (a sweep) keeps pictures of the first one only."""
+NO_NUMBER = ("_target_", "device", "licence", "memory")
+"""Settings of an extractor that say where it lies and runs, or what its reader should know."""
+OF_THE_HUB = ("revision", "licence")
+"""Settings of a backbone's sheet that are true of the repository it names, and of nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +72,20 @@ def assemble(config: Mapping[str, Any], in_table: bool = False) -> Evaluation:
         _check_decisions(protocol, extractor)
     views = expand_views(whole["views"], extractor.axes())
     identity = {
-        "extractor": {k: v for k, v in whole["extractor"].items() if k not in ("backbone", "device")},
-        "method": extractor.identity(),
+        "method": method_identity(whole["extractor"], extractor),
         "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint()},
         "protocol": protocol.identity(),
     }
-    source = keys.source_digests()
+    source = source_digests(target for part in ("dataset", "protocol", "extractor") for _, target in targets(whole[part]))
     name = keys.run_id(identity)
     if runtime["on_code_change"] == "fork":
         name += "-" + keys.digest(source, 6)
     shard = shard_of(runtime)
     store = RunStore(Path(runtime["runs"]) / name, shard.index, shard.count)
     manifest: Manifest = {
-        "schema": SCHEMA, "run_id": name, "identity": identity, "config": whole, "provenance": extractor.provenance,
-        "source": source, "versions": keys.versions(), "machine": machine(), "git": git_state(),
+        "schema": SCHEMA, "run_id": name, "identity": identity, "config": recorded(whole, extractor),
+        "provenance": extractor.provenance, "weights": {n: p.checkpoint.origin() for n, p in extractor.parts().items()},
+        "source": source, "source_form": SOURCE_FORM, "versions": keys.versions(), "machine": machine(), "git": git_state(),
     }  # fmt: skip
     store.open(manifest, runtime["on_code_change"])
     kept = [v.key for v in views.values()]
@@ -97,6 +102,33 @@ def _check_decisions(protocol: SegmentationProtocol, extractor: Extractor) -> No
             "of different words can't be compared: nothing would be scored. Take a protocol that cuts one word's map, such as "
             "protocol=scenes_single 'dataset.objects=[1,1]' (its key: protocol.segmenters)"
         )
+
+
+def method_identity(settings: Mapping[str, Any], extractor: Extractor) -> dict[str, Any]:
+    """What the method and its models say of themselves, and every plain setting that they do not name.
+
+    Where parts lie and run (`_target_`, device) and what a sheet tells its reader change no number and stay out. Raises
+    ConfigError for a model among the settings that says nothing of itself, because the method holds it under another name.
+    """
+    said = extractor.identity()
+    package = str(settings["_target_"]).partition(".")[0]
+    plain = {name: value for name, value in settings.items() if name not in {*NO_NUMBER, *said} - {"version"}}
+    if nested := [name for name, value in plain.items() if any(targets(value))]:
+        raise ConfigError(
+            f"extractor.{nested[0]} is a model, but {type(extractor).__name__}.identity() does not name it, so that runs of two "
+            f"models would share their rows. Keep it as self.{nested[0]}, or add it to identity()."
+        )
+    return {**said, "settings": plain, **({} if package == "conceptseg" else {"package": package})}
+
+
+def recorded(config: Mapping[str, Any], extractor: Extractor) -> dict[str, Any]:
+    """The configuration as the manifest keeps it: without a sheet's commit and licence where a local folder took the place of
+    the repository that they are true of."""
+    settings = dict(config["extractor"])
+    for name, part in extractor.parts().items():
+        if part.checkpoint.pinned() is None and isinstance(settings.get(name), Mapping):
+            settings[name] = {key: value for key, value in settings[name].items() if key not in OF_THE_HUB}
+    return {**config, "extractor": settings}
 
 
 def _check_report(report: Mapping[str, Any]) -> None:

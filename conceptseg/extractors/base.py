@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
+from conceptseg.backbones.base import Backbone
 from conceptseg.saliency.views import Axes, View
-from conceptseg.types import Batch, SaliencyMaps, Task, Told, TrainedOn
-
-Provenance = Literal["control", "lab", "weights", "random"]
-"""What numbers rest on: no model, a shipped tiny model, real weights, or random ones."""
+from conceptseg.types import LEAST_KNOWN_FIRST, Batch, Provenance, SaliencyMaps, Task, Told, TrainedOn
 
 
 class Extractor(ABC):
@@ -44,14 +42,25 @@ class Extractor(ABC):
         Reading `tasks` opens every image, so a method does so only where that spares it more.
         """
 
+    def parts(self) -> dict[str, Backbone]:
+        """The models that the method holds, by the attribute that holds each; attributes are named as their settings are."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Backbone)}
+
     @property
     def provenance(self) -> Provenance:
-        """What the numbers rest on: "control", "lab", "weights" or "random"."""
-        return "control"
+        """What the numbers rest on; of several models, the one of which least is known."""
+        return min((part.provenance for part in self.parts().values()), key=LEAST_KNOWN_FIRST.index, default="control")
 
     def identity(self) -> dict[str, Any]:
-        """What of this method changes the numbers beyond its config, such as the digest of its weights."""
-        return {"class": type(self).__name__, "version": self.version}
+        """What of this method changes the numbers: class, version, and what its models say of themselves.
+
+        Plain settings are added to it by the run. A key given here stands in place of the setting of that name: the digest of a
+        file in place of its path.
+        """
+        return {
+            "class": type(self).__name__, "version": self.version,
+            **{name: part.identity() for name, part in self.parts().items()},
+        }  # fmt: skip
 
 
 class OneView(Extractor):

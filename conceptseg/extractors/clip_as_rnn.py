@@ -68,9 +68,6 @@ class CLIPasRNN(ImageModelMethod):
         self.mask_level, self.keep, self.box_level = mask_level, keep, box_level
         self.crf_iterations = crf_iterations
 
-    def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "judge": self.judge.identity()}
-
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
         proposing = _Proposals(self.backbone, batch)
         rows = []

@@ -28,7 +28,7 @@ from conceptseg.backbones.transformers.concept_stream import SPACES, ConceptStre
 from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
 from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.errors import ConfigError, DataError, one_of, real_number, whole_number
-from conceptseg.extractors.base import Extractor, Provenance
+from conceptseg.extractors.base import Extractor
 from conceptseg.extractors.explanation import Explanation, as_pixels, checked_maps, read_pixels
 from conceptseg.saliency.cells import CellStore, cell_scores, kinds_by_layer
 from conceptseg.saliency.normalize import linear_over_concepts, unit_length
@@ -70,13 +70,6 @@ class ConceptAttention(Extractor):
 
     def axes(self) -> Axes:
         return Axes(spaces=self.backbone.spaces, layers=self.backbone.layers, has_timesteps=True)
-
-    @property
-    def provenance(self) -> Provenance:
-        return self.backbone.provenance
-
-    def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "backbone": self.backbone.identity()}
 
     def stream(self, batch: Batch, views: Sequence[View]) -> Iterator[SaliencyMaps]:
         backbone = self.backbone

@@ -6,8 +6,6 @@ could not.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -36,9 +34,6 @@ class GroundedSAM(TextSegmenter):
         if boxes < 1:
             raise ConfigError(f"extractor.boxes is {boxes}: at least one is needed.")
         self.masks, self.boxes, self.threshold = masks, boxes, threshold
-
-    def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "masks": self.masks.identity()}
 
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
         scores, boxes = self._found(batch)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -18,7 +17,7 @@ from conceptseg.backbones.encoders.tower import tap_normed
 from conceptseg.backbones.encoders.transformers_model import TransformersBackbone
 from conceptseg.backbones.taps import TapSet
 from conceptseg.errors import ConfigError, one_of
-from conceptseg.extractors.base import OneView, Provenance
+from conceptseg.extractors.base import OneView
 from conceptseg.types import BACKGROUND, Batch, Told
 
 TOLD_BY_CLASS: dict[str, Told] = {"predicted": "own prediction", "given": "true name"}
@@ -30,13 +29,6 @@ class ModelMethod(OneView):
     def __init__(self, backbone: ImageEncoder | TransformersBackbone) -> None:
         self.backbone = backbone
         self.trained_on = backbone.trained_on
-
-    @property
-    def provenance(self) -> Provenance:
-        return self.backbone.provenance
-
-    def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "backbone": self.backbone.identity()}
 
 
 class ImageModelMethod(ModelMethod):

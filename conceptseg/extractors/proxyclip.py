@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -44,9 +42,6 @@ class ProxyCLIP(PatchTextMethod):
     def __init__(self, backbone: ImageEncoder, proxy: ViTBackbone, beta: float = 1.2, gamma: float = 3.0) -> None:
         super().__init__(backbone)
         self.proxy, self.beta, self.gamma = proxy, beta, gamma
-
-    def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "proxy": self.proxy.identity()}
 
     def patch_vectors(self, batch: Batch) -> Float[Tensor, "B h w k"]:
         tower, last = self.backbone.tower, len(self.backbone.tower.blocks) - 1

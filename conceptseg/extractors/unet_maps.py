@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from string import Formatter
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange, repeat
@@ -29,7 +29,7 @@ from conceptseg.backbones.unets.attention_maps import (
 from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.backbones.unets.word_tokens import PlacedText
 from conceptseg.errors import ConfigError, ViewError, one_of
-from conceptseg.extractors.base import Extractor, Provenance
+from conceptseg.extractors.base import Extractor
 from conceptseg.saliency.normalize import gaussian_blur, softmax_over_concepts, softmax_over_tokens
 from conceptseg.saliency.views import Axes, Fold, Softmax, View
 from conceptseg.types import Batch, SaliencyMaps, Task
@@ -173,13 +173,6 @@ class UNetMaps(Extractor):
         most = max(len(kept_heads(layer.heads, self.cfg_rows)) for layer in self.layers)
         indices = tuple(one.index for one in self.layers)
         return Axes(spaces=self.spaces(most), layers=indices, has_timesteps=True, has_vectors=False)
-
-    @property
-    def provenance(self) -> Provenance:
-        return self.backbone.provenance
-
-    def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "backbone": self.backbone.identity()}
 
     def stream(self, batch: Batch, views: Sequence[View]) -> Iterator[SaliencyMaps]:
         asked = [self.asked(task) for task in batch.tasks]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from conceptseg.backbones.base import SHIPPED, Checkpoint, shipped_digests
 from conceptseg.data.drawings import TINTS
 from conceptseg.data.scenes import DRAWING_VERSION
 from conceptseg.errors import ConfigError, did_you_mean
@@ -99,7 +100,7 @@ def model_folder(name: str, folder: Path | None = None) -> Path:
     shipped = Path(str(resources.files("conceptseg.lab"))) / "weights"
     found = folder or shipped / name
     if not (found / "card.json").exists():
-        there = sorted(f.name for f in shipped.iterdir())
+        there = sorted(f.parent.name for f in shipped.glob("*/card.json"))
         raise ConfigError(f"conceptseg-lab: {found} has no card.json, so it is no written model. {did_you_mean(name, there)}")
     return found
 
@@ -118,12 +119,14 @@ def add_to_card(folder: Path, key: str, finding: Any) -> None:
 
 
 def ship(folder: Path, name: str) -> Path:
-    """Copy a trained model into the package, where "lab:<name>" finds it."""
+    """Copy a trained model into the package, where "lab:<name>" finds it, and note its digest there."""
     target = Path(str(resources.files("conceptseg.lab"))) / "weights" / name
     with written_aside(target) as part:
         shutil.copytree(folder, part)
         for file in part.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)
+    digests = {**shipped_digests(), name: Checkpoint(str(target)).digest()}
+    write_atomically(target.parent / SHIPPED, (json.dumps(digests, indent=1, sort_keys=True) + "\n").encode())
     return target
 
 

@@ -73,10 +73,8 @@ class Claim:
 
 
 def shipped(claim: str) -> Path:
-    """quoted.yaml of a claim, in the installed package or in the checkout beside it."""
-    package = Path(str(resources.files("conceptseg")))
-    inside = package / "benchmarks" / claim / "quoted.yaml"
-    return inside if inside.exists() else package.parent / "benchmarks" / claim / "quoted.yaml"
+    """quoted.yaml of a claim."""
+    return Path(str(resources.files("conceptseg.benchmarks"))) / claim / "quoted.yaml"
 
 
 def load_claim(path: Path) -> Claim:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from conceptseg.errors import ReportError, did_you_mean
 from conceptseg.files import write_atomically
 from conceptseg.report.strict_json import build
+from conceptseg.types import Provenance
 
 SCHEMA = 1
 ABSENT = "\u2013"  # an en dash, where a row has no such metric
@@ -24,7 +25,6 @@ KIND_NAMES: dict[Kind, str] = {
     "difference": "paired difference", "cost": "cost",
 }  # fmt: skip
 Group = Literal["controls", "methods"]
-Provenance = Literal["control", "lab", "weights", "random"]
 Status = Literal["ok", "not run", "failed"]
 
 

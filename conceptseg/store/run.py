@@ -69,15 +69,12 @@ class RunStore:
         except OSError as error:
             raise _store_error(self.folder, error) from error
         held = self.manifest()
-        names = sorted(held["source"].keys() | manifest["source"].keys())
-        changed = [n for n in names if held["source"].get(n) != manifest["source"].get(n)]
-        if changed and on_code_change == "refuse":
-            more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
-            raise ResumeError(
-                f"{self.folder} was written by other code: {', '.join(changed[:6])}{more} changed.\n  Keep adding to it "
-                f"(runtime.on_code_change=accept), start anew beside it (runtime.on_code_change=fork), or delete the folder."
-            )
-        if changed:
+        if reason := _other_code(held, manifest):
+            if on_code_change == "refuse":
+                raise ResumeError(
+                    f"{self.folder} was written {reason}.\n  Keep adding to it (runtime.on_code_change=accept), start anew "
+                    f"beside it (runtime.on_code_change=fork), or delete the folder. Its rows can be read as they are."
+                )
             self._write_manifest(path, {**manifest, "checked_rows": held.get("checked_rows", False)})
 
     @staticmethod
@@ -287,6 +284,16 @@ def _key(row: Row) -> RowKey:
 
 def _content(row: Row) -> dict[str, Any]:
     return {k: v for k, v in row.items() if k not in TIMING_FIELDS}
+
+
+def _other_code(held: Manifest, now: Manifest) -> str:
+    """How the code that wrote a folder differs from that which would go on; empty if it does not."""
+    if held.get("source_form") != now.get("source_form"):
+        return "by a version that noted its code in another form, so whether what makes its numbers changed can't be told"
+    names = sorted(held["source"].keys() | now["source"].keys())
+    changed = [name for name in names if held["source"].get(name) != now["source"].get(name)]
+    more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
+    return f"by other code: {', '.join(changed[:6])}{more} changed" if changed else ""
 
 
 def _supersedes(row: Row, held: Row | None) -> bool:

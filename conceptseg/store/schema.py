@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 SCHEMA = 1
+SOURCE_FORM = 2
+"""Of `Manifest.source`: the statements of the files that a run imports."""
 
 Status = Literal["ok", "failed", "excluded"]
 
@@ -71,9 +73,13 @@ class Manifest(TypedDict):
     config: dict[str, Any]
     """The resolved configuration that opened the run first."""
     provenance: str
-    """What the numbers rest on: control, lab, weights or random."""
+    """What the numbers rest on: control, lab, weights, local or random."""
+    weights: NotRequired[dict[str, dict[str, str | None]]]
+    """What is known of each model's weights: provenance, and repository with revision, or the digest of a local folder."""
     source: dict[str, str]
-    """Digest of every file that makes numbers."""
+    """Digest of every file that the run's numbers come from."""
+    source_form: NotRequired[int]
+    """How `source` was formed; absent where it holds whole folders of files as they were written."""
     versions: dict[str, str]
     """Versions of Python, torch and the libraries that were used."""
     machine: dict[str, str]

@@ -94,7 +94,7 @@ def same_but_for_seeds(found: Sequence[Finished]) -> dict[str, list[Finished]]:
     groups: dict[str, list[Finished]] = {}
     for one in found:
         identity = one.manifest["identity"]
-        method = {key: seedless(identity[key]) for key in ("extractor", "method")}
+        method = [seedless(identity.get(key)) for key in ("extractor", "method")]  # manifests of earlier versions have both
         groups.setdefault(json.dumps([method, one.view, one.segmenter], sort_keys=True), []).append(one)
     return {members[0].name: members for members in groups.values()}
 

@@ -5,8 +5,10 @@ for a new kind of backbone.
 """
 
 import json
+import shutil
 from collections import Counter, defaultdict
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -21,7 +23,9 @@ from conceptseg.backbones.taps import TapSet
 from conceptseg.config import instantiate
 from conceptseg.data.drawn import Scenes
 from conceptseg.errors import ConfigError, ViewError
+from conceptseg.evaluation.assemble import method_identity
 from conceptseg.extractors.base import Extractor, Told, TrainedOn
+from conceptseg.keys import run_id
 from conceptseg.lab.models import build_flux, build_sd, save
 from conceptseg.saliency.views import expand_views
 from conceptseg.types import Batch, SaliencyMaps, Task
@@ -106,15 +110,24 @@ def composed(name, *overrides):
     return plainly(f"extractor={name}", "protocol=scenes_single", *overrides)
 
 
+def models_of(settings):
+    return [p for p in settings.values() if isinstance(p, dict) and "conceptseg.backbones" in p.get("_target_", "")]
+
+
 @pytest.fixture
-def built(name, tiny):
-    """A fresh extractor and its own views, as `conceptseg extractor=<name>` would run them."""
+def config(name, tiny):
+    """What `conceptseg extractor=<name>` would run, on tiny models."""
     config = composed(name)
-    settings = config["extractor"]
-    if "backbone" in settings:
-        for part in [p for p in settings.values() if isinstance(p, dict) and "conceptseg.backbones" in p.get("_target_", "")]:
+    if "backbone" in config["extractor"]:
+        for part in models_of(config["extractor"]):
             part |= tiny(part["_target_"], part.get("architecture"))
-    extractor = instantiate(settings, "extractor")
+    return config
+
+
+@pytest.fixture
+def built(config):
+    """A fresh extractor and its own views."""
+    extractor = instantiate(config["extractor"], "extractor")
     return extractor, list(expand_views(config["views"], extractor.axes()).values())
 
 
@@ -265,6 +278,45 @@ def test_provenance_and_version_are_declared(extractor):
     identity = extractor.identity()
     assert identity["class"] == type(extractor).__name__ and identity["version"] == extractor.version
     json.dumps(identity)
+
+
+def run_id_of(settings):
+    return run_id({"method": method_identity(settings, instantiate(settings, "extractor"))})
+
+
+@every_extractor
+def test_a_run_id_says_nothing_of_where_a_model_lies_and_runs(config, tmp_path):
+    settings = config["extractor"]
+    before = run_id_of(settings)
+    if "device" in settings:
+        settings["device"] = "cpu:0"
+    for number, part in enumerate(models_of(settings)):
+        part |= {"device": "cpu:0", "path": str(shutil.copytree(part["path"], tmp_path / str(number) / "elsewhere"))}
+    assert run_id_of(settings) == before
+
+
+@every_extractor
+def test_a_run_id_says_every_plain_setting_but_where_the_class_lies(config):
+    settings = config["extractor"]
+    extractor = instantiate(settings, "extractor")
+    before = method_identity(settings, extractor)
+    names = [name for name, value in settings.items() if value not in models_of(settings)]
+    moved = [name for name in names if method_identity({**settings, name: "conceptseg.moved.Class"}, extractor) != before]
+    assert moved == [name for name in names if name not in ("_target_", "device")]
+
+
+@every_model
+def test_a_run_id_says_every_byte_of_every_model(config, tmp_path):
+    settings = config["extractor"]
+    found = [run_id_of(settings)]
+    for number, part in enumerate(models_of(settings)):
+        part["path"] = str(shutil.copytree(part["path"], tmp_path / str(number)))
+        weights = max(Path(part["path"]).rglob("*.safetensors"), key=lambda file: file.stat().st_size)
+        content = bytearray(weights.read_bytes())
+        content[len(content) // 2] ^= 1
+        weights.write_bytes(content)
+        found.append(run_id_of(settings))
+    assert len(set(found)) == 1 + len(models_of(settings))
 
 
 @every_extractor

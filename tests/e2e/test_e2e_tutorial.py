@@ -16,7 +16,7 @@ from commands import TESTS
 REPO = TESTS.parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # five processes, each of which imports every library anew
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
-COPIED = ("conceptseg", "conf", "scripts", "tests/contract", *(f"tests/{path.name}" for path in TESTS.glob("*.py")))
+COPIED = ("benchmarks", "conceptseg", "conf", "scripts", "tests/contract", *(f"tests/{path.name}" for path in TESTS.glob("*.py")))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,6 @@ def done(tmp_path_factory, child_environment, request):
         else:
             shutil.copy(REPO / name, at)
     shutil.copy(REPO / "pyproject.toml", root)
-    (root / "conceptseg" / "conf").symlink_to(root / "conf")  # where an installed package has it
     site = child_environment["PYTHONPATH"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**child_environment, "PYTHONPATH": os.pathsep.join((str(root), str(root / "tests"), site)), "PATH": path}

@@ -19,7 +19,7 @@ from conceptseg.tables.compared import check_comparable, cuts, read, same_but_fo
 
 def manifest(run_id, seed, protocol="single"):
     identity = {
-        "extractor": {"_target_": "conceptseg.extractors.x.X", "seed": seed}, "method": {"class": "X", "version": 1},
+        "method": {"class": "X", "version": 1, "settings": {"sigma": 1.0, "seed": seed}},
         "dataset": {"name": "scenes", "fingerprint": "f"}, "protocol": {"name": protocol, "version": 1},
     }  # fmt: skip
     return {
@@ -83,6 +83,16 @@ def test_runs_of_another_protocol_are_refused_with_what_differs(runs):
 def test_runs_that_differ_only_in_the_seed_are_one_method(runs):
     groups = same_but_for_seeds([read(name, runs) for name in "abc"])
     assert {name: [m.name for m in members] for name, members in groups.items()} == {"a": ["a"], "b": ["b", "c"]}
+
+
+def test_manifests_of_earlier_versions_are_compared_too(runs):
+    for name, seed in (("b", 0), ("c", 1)):
+        path = runs / name / "manifest.json"
+        whole = json.loads(path.read_text())
+        del whole["identity"]["method"]["settings"]
+        whole["identity"]["extractor"] = {"_target_": "conceptseg.extractors.x.X", "seed": seed}
+        path.write_text(json.dumps(whole))
+    assert list(same_but_for_seeds([read(name, runs) for name in "bc"])) == ["b"]
 
 
 def test_the_command_prints_tests_spreads_parts_and_cuts_and_writes_them(runs, monkeypatch, capsys):

@@ -18,7 +18,7 @@ PACKAGE = Path(conceptseg.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Part -> the parts it may import; every part may import itself.
-GROUND = {"errors", "files", "keys", "types", ""}  # "" is conceptseg/__init__.py, which holds the version
+GROUND = {"errors", "files", "keys", "types", ""}  # "" is conceptseg/__init__.py: the version, and where conf/ lies
 PEERS = {"saliency", "segment", "metrics", "data", "backbones"}
 ALLOWED: dict[str, set[str]] = {
     "": set(),
@@ -32,7 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "extractors": GROUND | PEERS,
     "protocols": GROUND | PEERS,
     "report": {"errors", "files", "store", "metrics", "types"},
-    "evaluation": GROUND | PEERS | {"config", "extractors", "protocols", "store"},
+    "source": {"keys"},
+    "evaluation": GROUND | PEERS | {"config", "extractors", "protocols", "source", "store"},
     "tables": GROUND | PEERS | {"config", "evaluation", "extractors", "protocols", "report", "store"},
     "lab": GROUND | PEERS | {"evaluation", "extractors", "protocols", "store"},
     "trace": GROUND | {"backbones"},

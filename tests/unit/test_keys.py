@@ -10,15 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import conceptseg
-from conceptseg.keys import NUMBER_MAKERS, canonical_json, digest, run_id, source_digests
+from conceptseg.keys import canonical_json, digest, run_id
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
-PACKAGE = Path(conceptseg.__file__).parent
 
 
 def reversed_keys(value):
@@ -69,22 +67,3 @@ def test_a_run_id_is_the_same_in_another_process():
     code = f"from conceptseg.keys import run_id; print(run_id({identity!r}))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONHASHSEED": "1"}, timeout=60)
     assert said.stdout.strip() == run_id(identity)
-
-
-def test_source_digests_cover_every_number_maker_and_nothing_else():
-    found = source_digests()
-    expected = set()
-    for name in NUMBER_MAKERS:
-        at = PACKAGE / name
-        expected |= {p.relative_to(PACKAGE).as_posix() for p in (at.rglob("*.py") if at.is_dir() else [at])}
-    assert set(found) == expected
-
-
-@pytest.mark.parametrize("name", NUMBER_MAKERS)
-def test_every_number_maker_exists(name):
-    assert (PACKAGE / name).exists()
-
-
-@pytest.mark.parametrize("name", ["cli/table.py", "report/terminal.py", "store/run.py", "lab/train.py"])
-def test_what_makes_no_number_is_left_out_of_the_source_digests(name):
-    assert (PACKAGE / name).exists() and name not in source_digests()

@@ -19,7 +19,7 @@ from conceptseg.errors import ResumeError, StoreError
 from conceptseg.keys import run_id
 from conceptseg.store.lines import line_of, sealed
 from conceptseg.store.run import RunStore
-from conceptseg.store.schema import SCHEMA, RowKey
+from conceptseg.store.schema import SCHEMA, SOURCE_FORM, RowKey
 
 
 def row(sample: str = "a", view: str = "map", segmenter: str = "mean", status: str = "ok", **more: Any) -> dict[str, Any]:
@@ -375,6 +375,15 @@ def test_changed_source_is_refused_with_the_file_and_the_ways_on(tmp_path):
 def test_a_new_or_removed_source_file_is_a_change(tmp_path, source):
     with pytest.raises(ResumeError, match=r"y\.py"):
         store_in(tmp_path).open(manifest(**source))
+
+
+def test_a_folder_of_an_earlier_form_is_read_and_not_gone_on_with(tmp_path):
+    store = store_in(tmp_path)
+    with pytest.raises(ResumeError, match=r"noted its code in another form(.|\n)*=accept(.|\n)*=fork"):
+        store.open({**manifest(), "source_form": SOURCE_FORM})
+    assert store.manifest()["source"] == {"x.py": "1"} and store.rows() == {}
+    store.open({**manifest(), "source_form": SOURCE_FORM}, "accept")
+    store.open({**manifest(), "source_form": SOURCE_FORM})
 
 
 def test_a_refused_change_leaves_the_manifest_alone(tmp_path):

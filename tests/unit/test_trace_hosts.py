@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from conceptseg.backbones.unets.cross_attention import CrossAttentionTap, cross_attentions
 from diffusers import StableDiffusionPipeline
 from test_trace import FOLDER, PROMPT, SAME, SIDE, run, traced
 from torch import nn
 
 from conceptseg.backbones.taps import TapSet
-from conceptseg.backbones.unets.cross_attention import CrossAttentionTap, cross_attentions
 from conceptseg.errors import TapError
 from conceptseg.trace import trace
 
@@ -36,9 +36,7 @@ def test_words_behind_a_textual_inversion_are_read_where_they_were_encoded(pipe,
     full = pipe.tokenizer(pipe.maybe_convert_prompt(TOY, pipe.tokenizer)).input_ids
     said = pipe.tokenizer.convert_ids_to_tokens(full)
     given = []
-    hook = pipe.text_encoder.register_forward_pre_hook(
-        lambda _, a, k: given.extend(a or [k["input_ids"]]), with_kwargs=True
-    )
+    hook = pipe.text_encoder.register_forward_pre_hook(lambda _, a, k: given.extend(a or [k["input_ids"]]), with_kwargs=True)
     tr = traced(pipe, TOY)
     hook.remove()
     assert given[0][0, : len(full)].tolist() == full  # `said` is what the text encoder read

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from conceptseg.backbones.base import GREATEST_SIDE, RESIZES, Backbone, Checkpoint, Provenance, stack_images
+from conceptseg.backbones.base import GREATEST_SIDE, RESIZES, Backbone, Checkpoint, stack_images
 from conceptseg.backbones.encoders.tower import Tower
 from conceptseg.backbones.settings import device_of, dtype_of
 from conceptseg.backbones.taps import TapSet
@@ -35,7 +35,7 @@ class Explained:
     """Its place among a classifier's outputs; None for a text."""
 
 
-class ImageEncoder(Backbone, ABC):
+class ImageEncoder(Backbone):
     """A stock vision transformer on one image size, read from a folder or a pinned hub repository on first use.
 
     path, revision: see `Checkpoint`. trained_on: what supervision stands behind the weights.
@@ -81,10 +81,6 @@ class ImageEncoder(Backbone, ABC):
         self._image_size, self._mean, self._std, self._labels = image_size, mean, std, labels
         self.about = about  # licence, memory need, provenance notes: printed, never read
         self.forward_passes = 0
-
-    @property
-    def provenance(self) -> Provenance:
-        return self.checkpoint.provenance
 
     def identity(self) -> dict[str, Any]:
         """What of this backbone changes the numbers, for the run id; the device does not belong to it."""

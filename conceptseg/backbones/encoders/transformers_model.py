@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from conceptseg.backbones.base import RESIZES, Backbone, Checkpoint, Provenance, stack_images
+from conceptseg.backbones.base import RESIZES, Backbone, Checkpoint, stack_images
 from conceptseg.backbones.encoders.image_encoder import checkpoint_file
 from conceptseg.backbones.settings import check_length, device_of, dtype_of
 from conceptseg.errors import ConfigError, DataError, did_you_mean, one_of
@@ -54,10 +54,6 @@ class TransformersBackbone(Backbone):
         self.dtype, self.device = dtype_of(dtype, "dtype"), device_of(device)
         self.about = about  # licence, memory need, provenance notes: printed, never read
         self.forward_passes = 0
-
-    @property
-    def provenance(self) -> Provenance:
-        return self.checkpoint.provenance
 
     def identity(self) -> dict[str, Any]:
         """What of this backbone changes the numbers, for the run id; the device does not belong to it."""
