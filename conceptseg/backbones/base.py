@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from conceptseg.data.digests import Extent, content_digests
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.keys import digest
 from conceptseg.types import Provenance
@@ -97,7 +98,7 @@ class Checkpoint:
             for name, file in named
             if name.name != "card.json" and name.suffix not in FOR_READERS and not any(p.startswith(".") for p in name.parts)
         ]
-        return digest([[name, _file_digest(file)] for name, file in read], 16)
+        return _folder_digest(folder.absolute(), tuple((name, _state_of(file)) for name, file in read))
 
     def origin(self) -> dict[str, str | None]:
         """What the manifest says of these weights: provenance, and repository with commit, or the digest of a folder."""
@@ -178,16 +179,17 @@ def shipped_digests() -> dict[str, str]:
     return found
 
 
-def _file_digest(file: Path) -> str:
+def _state_of(file: Path) -> tuple[int, ...]:
     state = file.stat()
-    return _content_digest(os.path.abspath(file), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino
 
 
-@lru_cache(4096)
-def _content_digest(file: str, size: int, changed: int, touched: int, inode: int) -> str:
-    """SHA-256 of a file; read again only where it was written since."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+@lru_cache(256)
+def _folder_digest(folder: Path, states: tuple[tuple[str, tuple[int, ...]], ...]) -> str:
+    """Of files by name and content; read again by this process only where one was written since."""
+    names = [name for name, _ in states]
+    contents = content_digests([Extent(folder / name) for name in names], folder)
+    return digest([[name, content] for name, content in zip(names, contents, strict=True)], 16)
 
 
 def stack_images(
