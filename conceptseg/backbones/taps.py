@@ -41,8 +41,9 @@ class TapSet:
         self._tapped.clear()
 
     def check(self) -> None:
-        """Raises TapError if a tapped module is no longer where it was: its hooks may still fire, inside what took its place."""
+        """Raises TapError if a tapped module was compiled, or replaced: it may still run, inside what replaced it."""
         for path, module in self._tapped.items():
+            self.refuse_compiled(path)
             now = self.module(path)
             if now is not module:
                 raise TapError(
@@ -52,11 +53,12 @@ class TapSet:
                 )
 
     def module(self, path: str) -> nn.Module:
-        """The sub-module at a dotted path. Raises TapError naming what the host has instead, or for a compiled module."""
+        """The sub-module at a dotted path. Raises TapError naming what the host has instead."""
         found: nn.Module = self.model
-        refuse_compiled(found, type(self.model).__name__)
         for depth, name in enumerate(path.split(".")):
             children = dict(found.named_children())
+            if "_orig_mod" in children:
+                raise _compiled(".".join(path.split(".")[:depth]) or type(self.model).__name__)
             if name not in children:
                 at = ".".join(path.split(".")[:depth]) or "its top level"
                 raise TapError(
@@ -64,8 +66,15 @@ class TapSet:
                     f"{did_you_mean(name, children)} Tested with diffusers 0.36 to 0.42; is this another version or a subclass?"
                 )
             found = children[name]
-            refuse_compiled(found, ".".join(path.split(".")[: depth + 1]))
         return found
+
+    def refuse_compiled(self, path: str) -> None:
+        """Raises TapError if the module at a path, or one around it, was compiled: that runs past hooks that come later."""
+        steps = path.split(".")
+        for depth in range(len(steps) + 1):
+            module = self.module(".".join(steps[:depth])) if depth else self.model
+            if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
+                raise _compiled(".".join(steps[:depth]) or type(self.model).__name__)
 
     def before(self, path: str, tap: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]) -> None:
         """Call `tap(module, args, kwargs)` before the module at `path` runs; its inputs are not changed."""
@@ -91,10 +100,8 @@ def _kind(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__name__}"
 
 
-def refuse_compiled(module: nn.Module, name: str) -> None:
-    """Raises TapError for a module that torch.compile has compiled: a compiled graph runs past hooks that come later."""
-    if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
-        raise TapError(
-            f"tapping {name}: it was compiled by torch.compile, which runs past hooks. Trace it before compiling it, or take one "
-            f"that is not compiled (of torch.compile(model), the module inside is its _orig_mod)."
-        )
+def _compiled(name: str) -> TapError:
+    return TapError(
+        f"tapping {name}: it was compiled by torch.compile, which runs past hooks. Trace it before compiling it, or take one "
+        f"that is not compiled (of torch.compile(model), the module inside is its _orig_mod)."
+    )

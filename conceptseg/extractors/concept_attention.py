@@ -195,9 +195,9 @@ class ConceptAttention(Extractor):
     def explain(
         self,
         image_or_prompt: Image.Image | np.ndarray | Path | str,
-        concepts: Sequence[str],
+        concepts: Sequence[Any],
         caption: str | None = None,
-        size: tuple[int, int] | None = None,
+        size: Any = None,
         steps: int = 4,
         guidance: float = 0.0,
         **view: Any,
@@ -228,8 +228,6 @@ class ConceptAttention(Extractor):
         size = None if size is None else self._checked_size(size)
         steps = whole_number("explain: steps", steps, 1, 100_000)
         guidance = real_number("explain: guidance", guidance, 0)
-        if not isinstance(caption, str | None):
-            raise ConfigError(f"explain: caption is {caption!r}; wanted a text.")
         about = {"backbone": self.backbone.identity(), "provenance": self.provenance}
         if isinstance(image_or_prompt, str):
             images, (maps,) = self.generate([image_or_prompt], [names], [one], steps, size, guidance)
@@ -253,7 +251,7 @@ class ConceptAttention(Extractor):
         found = self.read_cells(latents, prompts, tokens, ["explained"], [one]).read(one, self.backbone.grid(latents))[0]
         return Explanation(names, checked_maps(names, found), image, {**about, "caption": said, "view": one.key})
 
-    def _checked_size(self, size: Sequence[int]) -> tuple[int, int]:
+    def _checked_size(self, size: Any) -> tuple[int, int]:
         """Raises ConfigError for what is no (height, width) that the model can be shown."""
         if isinstance(size, str) or not isinstance(size, Sequence) or len(size) != 2:
             raise ConfigError(f"explain: size is {size!r}; wanted [height, width] in pixels, such as [512, 768].")
@@ -278,7 +276,7 @@ class ConceptAttention(Extractor):
         return rearrange(mixed, "B N ... -> (B N) ..."), float(torch.tensor(level, dtype=dtype))
 
 
-def _checked_concepts(concepts: Sequence[str]) -> tuple[str, ...]:
+def _checked_concepts(concepts: Sequence[Any]) -> tuple[str, ...]:
     """Raises ConfigError for what is no list of words, and for a word that is empty or given twice."""
     if isinstance(concepts, str) or not isinstance(concepts, Sequence) or not concepts:
         raise ConfigError(f"explain: wanted a list of concepts, such as ['dragon', 'rock'], but got {concepts!r}.")

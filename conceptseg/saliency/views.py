@@ -97,7 +97,7 @@ class Axes:
     """Whether scores are dot products of concept vectors, which `normalize` changes; attention probabilities are not."""
 
 
-def parse_span(text: str | int | Sequence[int], offered: Sequence[int]) -> tuple[int, ...]:
+def parse_span(text: Any, offered: Sequence[int]) -> tuple[int, ...]:
     """Layers from "14-17", "0,2,5-7", "all", "last 4", "last half" (10 of 19) or a list.
 
     Raises ViewError for a layer that is not offered.

@@ -38,7 +38,7 @@ def method(tmp_path_factory):
         ("seed=abc", "seed is 'abc'; wanted a whole number"),
         ("seed=-1", "seed is -1; wanted a whole number"),
         ("seed=true", "seed is True; wanted a whole number"),
-        ("concepts=[kite,grass", r'concepts: "\[kite,grass" can\'t be read.*Is a bracket open'),
+        ("concepts=[kite,grass", r'concepts: "\[kite,grass" can.t be read.*Is a bracket'),
         ("concepts=[on,boat]", r"concepts\.0: the bool True was read.*in quotes"),
         ("concepts=[boat,12:30]", r"concepts\.1: the int 750 was read.*in quotes"),
         ("concepts=[null]", r"concepts\.0: an empty value was read.*in quotes"),
@@ -98,7 +98,6 @@ def test_wrong_settings_for_a_prompt_are_refused(said, wanted):
         ({"space": ["output", "cross"]}, ConfigError, "2 views"),
         ({"space": None}, ConfigError, "space is None; wanted a name"),
         ({"layers": 1.5}, ConfigError, "layers is 1.5"),
-        ({"caption": 5}, ConfigError, "caption is 5; wanted a text"),
         ({"softmax": "per_cell", "concepts": ["kite"]}, ConfigError, '"kite" is the only concept'),
         ({"normalize": "linear", "concepts": ["kite"]}, ConfigError, '"kite" is the only concept'),
         ({"concepts": ["Kite", "kite "]}, ConfigError, "one word but for case and blanks"),
@@ -111,11 +110,6 @@ def test_the_same_settings_are_refused_from_python(method, monkeypatch, settings
     given = {"concepts": ["kite", "boat"], **settings}
     with pytest.raises(error, match=wanted):
         method.explain(IMAGE, **given)
-
-
-def test_a_seed_that_is_no_number_is_refused_by_the_method():
-    with pytest.raises(ConfigError, match=r"extractor\.seed is 'abc'"):
-        ConceptAttention.from_pretrained("lab_flux", seed="abc")
 
 
 def test_a_single_concept_is_scored_without_a_softmax(method):

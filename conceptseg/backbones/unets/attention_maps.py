@@ -143,6 +143,7 @@ class CrossAttentionTap:
         for path in dict.fromkeys(layer.transformer for layer in self.layers):
             taps.before(path, self._note_grid(path))
         for layer in self.layers:
+            taps.refuse_compiled(layer.path)
             attention = taps.module(layer.path)
             refuse_fused(layer.path, attention)
             for name in ("norm_q", "norm_k"):
