@@ -147,10 +147,11 @@ def test_products_of_equal_sign_lose_few_digits_on_the_lab_s_models(monkeypatch)
     assert len(off) > 20 and max(off) < 1e-12
 
 
-def test_float32_is_warned_of_and_float64_is_refused_where_the_device_has_none(caplog):
+def test_float32_is_warned_of_and_float64_is_refused_where_the_device_has_none(caplog, monkeypatch):
     instantiate(plainly("extractor=lrp")["extractor"], "extractor")
     assert not caplog.records
     instantiate(plainly("extractor=lrp", "extractor.backbone.dtype=float32")["extractor"], "extractor")
     assert "numbers differ between machines" in caplog.text and "float64" in caplog.text
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with pytest.raises(ConfigError, match=r"runtime.device \"mps\"(.|\n)*runtime.device=cpu"):
         ViTBackbone("lab:vit", "class labels", dtype="float64", device="mps")

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conceptseg.backbones.unets.cross_attention import CrossAttentionTap, cross_attentions
 from diffusers import StableDiffusionPipeline
 from test_trace import FOLDER, PROMPT, SAME, SIDE, run, traced
 from torch import nn
 
 from conceptseg.backbones.taps import TapSet
+from conceptseg.backbones.unets.attention_maps import CrossAttentionTap, cross_attentions
 from conceptseg.errors import TapError
 from conceptseg.trace import trace
 
