@@ -85,14 +85,20 @@ def test_runs_that_differ_only_in_the_seed_are_one_method(runs):
     assert {name: [m.name for m in members] for name, members in groups.items()} == {"a": ["a"], "b": ["b", "c"]}
 
 
-def test_manifests_of_earlier_versions_are_compared_too(runs):
-    for name, seed in (("b", 0), ("c", 1)):
-        path = runs / name / "manifest.json"
-        whole = json.loads(path.read_text())
+def test_manifests_of_earlier_versions_are_compared_too(tmp_path):
+    for seed in (0, 1):
+        whole = manifest("", seed)
         del whole["identity"]["method"]["settings"]
         whole["identity"]["extractor"] = {"_target_": "conceptseg.extractors.x.X", "seed": seed}
-        path.write_text(json.dumps(whole))
-    assert list(same_but_for_seeds([read(name, runs) for name in "bc"])) == ["b"]
+        whole["run_id"] = keys.run_id(whole["identity"])
+        store = RunStore(tmp_path / whole["run_id"])
+        store.open(whole)
+        (tmp_path / f"seed {seed}").symlink_to(store.folder)
+        with store:
+            store.append(rows("v", "mean@mask/bilinear", 0.8))
+    first, second = (read(f"seed {seed}", tmp_path) for seed in (0, 1))
+    check_comparable([first, second])
+    assert same_but_for_seeds([first, second]) == {"seed 0": [first, second]}
 
 
 def test_the_command_prints_tests_spreads_parts_and_cuts_and_writes_them(runs, monkeypatch, capsys):
