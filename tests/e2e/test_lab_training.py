@@ -184,7 +184,7 @@ def test_tokenizers_are_written_as_they_were_built(written):
 
 def test_a_written_flux_is_read_like_a_real_checkpoint(written):
     backbone = FluxBackbone(str(written["flux"][1]), image_size=32, resize="bicubic", text_tokens=16)
-    assert backbone.provenance == "lab" and backbone.layers == (0, 1)
+    assert backbone.provenance == "local" and backbone.layers == (0, 1)
     latents = backbone.latents(torch.rand(1, 3, 32, 32))
     assert latents.shape == (1, 12, 16, 16)
     velocity = backbone.denoise(latents, 0.5, backbone.prompts(["a apple"]))

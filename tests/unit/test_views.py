@@ -172,7 +172,7 @@ def test_settings_are_not_changed_by_reading_them():
         ({"fold": "summ"}, ConfigError, "views.a.fold", 'Did you mean "sum"?'),
         ({"lyers": "all"}, ConfigError, "views.a.lyers", 'Did you mean "layers"?'),
         ({"eech": "layer"}, ConfigError, "views.a.eech", 'Did you mean "each"?'),
-        ({"each": "lair"}, ConfigError, "views.a.each", "Choices: layer, timestep, layer_timestep"),
+        ({"each": "lair"}, ConfigError, "views.a.each", "Choices: layer, layer_timestep, timestep"),
         ({"timesteps": []}, ViewError, "views.a.timesteps", "give noise levels"),
         ({"timesteps": [0.5, 0]}, ViewError, "views.a.timesteps", "0 is out of range"),
         ({"timesteps": [500]}, ViewError, "views.a.timesteps", "500 is out of range"),
