@@ -72,7 +72,7 @@ def run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
     return max(codes, default=0)
 
 
-SLIPS = (ValueError, TypeError, AssertionError, AttributeError, KeyError, IndexError, RecursionError)
+SLIPS = (ValueError, TypeError, AssertionError, AttributeError, KeyError, IndexError, OSError, RecursionError)
 """Python's own errors that Hydra and OmegaConf let out while they compose settings that make no sense."""
 PRIMARY = ("--config-path", "-cp", "--config-name", "-cn")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.metrics.definitions import definition_of
 from conceptseg.report.results import Group
 from conceptseg.report.strict_json import build
 
@@ -226,6 +227,8 @@ def _check_rows(blocks: Sequence[BlockSheet] | Sequence[PaperBlock], where: str)
 
 def _check_against(table: TableSheet, where: str) -> None:
     _check_rows(table.blocks, where)
+    for name in table.columns:
+        definition_of(name, f"{where}.columns")
     for against in table.against:
         if against.metric not in table.columns:
             nearest = did_you_mean(against.metric, table.columns)

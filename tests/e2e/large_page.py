@@ -17,8 +17,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from conceptseg.data.base import SegmentationDataset
+from conceptseg.keys import run_id
+from conceptseg.protocols import SegmentationProtocol
 from conceptseg.report.results import Block, Column, Results, TableRow, Value
 from conceptseg.store.maps import MapKeeper
+from conceptseg.tables import page
 from conceptseg.tables.page import write_html
 from conceptseg.types import Concepts, Prediction, Sample, Task
 
@@ -27,7 +31,7 @@ IMAGES, METHODS, WORDS, KEEPING = 4276, 17, 445, 2
 VIEW, SEGMENTER = "output/L14-17", "mean@mask/bilinear"
 
 
-class Photographs:
+class Photographs(SegmentationDataset):
     """Coarse noise enlarged: three of VOC's photographs at a thumbnail's size take 1.8 kB, these as much or more."""
 
     name = "photographs"
@@ -38,13 +42,22 @@ class Photographs:
     def keys(self) -> tuple[str, ...]:
         return tuple(f"made/{place:05}" for place in range(self.count))
 
+    def fingerprint(self) -> str:
+        return "made"
+
+    def problems(self) -> list[str]:
+        return []
+
     def read(self, key: str) -> Sample:
         place = int(key.rpartition("/")[2])
         return Sample(key, *_drawn(place % 50), {1: f"word {place % WORDS}"})
 
 
-class AsItIs:
+class AsItIs(SegmentationProtocol):
     """Asks for the one word of an image."""
+
+    def __init__(self) -> None:
+        """No setting."""
 
     def prepare(self, sample: Sample) -> Task:
         return Task(sample.key, np.float32(sample.image) / 255, sample.mask, Concepts((sample.words[1],), (1,), 0), "", (0, 1))
@@ -89,7 +102,7 @@ def _run(folder: Path, data: Photographs, method: int, keeping: bool) -> float:
         "dataset": {"_target_": f"{module}.Photographs", "count": data.count}, "protocol": {"_target_": f"{module}.AsItIs"}
     }  # fmt: skip
     manifest = {
-        "schema": 1, "run_id": folder.name, "identity": {}, "config": config, "provenance": "lab", "source": {},
+        "schema": 1, "run_id": folder.name, "identity": {"method": method}, "config": config, "provenance": "lab", "source": {},
         "versions": {"conceptseg": "0"}, "machine": {"system": "made up"}, "git": {},
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -107,13 +120,14 @@ def make(folder: Path, images: int, methods: int = METHODS) -> Path:
     data = Photographs(images)
     rows = []
     for method in range(methods):
-        share = _run(folder / "runs" / f"{method:012x}", data, method, method < KEEPING)
+        name = run_id({"method": method})
+        share = _run(folder / "runs" / name, data, method, method < KEEPING)
         computed = Value(share, share - 0.01, share + 0.01, images)
         values = {f"{kind}/{m}": computed for kind in ("released", "standard") for m in METRICS}
         values["quoted/miou"] = Value(share - 0.1, None, None, None, "\u2020")
         rows.append(
             TableRow(
-                f"Method number {method}", "methods", "Made", "lab:flux", "lab", f"{method:012x}", VIEW, SEGMENTER, images, 0, 0,
+                f"Method number {method}", "methods", "Made", "lab:flux", "lab", name, VIEW, SEGMENTER, images, 0, 0,
                 values, "ok", "", "name and prompt" if method % 2 else "nothing", "images and captions", "yes",
             )
         )  # fmt: skip
@@ -122,6 +136,7 @@ def make(folder: Path, images: int, methods: int = METHODS) -> Path:
         columns += [Column(f"{kind}/{m}", m, True, "Made up.", "", kind) for m in METRICS]  # type: ignore[arg-type]
     block = Block("Made up", f"{images} images", "as it is v1", "One word an image.", tuple(rows))
     table = Results("made", "A large table", "python large_page.py", "0", tuple(columns), (block,), interval="made up")
+    page.ALLOWED = (f"{__name__ if __name__ != '__main__' else Path(__file__).stem}.",)
     return write_html(table, folder / "runs", folder / "page")
 
 
@@ -130,6 +145,6 @@ METRICS: Sequence[str] = ("accuracy", "miou", "ap")
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    page = make(Path(sys.argv[1]), IMAGES)
-    sizes = [path.stat().st_size for path in page.parent.rglob("*") if path.is_file()]
-    print(f"{page}: {page.stat().st_size / 1e6:.1f} MB, in all {sum(sizes) / 1e6:.1f} MB in {len(sizes)} files")
+    made = make(Path(sys.argv[1]), IMAGES)
+    sizes = [path.stat().st_size for path in made.parent.rglob("*") if path.is_file()]
+    print(f"{made}: {made.stat().st_size / 1e6:.1f} MB, in all {sum(sizes) / 1e6:.1f} MB in {len(sizes)} files")

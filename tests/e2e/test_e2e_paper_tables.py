@@ -108,7 +108,9 @@ def test_the_lab_fills_every_row_that_its_models_can(shared, name):
         else:
             assert (row["status"], row["n"], row["failed"]) == ("ok", 1, 0), row["note"]
             assert ("ViT of the lab stands here" in row["note"]) == row["name"].startswith(("DINO", "iBOT")), row["name"]
-            assert all(other["n"] == 1 for other in row.get("also", ()))
+            for other in row.get("also", ()):  # the released VOC prompt of DAAM is longer than the lab's encoder reads: refused
+                too_long = name == "conceptattention/voc_multi" and row["name"].startswith("DAAM")
+                assert other["n"] == 1 or (too_long and other["failed"] == 1), row["name"]
     assert "table.backbones=lab" in table["command"]
 
 

@@ -91,7 +91,7 @@ def test_a_string_is_a_prompt_and_its_image_comes_along(method):
     [
         (np.zeros((4, 4)), WORDS, DataError, r"shape \(4, 4\): wanted RGB"),
         (np.full((4, 4, 3), 7.0), WORDS, DataError, "wanted uint8, or float in 0..1"),
-        (Path("nowhere.jpg"), WORDS, DataError, "nowhere.jpg: it can't be read"),
+        (Path("nowhere.jpg"), WORDS, DataError, "nowhere.jpg is missing"),
         (np.zeros((8, 8, 3)), [], ConfigError, "wanted a list of concepts"),
         (np.zeros((8, 8, 3)), "fish", ConfigError, "wanted a list of concepts"),
         (np.zeros((8, 8, 3)), ["fsh", "sky"], DataError, '"fsh" is unknown.*fish'),

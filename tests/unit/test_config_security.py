@@ -25,7 +25,7 @@ def refused(part, *overrides, match):
         RUNS_A_PROGRAM,  # a function of ours that runs a program
         "conceptseg.evaluation.launchers.SubmititLauncher",  # a class of ours, of another kind
         "conceptseg.evaluation.launchers.ShardCommand",
-        "conceptseg.keys.Path",  # a class that one of our modules imported
+        "conceptseg.files.Path",  # a class that one of our modules imported
     ],
 )
 def test_a_part_is_built_from_a_subclass_of_its_own_base_only(part, choice, target):

@@ -176,7 +176,7 @@ def test_dinos_positions_are_resampled_on_any_grid_but_the_square_of_the_native_
     else:
         patches = positions[None, 1:].reshape(1, side, side, 8).permute(0, 3, 1, 2)
         factors = ((rows + 0.1) / side, (columns + 0.1) / side)
-        resampled = torch.nn.functional.interpolate(patches, scale_factor=factors, mode="bicubic")
+        resampled = torch.nn.functional.interpolate(patches.double(), scale_factor=factors, mode="bicubic").float()
         wanted = torch.cat([positions[:1], resampled.permute(0, 2, 3, 1).reshape(-1, 8)])
         assert len(wanted) == 1 + rows * columns
     assert torch.equal(resized_positions(positions, 1, (side, side), grid, "dino"), wanted)
