@@ -44,7 +44,7 @@ class Backbone(ABC):
 
     @property
     def provenance(self) -> Provenance:
-        """What is known of its weights."""
+        """State what is known of its weights."""
         return self.checkpoint.provenance
 
     @abstractmethod
@@ -101,7 +101,7 @@ class Checkpoint:
         return _folder_digest(folder.absolute(), tuple((name, _state_of(file)) for name, file in read))
 
     def origin(self) -> dict[str, str | None]:
-        """What the manifest says of these weights: provenance, and repository with commit, or the digest of a folder."""
+        """Describe these weights for the manifest: provenance, and repository with commit, or the digest of a folder."""
         pinned = self.pinned()
         repository, revision = pinned or (None, None)
         return {
@@ -167,7 +167,7 @@ class Checkpoint:
             ) from error
 
     def identity(self) -> dict[str, Any]:
-        """What names these weights in a run id: repository and commit, or the digest of a local folder, wherever it lies."""
+        """Name these weights in a run id: repository and commit, or the digest of a local folder, wherever it lies."""
         pinned = self.pinned()
         return {"files": self.digest()} if pinned is None else {"path": pinned[0], "revision": pinned[1]}
 

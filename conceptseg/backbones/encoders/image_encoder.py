@@ -169,7 +169,7 @@ class ImageEncoder(Backbone):
         """The explained output itself: a logit before softmax, or the cosine of image and text."""
 
     def images(self, tasks: Sequence[Task]) -> Float[Tensor, "B 3 H W"]:
-        """What the model is shown, normalised. Resized in float64 and then rounded, so that every machine shows the same bits."""
+        """Return the images shown to the model, normalised; resized in float64, so that every machine shows the same bits."""
         stacked = stack_images([task.image for task in tasks], self.image_size, self.resize, dtype=torch.float64).float()
         native_mean, native_std = self.native_normalisation
         mean, std = (torch.tensor(v)[:, None, None] for v in (self._mean or native_mean, self._std or native_std))

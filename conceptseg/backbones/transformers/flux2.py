@@ -100,7 +100,7 @@ class Flux2Backbone(MultiModalBackbone):
 
     @cached_property
     def chat(self) -> Any:
-        """What makes chat messages of strings, as the checkpoint's pipeline holds it; reads no weights."""
+        """Return the processor that makes chat messages of strings, as the checkpoint's pipeline holds it; reads no weights."""
         from transformers import AutoProcessor
 
         return self.part("tokenizer", AutoProcessor)

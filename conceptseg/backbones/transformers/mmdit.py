@@ -211,7 +211,7 @@ class MultiModalBackbone(LatentModel):
         return self.text_tokens
 
     places_setting: ClassVar[str] = "extractor.backbone.text_tokens"
-    """What sets `places_read`."""
+    """Set `places_read`."""
 
     def _start(self, string: str) -> int:
         """Where a string's own tokens begin among those encoded. Raises DataError where they were not found in its message."""
