@@ -20,7 +20,7 @@ from conceptseg.cli.options import added_folders
 from conceptseg.cli.refusals import explain_refusal
 from conceptseg.config import check_allowance, packages
 from conceptseg.errors import ConceptSegError, ConfigError
-from conceptseg.files import LARGEST_TEXT, decode_text, read_regular
+from conceptseg.reading import LARGEST_TEXT, decode_text, read_regular
 
 
 def quiet_libraries() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conceptseg.errors import DataError, guarded
-from conceptseg.files import read_lines
+from conceptseg.reading import read_lines
 
 log = logging.getLogger(__name__)
 

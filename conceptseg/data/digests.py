@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from conceptseg.files import open_regular, write_atomically
+from conceptseg.files import write_atomically
+from conceptseg.reading import open_regular
 
 SETTLED_SECONDS = 2.0
 """Age of a change from which a later one is sure to have another time: that of FAT, the coarsest clock of a file system."""

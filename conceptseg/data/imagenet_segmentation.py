@@ -22,7 +22,7 @@ from conceptseg.data.digests import Extent, content_digests
 from conceptseg.data.images import MAX_PIXELS, check_mask, checked_limit, one_line, reading_problems, unique_keys, unknown_key
 from conceptseg.data.words import imagenet_nouns
 from conceptseg.errors import ConfigError, DataError
-from conceptseg.files import open_regular, read_rows
+from conceptseg.reading import open_regular, read_rows
 from conceptseg.types import Sample
 
 FILE = "gtsegs_ijcv.mat"

@@ -30,7 +30,7 @@ from jaxtyping import Bool, UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from conceptseg.errors import ConfigError, DataError, did_you_mean
-from conceptseg.files import read_regular
+from conceptseg.reading import read_regular
 from conceptseg.types import BACKGROUND, VOID
 
 Item = TypeVar("Item")

@@ -34,7 +34,7 @@ from conceptseg.data.images import (
 )
 from conceptseg.data.words import VOC_OFFICIAL, VOC_WORDS
 from conceptseg.errors import ConfigError, DataError, did_you_mean
-from conceptseg.files import LARGEST_FILE, decode_text, read_regular
+from conceptseg.reading import LARGEST_FILE, decode_text, read_regular
 from conceptseg.types import BACKGROUND, VOID, Sample
 
 YEARS: tuple[str, ...] = ("2007", "2008", "2009", "2010", "2011", "2012")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from conceptseg.errors import DataError, ReportError, did_you_mean
-from conceptseg.files import read_yaml
 from conceptseg.metrics.definitions import DEFINITIONS
+from conceptseg.reading import read_yaml
 
 ELSEWHERE = ("unknown", "iou_of_nouns", "iod", "ioh", "iou", "miou_21", "miou_20")
 """What a quoted number may obey beside our own definitions."""

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from conceptseg.data.images import MAX_PIXELS
 from conceptseg.errors import DataError
-from conceptseg.files import read_json
+from conceptseg.reading import read_json
 from conceptseg.studies.folders import file_of, generations, predict, write_mask
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from conceptseg.errors import ConfigError, DataError
-from conceptseg.files import read_text
+from conceptseg.reading import read_text
 from conceptseg.trace import PromptMaps, WordMap
 
 UNRELATED, ALL_PAIRS, COREFERENT = "(unrelated)", "(all pairs)", "(coreferent)"

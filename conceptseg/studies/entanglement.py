@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from conceptseg.errors import ConfigError, DataError
-from conceptseg.files import read_rows
+from conceptseg.reading import read_rows
 from conceptseg.studies.dependencies import overlaps, switched_on
 from conceptseg.studies.generator import Generated, Generator
 from conceptseg.studies.nouns import mean_and_half_width

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from conceptseg.data.images import read_image, read_opacity
 from conceptseg.errors import DataError
-from conceptseg.files import read_text
+from conceptseg.reading import read_text
 from conceptseg.studies.generator import Generated
 from conceptseg.trace import WordMap
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from conceptseg.errors import DataError
-from conceptseg.files import read_lines
+from conceptseg.reading import read_lines
 from conceptseg.studies.folders import Generation, generations, predict, write_generation
 from conceptseg.studies.generator import Generator
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from conceptseg.errors import DataError
-from conceptseg.files import read_rows
+from conceptseg.reading import read_rows
 from conceptseg.studies.folders import Generation, generations
 from conceptseg.studies.nouns import mean_and_half_width
 

@@ -27,8 +27,6 @@ from conceptseg.types import Task
 
 log = logging.getLogger(__name__)
 
-ALLOWED: tuple[str, ...] = ()
-"""Packages besides ours and installed ones whose data sets a page may build; a run's manifest never adds one."""
 EMBED_BELOW = 4_000_000
 """Bytes of pictures that are put into the page itself; more are linked beside it."""
 SIDE = 112
@@ -196,8 +194,7 @@ def _tasks(one: _Shown, keys: Sequence[str]) -> Iterator[tuple[str, Task]]:
     """Samples as the run's protocol sets them. None where the run's data are not on this machine: said once, in the log."""
     config = one.store.manifest()["config"]
     try:
-        dataset = instantiate(config["dataset"], "dataset", ALLOWED)
-        protocol = instantiate(config["protocol"], "protocol", ALLOWED)
+        dataset, protocol = instantiate(config["dataset"], "dataset"), instantiate(config["protocol"], "protocol")
         for key in keys:
             task = protocol.prepare(dataset.read(key))
             if isinstance(task, Task):

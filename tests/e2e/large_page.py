@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from conceptseg import config as configuration
 from conceptseg.data.base import SegmentationDataset
 from conceptseg.keys import run_id
 from conceptseg.protocols import SegmentationProtocol
 from conceptseg.report.results import Block, Column, Results, TableRow, Value
 from conceptseg.store.maps import MapKeeper
-from conceptseg.tables import page
 from conceptseg.tables.page import write_html
 from conceptseg.types import Concepts, Prediction, Sample, Task
 
@@ -136,8 +136,13 @@ def make(folder: Path, images: int, methods: int = METHODS) -> Path:
         columns += [Column(f"{kind}/{m}", m, True, "Made up.", "", kind) for m in METRICS]  # type: ignore[arg-type]
     block = Block("Made up", f"{images} images", "as it is v1", "One word an image.", tuple(rows))
     table = Results("made", "A large table", "python large_page.py", "0", tuple(columns), (block,), interval="made up")
-    page.ALLOWED = (f"{__name__ if __name__ != '__main__' else Path(__file__).stem}.",)
-    return write_html(table, folder / "runs", folder / "page")
+    module = __name__ if __name__ != "__main__" else Path(__file__).stem
+    known = configuration.packages
+    configuration.packages = lambda: [module]  # as if this module were an installed package of the entry point group
+    try:
+        return write_html(table, folder / "runs", folder / "page")
+    finally:
+        configuration.packages = known
 
 
 METRICS: Sequence[str] = ("accuracy", "miou", "ap")

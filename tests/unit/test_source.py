@@ -104,6 +104,12 @@ def test_controls_answer_for_no_model():
     }  # fmt: skip
 
 
+def test_a_run_on_files_answers_for_what_reads_text_and_pictures():
+    """Readers decide samples and words; what writes files decides nothing."""
+    found = source_digests(["conceptseg.data.pascal_voc.PascalVOC"])
+    assert {"reading.py", "data/images.py", "data/pascal_voc.py"} <= found.keys() and "files.py" not in found
+
+
 def test_every_module_that_makes_no_number_exists():
     for name in NO_NUMBERS:
         at = PACKAGE.joinpath(*name.split(".")[1:])

@@ -1,0 +1,192 @@
+"""Read regular files whole, and text as people write it. These readers decide samples and words, so they make numbers."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from conceptseg.errors import DataError, did_you_mean
+
+LARGEST_FILE = 1 << 30
+"""Bytes of the largest picture file that is read into memory."""
+LARGEST_TEXT = 1 << 28
+"""Bytes of the largest text file that is read."""
+
+_KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}  # fmt: skip
+# The longer marks first: the UTF-32 one begins with the UTF-16 one.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
+)  # fmt: skip
+
+
+@contextmanager
+def open_regular(path: Path | str) -> Iterator[BinaryIO]:
+    """A regular file, open for reading bytes. Opening never waits: a named pipe, a socket or a device is refused unopened.
+
+    Raises FileNotFoundError where nothing is, and OSError for anything else that can't be opened or is no regular file.
+    """
+    _check_kind(os.stat(path))
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(handle, "rb") as file:
+        _check_kind(os.fstat(handle))  # it may have been replaced in between
+        yield file
+
+
+def _check_kind(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"it is {_KINDS.get(stat.S_IFMT(status.st_mode), 'no regular file')}; a regular file was wanted")
+
+
+def read_regular(path: Path, where: str, largest: int = LARGEST_FILE) -> bytes:
+    """The whole content of a regular file of at most `largest` bytes; `where` names it in messages. Raises DataError."""
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > largest:
+                raise DataError(f"{where} has {size:,} bytes; at most {largest:,} are read.\n  Is it the right file?")
+            return file.read()
+    except FileNotFoundError as error:
+        raise DataError(f"{where} is missing.\n  Restore it from the source, or correct the path.") from error
+    except OSError as error:
+        reason = error.strerror or str(error)  # "Too many levels of symbolic links" for a loop of links
+        raise DataError(f"{where} can't be read: {reason}.\n  Look at the path, the file's permissions and its disk.") from error
+
+
+def decode_text(content: bytes, where: str) -> str:
+    r"""Text in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; lines end with "\n", the mark is taken off.
+
+    `where` names the file in messages. Raises DataError with the encoding and the line for bytes that do not fit and for NUL.
+
+    >>> decode_text(b"\xef\xbb\xbfa\r\nb", "list.txt")
+    'a\nb'
+    """
+    mark, encoding = next(((mark, name) for mark, name in _MARKS if content.startswith(mark)), (b"", "utf-8"))
+    body = content[len(mark) :]
+    try:
+        text = body.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = 1 + _lines(body[: error.start].decode(encoding, errors="replace"))
+        likely = " It is likely to be in Windows-1252 or another legacy encoding." if not mark and b"\0" not in body else ""
+        raise DataError(
+            f"{where}, line {line}: the byte 0x{body[error.start]:02x} is no {encoding.upper()}.{likely}\n"
+            '  Save the file as UTF-8 (Excel: "CSV UTF-8"; Notepad: "Encoding: UTF-8").'
+        ) from error
+    if "\0" in text:
+        line = 1 + _lines(text[: text.index("\0")])
+        raise DataError(
+            f"{where}, line {line}: the text holds the character NUL, read as {encoding.upper()}. It is damaged, or in UTF-16 "
+            "without a byte order mark.\n  Save the file as UTF-8."
+        )
+    # A mark inside stands where files were joined; it is no character of the text.
+    return text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _lines(text: str) -> int:
+    return text.replace("\r\n", "\n").replace("\r", "\n").count("\n")
+
+
+def read_text(path: Path, where: str = "") -> str:
+    """A text file; see `decode_text`. Raises DataError."""
+    return decode_text(read_regular(path, where or str(path), LARGEST_TEXT), where or str(path))
+
+
+def read_lines(path: Path, where: str = "") -> list[str]:
+    r"""Every line of a text file, without its end and surrounding blanks; empty lines are kept. Only "\n" and "\r" end one."""
+    return [line.strip() for line in read_text(path, where).split("\n")]
+
+
+def read_rows(path: Path, columns: Sequence[str], where: str = "") -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, row) of a CSV file whose first line names `columns`, in any order and with others beside them.
+
+    Separated by comma, semicolon or tab, whichever gives the columns in the first line. Raises DataError with the line for a
+    column that is absent or named twice, a row of another length, an unclosed quote, or a field above 128 KiB.
+    """
+    where = where or str(path)
+    text = read_text(path, where)
+    first = text.partition("\n")[0]
+    heads = {mark: [head.strip() for head in next(csv.reader([first], delimiter=mark), [])] for mark in (",", ";", "\t")}
+    mark = next((mark for mark, names in heads.items() if set(columns) <= set(names)), ",")
+    names = heads[mark]
+    lacking = [column for column in columns if column not in names]
+    if lacking:
+        raise DataError(
+            f"{where}, line 1: the columns are {', '.join(names) or 'none'}; {', '.join(lacking)} lacking. "
+            f"{did_you_mean(lacking[0], names)}\n  The first line must be: {','.join(columns)}."
+        )
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f'{where}, line 1: the column "{twice[0]}" is named twice.\n  Leave one of them out.')
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    try:
+        next(reader)
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(names):
+                raise DataError(
+                    f"{where}, line {reader.line_num}: {len(cells)} cells, but the first line names {len(names)} columns.\n"
+                    "  Quote cells that hold the separator."
+                )
+            yield reader.line_num, dict(zip(names, cells, strict=True))
+    except csv.Error as error:
+        raise DataError(
+            f"{where}, line {reader.line_num}: this is no CSV: {error}.\n  Mend the line, or save it anew."
+        ) from error
+
+
+def read_json(path: Path, where: str = "") -> Any:
+    """What a JSON file holds. Raises DataError for text that is none, a key that an object holds twice, NaN and infinity."""
+    where = where or str(path)
+    text = read_text(path, where)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise DataError(f'{where}: the key "{next(k for k in keys if keys.count(k) > 1)}" stands twice in one object.')
+        return found
+
+    def finite(name: str) -> float:
+        raise DataError(f"{where}: {name} is no number of JSON.")
+
+    try:
+        return json.loads(text, object_pairs_hook=once, parse_constant=finite)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}, line {error.lineno}: this is no JSON: {error.msg}.\n  Export the file again.") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: its brackets are nested too deeply to be read.\n  Export the file again.") from error
+
+
+def read_yaml(path: Path, where: str = "") -> Any:
+    """What a YAML file holds, plain data only. Raises DataError for text that is none, and a key that stands twice."""
+    import yaml
+
+    class Once(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key.value, str) and key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f'the key "{key.value}" stands twice', key.start_mark)
+                if isinstance(key.value, str):
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    where = where or str(path)
+    try:
+        return yaml.load(read_text(path, where), Once)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise DataError(f"{where}{line}: this can't be read as YAML: {problem}.\n  Mend the line.") from error
