@@ -46,7 +46,7 @@ class Runtime:
     progress: bool = True
     """Whether a progress bar is shown."""
     allow_targets: list[str] = field(default_factory=lambda: ["conceptseg."])
-    """Prefixes that a _target_ may begin with: a config is code, so only known code runs."""
+    """Packages whose classes a _target_ may name; only the command line may widen it."""
 
 
 @dataclass
