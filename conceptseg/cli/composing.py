@@ -48,7 +48,7 @@ def run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
     def run(config: DictConfig) -> None:
         started.append(True)
         try:
-            check_allowance(config, HydraConfig.get().overrides.task)
+            check_allowance(config, task_overrides())
             codes.append(task(config))
         except ConceptSegError as error:  # carried out of Hydra, which would print it a second time
             errors.append(error)
@@ -60,7 +60,7 @@ def run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
     except (HydraException, OmegaConfBaseException, *SLIPS) as error:
         if isinstance(error.__cause__, ConceptSegError):
             raise error.__cause__ from None
-        if started and isinstance(error, SLIPS):
+        if started and not isinstance(error, HydraException | OmegaConfBaseException):
             raise
         raise ConfigError(_explained(overrides) or _readable(error, overrides)) from error
     except yaml.YAMLError as error:
@@ -141,6 +141,12 @@ def _check_config_files(arguments: Sequence[str]) -> None:
         decode_text(content, str(path))
         if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise ConfigError(f"{path} begins with a byte order mark; save it as UTF-8 without one.")
+
+
+def task_overrides() -> list[str]:
+    """The overrides as they were typed: Hydra keeps them in a list of OmegaConf, which would resolve what they interpolate."""
+    found = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return [str(override) for override in found] if isinstance(found, list) else []
 
 
 def _explained(overrides: Sequence[str]) -> str | None:

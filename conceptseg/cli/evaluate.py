@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
-from conceptseg.cli.composing import quiet_libraries, run_hydra
+from conceptseg.cli.composing import quiet_libraries, run_hydra, task_overrides
 from conceptseg.cli.help import asked, print_help
 from conceptseg.cli.table import QUIET, print_table_of
 from conceptseg.config import plain, register
@@ -39,9 +39,8 @@ def evaluate() -> int:
 
 
 def _evaluate(config: DictConfig) -> int:
-    from hydra.core.hydra_config import HydraConfig
 
-    overrides = list(HydraConfig.get().overrides.task)
+    overrides = task_overrides()
     if config.get("launcher"):
         _launch(config, overrides)
     if config.get("table"):

@@ -156,7 +156,7 @@ def _choice(kind: type[StrEnum], value: Any, key: str) -> Any:
         raise ConfigError(f'{key}: unknown "{value}". {did_you_mean(str(value), list(kind))}') from None
 
 
-def expand_views(settings: Mapping[str, Mapping[str, Any]], axes: Axes) -> dict[str, View]:
+def expand_views(settings: Mapping[str, Any], axes: Axes) -> dict[str, View]:
     """Named views from their settings, checked against what the extractor offers.
 
     A setting's `space` may be a list; `each: layer`, `timestep` or `layer_timestep` makes one view of every one: that is
@@ -166,6 +166,8 @@ def expand_views(settings: Mapping[str, Mapping[str, Any]], axes: Axes) -> dict[
     if not settings:
         raise ViewError("views is empty: name at least one, for example views=map or views=concept_attention.")
     for name, setting in settings.items():
+        if not isinstance(setting, Mapping):
+            raise ConfigError(f"views.{name} is {setting!r}; wanted the settings of a view, such as {{space: {axes.spaces[0]}}}.")
         for tail, view in _expand(f"views.{name}", dict(setting), axes):
             views[" ".join([name, *tail])] = view
     return views

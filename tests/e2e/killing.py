@@ -86,7 +86,7 @@ def evaluate(config: dict[str, Any], shards: int) -> None:
     """All shards one after the other, then what a command writes, and the rows as a file to share."""
     from conceptseg.evaluation.assemble import assemble
     from conceptseg.evaluation.carry_out import carry_out
-    from conceptseg.evaluation.readings import readings, write_results
+    from conceptseg.evaluation.readings import readings, write_readings
     from conceptseg.report.results import save
     from conceptseg.tables.pictures import draw_sheet
     from conceptseg.tables.table import single_table
@@ -96,7 +96,7 @@ def evaluate(config: dict[str, Any], shards: int) -> None:
         evaluation = assemble(config)
         carry_out(evaluation)
     found = readings(evaluation, config["report"]["columns"])
-    write_results(evaluation, found)
+    write_readings(evaluation, found)
     save(evaluation.store.folder / "table.json", single_table(evaluation, found, "conceptseg"))
     view = next(iter(evaluation.views.values())).key
     draw_sheet(evaluation.store.folder / "sheet.png", [("map", evaluation, view, found[0].segmenter)], 2)

@@ -71,7 +71,7 @@ def evaluated(folder):
     run = run.parent
     pictures = {p.relative_to(run).as_posix(): p.read_bytes() for p in run.rglob("*.png")}
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(run)]
-    return rows, pictures, json.loads((run / "results.json").read_text()), json.loads((run / "table.json").read_text())
+    return rows, pictures, json.loads((run / "readings.json").read_text()), json.loads((run / "table.json").read_text())
 
 
 def trained(folder):

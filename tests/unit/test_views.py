@@ -187,6 +187,12 @@ def test_a_wrong_setting_is_named_with_what_to_write(setting, kind, key, said):
     assert key in str(raised.value) and said in str(raised.value)
 
 
+@pytest.mark.parametrize("setting", ["constant", 3, None, ["space"]])
+def test_a_view_that_is_no_mapping_is_an_error(setting):
+    with pytest.raises(ConfigError, match=r"views\.a is .*; wanted the settings of a view"):
+        expand_views({"a": setting}, FLUX)
+
+
 def test_no_views_at_all_is_an_error():
     with pytest.raises(ViewError, match="views is empty"):
         expand_views({}, FLUX)
