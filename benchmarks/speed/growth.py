@@ -121,7 +121,6 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the figures and the plot")
     parser.add_argument("--rows", type=int, default=ROWS[-1], help="most rows in the store")
     said = parser.parse_args()
-    logging.disable(logging.WARNING)
     found: dict[str, Any] = {"rows": {"x": [n for n in ROWS if n <= said.rows]}}
     found["rows"]["y"] = [of_store(count) for count in found["rows"]["x"]]
     for count, one in zip(found["rows"]["x"], found["rows"]["y"], strict=True):
@@ -138,4 +137,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # of this process alone: loaders and the lab warn of random weights
     main()

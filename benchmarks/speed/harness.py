@@ -143,7 +143,6 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=40)
     parser.add_argument("--write", action="store_true", help="keep the figures")
     said = parser.parse_args()
-    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     stages = at_flux_size(said.images)
     print("FLUX's size, processor ms an image: " + ", ".join(f"{name} {ms:.1f}" for name, ms in stages.items()))
@@ -172,4 +171,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # of this process alone: loaders and the lab warn of random weights
     main()

@@ -239,7 +239,6 @@ def main() -> None:
     parser.add_argument("--stop", action="store_true", help="the original leaves out the single blocks")
     parser.add_argument("--write", action="store_true", help="keep the figures")
     said = parser.parse_args()
-    logging.disable(logging.WARNING)  # what loaders and the lab say of random weights
     geometry, dtype = GEOMETRIES[said.geometry], said.dtype or ("float32" if said.device == "cpu" else "bfloat16")
     print(
         f"{said.geometry} geometry on {said.device}, {dtype}: {geometry.double_blocks} double and "
@@ -268,4 +267,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # of this process alone: loaders and the lab warn of random weights
     main()

@@ -148,7 +148,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="keep the figures")
     said = parser.parse_args(arguments)
-    logging.disable(logging.WARNING)
     geometry, dtype = GEOMETRIES[said.geometry], said.dtype or ("float32" if said.device == "cpu" else "bfloat16")
     now, backbone = clock(said.device), encode_only(geometry, said.device, dtype)
     found: dict[str, Any] = {"peak_tflops": peak_tflops(said.device, backbone.dtype, now), "batches": {}, "variants": {}}
@@ -188,4 +187,5 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # of this process alone: loaders and the lab warn of random weights
     main()
