@@ -10,25 +10,21 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conceptseg.data.base import SegmentationDataset
 from conceptseg.data.digests import Extent, content_digests, kept_digest
 from conceptseg.data.images import (
     check_mask,
     checked_encoding,
-    checked_limit,
     one_line,
     orientation_note,
     present_labels,
     read_image,
     read_mask,
-    reading_problems,
-    unique_keys,
-    unknown_key,
 )
+from conceptseg.data.listed import ListedDataset
 from conceptseg.data.words import VOC_OFFICIAL, VOC_WORDS
 from conceptseg.errors import ConfigError, DataError, did_you_mean
 from conceptseg.types import BACKGROUND, VOID, Sample, checked_word
@@ -42,7 +38,7 @@ _OPENED_WHOLE = (".arrow", ".parquet", ".json", ".jsonl", ".csv")
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
-class HubTable(SegmentationDataset):
+class HubTable(ListedDataset[int]):
     """Rows of one split as samples.
 
     `words` is "voc", "voc_official", or a map of mask values to words. `id_column` names the column that keys are made of;
@@ -63,29 +59,39 @@ class HubTable(SegmentationDataset):
         config: str | None = None,
         name: str | None = None,
     ) -> None:
+        super().__init__(path, limit)
         self.path, self.split, self.revision, self.config = str(path), split, revision, config
         self.image_column, self.mask_column, self.id_column = image_column, mask_column, id_column
         self.words = _checked_words(words)
         self.mask_encoding = checked_encoding(mask_encoding)
-        self.limit = checked_limit(limit)
-        self.local = Path(path).expanduser().exists()
+        self.local = self.root.exists()
         self.name = name or re.sub(r"[^\w.-]+", "_", self.path.rstrip("/").rpartition("/")[2] if self.local else self.path)
         self._table: Any = None
-        self._keys: tuple[str, ...] | None = None
-        self._rows: dict[str, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_table": None}
 
-    def keys(self) -> Sequence[str]:
-        return tuple(self._listed())
+    def entries(self) -> Iterator[tuple[str, int]]:
+        """(name, row number) of every row."""
+        table = self._open()
+        column = self.id_column or ("id" if "id" in table.column_names else None)
+        if column is None:
+            names = [f"{row:06d}" for row in range(len(table))]
+        elif column in table.column_names:
+            names = [str(value) for value in table.with_format(None)[column]]
+        else:
+            raise DataError(
+                f'{self.source()} has no column "{column}". {did_you_mean(column, table.column_names)}\n'
+                "  Change dataset.id_column, or set it to null to number the rows."
+            )
+        return ((name, row) for row, name in enumerate(names))
 
-    def read(self, key: str) -> Sample:
-        rows = self._listed()
-        if key not in rows:
-            raise unknown_key(key, rows, self.name)
-        row = self._open()[rows[key]]
-        where = f"{self._where()}, row {rows[key]}"
+    def check_root(self) -> None:
+        """A table on the Hub has no folder here."""
+
+    def sample(self, key: str, entry: int) -> Sample:
+        row = self._open()[entry]
+        where = f"{self.source()}, row {entry}"
         photo, column = self._content(row, self.image_column, key, where), f'{where}, column "{self.image_column}"'
         image = read_image(photo, key, column)
         mask = read_mask(
@@ -94,11 +100,15 @@ class HubTable(SegmentationDataset):
         known = f"the keys of dataset.words ({_range(tuple(self.words))})"
         check_mask(image, mask, key, tuple(self.words), known, lambda: orientation_note(photo, key, column, applied=True))
         words = {label: self.words[label] for label in present_labels(mask) if label not in (BACKGROUND, VOID)}
-        return Sample(key, image, mask, words, {"row": rows[key]})
+        return Sample(key, image, mask, words, {"row": entry})
+
+    def files(self, entry: int) -> tuple[Path | Extent, ...]:
+        """None of its own: rows are parts of the table's files, and `fingerprint` and `faults` read those."""
+        return ()
 
     def fingerprint(self) -> str:
         """From all keys (whatever the limit), the words, and the contents of all images and masks."""
-        table, keys = self._open(), self._all()
+        table, keys = self._open(), tuple(self.whole())
         digest = hashlib.sha256(repr((self.name, self.split, self.revision, self.mask_encoding, self.words)).encode())
         digest.update(repr(keys).encode())
         for column in (self.image_column, self.mask_column):
@@ -115,22 +125,17 @@ class HubTable(SegmentationDataset):
         beside = content_digests([Extent(path) for path in paths if path is not None], owner)
         return f"{embedded} {beside}"
 
-    def problems(self) -> list[str]:
-        try:
-            keys = self.keys()
-        except (DataError, ConfigError) as error:
-            return [one_line(error)]
-        found = []
+    def faults(self, listed: Mapping[str, int]) -> Iterator[tuple[str, Collection[str]]]:
         for column in (self.image_column, self.mask_column):
             lengths, paths = _lengths(self._open(), column), _paths(self._open(), column)
-            rows = zip(keys, lengths, paths, strict=False)
+            rows = zip(listed, lengths, paths, strict=False)
             empty = [key for key, length, path in rows if not length and not (path and self._holds(path))]
             if empty:
-                found.append(
-                    f'{self._where()}: column "{column}" is empty or missing for {len(empty)} of {len(keys)} rows (first: '
-                    f"{empty[0]}): take the table from its source again, or another dataset.revision."
+                yield (
+                    f'{self.source()}: column "{column}" is empty or missing for {len(empty)} of {len(listed)} rows (first: '
+                    f"{empty[0]}): take the table from its source again, or another dataset.revision.",
+                    (),
                 )
-        return found + reading_problems(keys, self.read)
 
     def _content(self, row: Mapping[str, Any], column: str, key: str, where: str) -> bytes | Path:
         """The stored bytes of a picture, or the file that the table names. Raises DataError for a file elsewhere."""
@@ -177,30 +182,8 @@ class HubTable(SegmentationDataset):
 
         return [Path(HF_HUB_CACHE), Path(config.HF_DATASETS_CACHE)]
 
-    def _where(self) -> str:
+    def source(self) -> str:
         return f"table {self.path}" + (f"@{self.revision}" if self.revision else "") + f" [{self.split}]"
-
-    def _listed(self) -> dict[str, int]:
-        """Key -> row."""
-        if self._rows is None:
-            self._rows = {key: row for row, key in enumerate(self._all()[: self.limit])}
-        return self._rows
-
-    def _all(self) -> tuple[str, ...]:
-        if self._keys is None:
-            table = self._open()
-            column = self.id_column or ("id" if "id" in table.column_names else None)
-            if column is None:
-                names = [f"{row:06d}" for row in range(len(table))]
-            elif column in table.column_names:
-                names = [str(value) for value in table.with_format(None)[column]]
-            else:
-                raise DataError(
-                    f'{self._where()} has no column "{column}". {did_you_mean(column, table.column_names)}\n'
-                    "  Change dataset.id_column, or set it to null to number the rows."
-                )
-            self._keys = unique_keys([f"{self.name}/{name}" for name in names], self._where())
-        return self._keys
 
     def _open(self) -> Any:
         """The table with both pictures as stored bytes, decoded by nobody else."""
@@ -211,14 +194,14 @@ class HubTable(SegmentationDataset):
             for column, setting in ((self.image_column, "image_column"), (self.mask_column, "mask_column")):
                 if column not in table.column_names:
                     raise DataError(
-                        f'{self._where()} has no column "{column}". {did_you_mean(column, table.column_names)}\n'
+                        f'{self.source()} has no column "{column}". {did_you_mean(column, table.column_names)}\n'
                         f"  Change dataset.{setting}."
                     )
                 try:
                     table = table.cast_column(column, Image(decode=False))
                 except (TypeError, ValueError) as error:
                     raise DataError(
-                        f'{self._where()}: column "{column}" holds {table.features[column]}, no pictures.\n'
+                        f'{self.source()}: column "{column}" holds {table.features[column]}, no pictures.\n'
                         f"  Change dataset.{setting}."
                     ) from error
             self._table = table
@@ -276,7 +259,7 @@ class HubTable(SegmentationDataset):
         except Exception as error:  # pyarrow, datasets and the disk each have their own family of errors
             cause = error.__cause__ if isinstance(error.__cause__, Exception) else error  # `datasets` wraps what went wrong
             raise DataError(
-                f"{self._where()} can't be opened: {type(cause).__name__}: {one_line(cause)[:400]}.\n"
+                f"{self.source()} can't be opened: {type(cause).__name__}: {one_line(cause)[:400]}.\n"
                 "  A shard is damaged or absent: copy or download the table again."
             ) from error
         raise DataError(

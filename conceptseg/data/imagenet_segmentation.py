@@ -10,18 +10,18 @@ import hashlib
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from conceptseg.data.base import SegmentationDataset
 from conceptseg.data.digests import Extent, content_digests
-from conceptseg.data.images import MAX_PIXELS, check_mask, checked_limit, one_line, reading_problems, unique_keys, unknown_key
+from conceptseg.data.images import MAX_PIXELS, check_mask, one_line
+from conceptseg.data.listed import ListedDataset
 from conceptseg.data.words import imagenet_nouns
-from conceptseg.errors import ConfigError, DataError
+from conceptseg.errors import DataError
 from conceptseg.reading import open_regular, read_rows
 from conceptseg.types import Sample
 
@@ -33,7 +33,7 @@ _MOST_ROWS = 10_000_000
 _LONGEST_ID = 1_000
 
 
-class ImageNetSegmentation(SegmentationDataset):
+class ImageNetSegmentation(ListedDataset[int]):
     """One noun an image; mask 0 or 1, no void, the first annotation where there are several.
 
     `root` is the .mat file or the folder that holds it. `words` is a CSV with the columns wnid, lemma, noun that replaces the
@@ -41,14 +41,12 @@ class ImageNetSegmentation(SegmentationDataset):
     """
 
     name = "imagenet_segmentation"
+    remedy = REMEDY
 
     def __init__(self, root: str | Path, limit: int | None = None, words: str | Path | None = None) -> None:
-        self.root = Path(root).expanduser()
-        self.limit = checked_limit(limit)
+        super().__init__(root, limit)
         self.words_path = Path(words).expanduser() if words is not None else None
         self._nouns: Mapping[str, tuple[str, str]] | None = None
-        self._keys: tuple[str, ...] | None = None
-        self._rows: dict[str, int] | None = None
         self._handles = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -58,13 +56,22 @@ class ImageNetSegmentation(SegmentationDataset):
         self.__dict__.update(state)
         self._handles = threading.local()
 
-    def keys(self) -> Sequence[str]:
-        return tuple(self._listed())
+    def entries(self) -> Iterator[tuple[str, int]]:
+        """(id, row of the file) in the order of the file. Reads the ids, and no image."""
+        path = self._file()
+        with _layout(path, "listing the ids"), _open(path) as file:
+            _check_inside(file)
+            for part in _PARTS:
+                if len(file[f"value/{part}"]) != len(file["value/id"]):
+                    raise ValueError(f"value/{part} has {len(file[f'value/{part}'])} rows, value/id {len(file['value/id'])}")
+            ids = [_text(file, file["value/id"][row, 0]) for row in range(len(file["value/id"]))]
+        # An id that comes again is told apart by its row, so that every key stays what it is under any limit.
+        seen: set[str] = set()
+        for row, name in enumerate(ids):
+            yield f"{name}@{row}" if name in seen else name, row
+            seen.add(name)
 
-    def read(self, key: str) -> Sample:
-        rows = self._listed()
-        if key not in rows:
-            raise unknown_key(key, rows, self.name)
+    def sample(self, key: str, entry: int) -> Sample:
         wnid = _wnid(key)
         nouns = self._words()
         if wnid not in nouns:
@@ -73,50 +80,33 @@ class ImageNetSegmentation(SegmentationDataset):
                 f"  Add a row for it to a CSV with the columns {', '.join(_COLUMNS)} and set dataset.words to that file."
             )
         lemma, noun = nouns[wnid]
-        image, mask = self._pixels(key, rows[key])
+        image, mask = self._pixels(key, entry)
         return Sample(key, image, mask, {1: noun}, {"wnid": wnid, "lemma": lemma})
+
+    def files(self, entry: int) -> tuple[Path]:
+        return (self._file(),)
+
+    def source(self) -> str:
+        return str(self._file())
 
     def fingerprint(self) -> str:
         """From all ids (whatever the limit), their words, and the whole content of the file."""
         nouns = self._words()
-        named = [(key, nouns.get(_wnid(key))) for key in self._all()]
+        named = [(key, nouns.get(_wnid(key))) for key in self.whole()]
         (content,) = content_digests([Extent(self._file())], self.root)
         return hashlib.sha256(repr((self.name, content, named)).encode()).hexdigest()[:16]
 
-    def problems(self) -> list[str]:
-        try:
-            keys, nouns = self.keys(), self._words()
-        except (DataError, ConfigError) as error:
-            return [one_line(error)]
-        unknown = sorted({wnid for wnid in map(_wnid, keys) if wnid not in nouns})
+    def faults(self, listed: Mapping[str, int]) -> Iterator[tuple[str, Collection[str]]]:
+        nouns = self._words()
+        keys = [key for key in listed if _wnid(key) not in nouns]
+        unknown = sorted(set(map(_wnid, keys)))
         named = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-        found = [
-            f"Unknown words: {len(unknown)} WordNet ids of {self._file()} are not in {self._words_name()} ({named}): "
-            "set dataset.words to a CSV that names them."
-        ]
-        return (found if unknown else []) + reading_problems([key for key in keys if _wnid(key) in nouns], self.read)
-
-    def _listed(self) -> dict[str, int]:
-        """Key -> row of the file."""
-        if self._rows is None:
-            self._rows = {key: row for row, key in enumerate(self._all()[: self.limit])}
-        return self._rows
-
-    def _all(self) -> tuple[str, ...]:
-        """Every key in the order of the file. Reads the ids, and no image."""
-        if self._keys is None:
-            path = self._file()
-            with _layout(path, "listing the ids"), _open(path) as file:
-                _check_inside(file)
-                for part in _PARTS:
-                    if len(file[f"value/{part}"]) != len(file["value/id"]):
-                        raise ValueError(f"value/{part} has {len(file[f'value/{part}'])} rows, value/id {len(file['value/id'])}")
-                ids = [_text(file, file["value/id"][row, 0]) for row in range(len(file["value/id"]))]
-            # An id that comes again is told apart by its row, so that every key stays what it is under any limit.
-            seen: set[str] = set()
-            names = [f"{name}@{row}" if name in seen or seen.add(name) else name for row, name in enumerate(ids)]  # type: ignore[func-returns-value]
-            self._keys = unique_keys([f"{self.name}/{name}" for name in names], str(path))
-        return self._keys
+        if unknown:
+            yield (
+                f"Unknown words: {len(unknown)} WordNet ids of {self._file()} are not in {self._words_name()} ({named}): "
+                "set dataset.words to a CSV that names them.",
+                keys,
+            )
 
     def _pixels(self, key: str, row: int) -> tuple[np.ndarray, np.ndarray]:
         path = self._file()
@@ -154,22 +144,19 @@ class ImageNetSegmentation(SegmentationDataset):
         return "the shipped table of nouns" if self.words_path is None else str(self.words_path)
 
     def _file(self) -> Path:
+        self.check_root()
         root = self.root
         if root.is_file():
             return root
-        if root.exists() and not root.is_dir():
+        if not root.is_dir():
             raise DataError(f"Reading {self.name}: {root} is neither a folder nor a regular file.\n  {REMEDY}")
-        if root.is_dir():
-            if (root / FILE).is_file():
-                return root / FILE
-            found = sorted(root.glob("*.mat"))
-            if len(found) == 1:
-                return found[0]
-            names = f"{len(found)} .mat files ({', '.join(p.name for p in found[:5])})" if found else "no .mat file"
-            raise DataError(f"Reading {self.name}: {root} holds {names}; {FILE} was wanted.\n  {REMEDY}")
-        partial = root.with_name(root.name + ".partial")
-        state = f" (an unfinished download lies beside it: {partial.name})" if partial.exists() else ""
-        raise DataError(f"Reading {self.name}: {root} does not exist{state}.\n  {REMEDY}")
+        if (root / FILE).is_file():
+            return root / FILE
+        found = sorted(root.glob("*.mat"))
+        if len(found) == 1:
+            return found[0]
+        names = f"{len(found)} .mat files ({', '.join(p.name for p in found[:5])})" if found else "no .mat file"
+        raise DataError(f"Reading {self.name}: {root} holds {names}; {FILE} was wanted.\n  {REMEDY}")
 
 
 def _wnid(key: str) -> str:

@@ -11,27 +11,22 @@ from __future__ import annotations
 import hashlib
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from conceptseg.data.base import SegmentationDataset
 from conceptseg.data.digests import Extent, content_digests
 from conceptseg.data.hub import HubTable, is_table_folder
 from conceptseg.data.images import (
     VOC_LABELS,
     check_mask,
     checked_encoding,
-    checked_limit,
-    one_line,
     orientation_note,
     present_labels,
     read_image,
     read_mask,
-    reading_problems,
-    unique_keys,
-    unknown_key,
 )
+from conceptseg.data.listed import ListedDataset
 from conceptseg.data.words import VOC_OFFICIAL, VOC_WORDS
 from conceptseg.errors import ConfigError, DataError, did_you_mean
 from conceptseg.reading import LARGEST_FILE, decode_text, read_regular
@@ -44,12 +39,14 @@ _IMAGES, _MASKS, _LISTS = "JPEGImages", "SegmentationClass", "ImageSets/Segmenta
 _PARTS = (_IMAGES, _MASKS, _LISTS)
 
 
-class PascalVOC(SegmentationDataset):
+class PascalVOC(ListedDataset[str]):
     """The images of one list with their class masks; classes 1..20, 0 background, 255 void.
 
     `root` is VOCdevkit, its parent, VOC2012 itself, the published .tar, or a local table of `datasets`.
     `words` are those of the released ConceptAttention scripts, for the classes that are in the mask.
     """
+
+    remedy = REMEDY
 
     def __init__(
         self,
@@ -59,30 +56,30 @@ class PascalVOC(SegmentationDataset):
         mask_encoding: str = "index",
         limit: int | None = None,
     ) -> None:
+        super().__init__(root, limit)
         if str(year) not in YEARS:
             raise ConfigError(f'dataset.year is "{year}". {did_you_mean(str(year), YEARS)}')
-        self.root = Path(root).expanduser()
-        self.split, self.year, self.limit = split, str(year), checked_limit(limit)
+        self.split, self.year = split, str(year)
         if not _is_file_name(split):
             raise ConfigError(f'dataset.split is "{split}"; the name of a list was wanted, such as val.')
         self.mask_encoding = checked_encoding(mask_encoding)
         self.name = f"voc{self.year}"
-        self._source: _Kit | HubTable | None = None
-        self._list: tuple[str, ...] | None = None
-        self._ids: dict[str, str] | None = None
+        self._opened: _Kit | HubTable | None = None
 
-    def keys(self) -> Sequence[str]:
+    def entries(self) -> Iterator[tuple[str, str]]:
+        """(stem, stem) of every file of the list; of a table, the rows' names."""
         source = self._open()
-        return source.keys() if isinstance(source, HubTable) else tuple(self._listed(source))
+        if isinstance(source, HubTable):
+            names = [key.removeprefix(f"{self.name}/") for key in source.whole()]
+        else:
+            names = self._stems(source)
+        return ((name, name) for name in names)
 
-    def read(self, key: str) -> Sample:
+    def sample(self, key: str, entry: str) -> Sample:
         source = self._open()
         if isinstance(source, HubTable):
             return source.read(key)
-        ids = self._listed(source)
-        if key not in ids:
-            raise unknown_key(key, ids, self.name)
-        image_member, mask_member = _members(ids[key])
+        image_member, mask_member = _members(entry)
         photo, where = source.data(image_member, key), source.where(image_member)
         image = read_image(photo, key, where, upright=False)
         mask = read_mask(source.data(mask_member, key), key, source.where(mask_member), self.mask_encoding, upright=False)
@@ -93,78 +90,57 @@ class PascalVOC(SegmentationDataset):
             {"official": {label: VOC_OFFICIAL[label] for label in present}},
         )  # fmt: skip
 
+    def files(self, entry: str) -> list[Extent]:
+        source = self._open()
+        return [] if isinstance(source, HubTable) else [source.extent(member) for member in _members(entry)]
+
+    def source(self) -> str:
+        source = self._open()
+        return str(self.root) if isinstance(source, HubTable) else source.where(f"{_LISTS}/{self.split}.txt")
+
     def fingerprint(self) -> str:
         """From the whole list (whatever the limit) and the contents of its files: the same for the tar and its folder."""
+        stems = tuple(self.whole().values())
         source = self._open()
         if isinstance(source, HubTable):
             return source.fingerprint()
         digest = hashlib.sha256(repr((self.name, self.split, self.mask_encoding)).encode())
-        stems = self._stems(source)
-        extents = [source.extent(member) for stem in stems for member in _members(stem)]
-        contents = content_digests(extents, self.root)
+        contents = content_digests([extent for stem in stems for extent in self.files(stem)], self.root)
         digest.update(repr([stems, contents]).encode())
         return digest.hexdigest()[:16]
 
-    def problems(self) -> list[str]:
-        try:
-            source = self._open()
-            if isinstance(source, HubTable):
-                return source.problems()
-            ids = self._listed(source)
-        except DataError as error:
-            return [one_line(error)]
-        found, lacking = [], set()
-        for folder, place in ((_IMAGES, 0), (_MASKS, 1)):
-            missing = {key: stem for key, stem in ids.items() if source.size(_members(stem)[place]) is None}
-            lacking |= set(missing)
-            if missing:
-                names = [_members(stem)[place].rpartition("/")[2] for stem in missing.values()]
-                named = ", ".join(names if len(names) < 5 else [*names[:2], "...", names[-1]])
-                found.append(
-                    f"{len(missing)} of the {len(ids)} files that {self.split}.txt lists are missing in "
-                    f"{source.where(folder)} ({named}): unpack the archive again (scripts/fetch_voc.py)."
-                )
-        return found + reading_problems([key for key in ids if key not in lacking], self.read)
+    def faults(self, listed: Mapping[str, str]) -> Iterator[tuple[str, Collection[str]]]:
+        source = self._open()
+        return source.faults(source.listed()) if isinstance(source, HubTable) else super().faults(listed)
 
-    def _listed(self, source: _Kit) -> dict[str, str]:
-        """Key -> file stem, in the order of the list."""
-        if self._ids is None:
-            self._ids = {f"{self.name}/{stem}": stem for stem in self._stems(source)[: self.limit]}
-        return self._ids
-
-    def _stems(self, source: _Kit) -> tuple[str, ...]:
-        if self._list is None:
-            member = f"{_LISTS}/{self.split}.txt"
-            if source.size(member) is None:
-                offered = source.lists()
-                choices = f"{did_you_mean(self.split, offered)}" if offered else "That folder holds no list at all."
-                raise DataError(
-                    f"Reading {self.name}: the image list {source.where(member)} is absent. {choices}\n"
-                    f"  Change dataset.split (now {self.split}). {REMEDY}"
-                )
-            text = decode_text(source.data(member, self.name), source.where(member))
-            stems = [line.split()[0] for line in text.split("\n") if line.strip()]
-            if strange := [stem for stem in stems if not _is_file_name(stem)]:
-                raise DataError(
-                    f'Reading {self.name}: the image list {source.where(member)} names "{strange[0]}"; a file name in {_IMAGES} '
-                    "without its ending was wanted, and no path.\n  Mend the list, or take it from the source again."
-                )
-            self._list = unique_keys(stems, source.where(member))
-        return self._list
+    def _stems(self, source: _Kit) -> list[str]:
+        member = f"{_LISTS}/{self.split}.txt"
+        if source.size(member) is None:
+            offered = source.lists()
+            choices = f"{did_you_mean(self.split, offered)}" if offered else "That folder holds no list at all."
+            raise DataError(
+                f"Reading {self.name}: the image list {source.where(member)} is absent. {choices}\n"
+                f"  Change dataset.split (now {self.split}). {REMEDY}"
+            )
+        text = decode_text(source.data(member, self.name), source.where(member))
+        stems = [line.split()[0] for line in text.split("\n") if line.strip()]
+        if strange := [stem for stem in stems if not _is_file_name(stem)]:
+            raise DataError(
+                f'Reading {self.name}: the image list {source.where(member)} names "{strange[0]}"; a file name in {_IMAGES} '
+                "without its ending was wanted, and no path.\n  Mend the list, or take it from the source again."
+            )
+        return stems
 
     def _open(self) -> _Kit | HubTable:
-        if self._source is None:
-            self._source = self._find()
-        return self._source
+        if self._opened is None:
+            self._opened = self._find()
+        return self._opened
 
     def _find(self) -> _Kit | HubTable:
         root, kit = self.root, f"VOC{self.year}"
         if root.is_file() and root.suffix != ".parquet":
             return _Tar(root, kit)
-        if not root.exists():
-            partial = root.with_name(root.name + ".partial")
-            state = f" (an unfinished download lies beside it: {partial.name})" if partial.exists() else ""
-            raise DataError(f"Reading {self.name}: {root} does not exist{state}.\n  {REMEDY}")
+        self.check_root()
         if root.is_dir():
             for base in (root, root / kit, root / "VOCdevkit" / kit):
                 if any((base / part).is_dir() for part in _PARTS):
