@@ -163,11 +163,14 @@ OWN_SOURCES = {"pkg://hydra.conf", "pkg://conceptseg.conf", "structured://"}
 def composing_source() -> str | None:
     """Digest of all that composing reads beside overrides: the YAML files, the schema above, Hydra and OmegaConf.
 
-    None where it reads what no digest holds: a place that the user added, or values of the environment. Hydra must be at work.
+    None where it reads what no digest holds: a place that the user added, values of the environment, or metrics of an installed
+    package. Hydra must be at work.
     """
     from hydra.core.global_hydra import GlobalHydra
 
     if not {place.path for place in GlobalHydra.instance().config_loader().get_search_path().get_path()} <= OWN_SOURCES:
+        return None
+    if metadata.entry_points(group=METRICS):
         return None
     folder = Path(str(resources.files("conceptseg.conf")))
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.yaml"))}
@@ -200,6 +203,8 @@ def targets(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
 OWN = "conceptseg."
 PACKAGES = "conceptseg.packages"
 """Entry point group. A package that names its module here may be named by _target_, and its conf/ is searched for sheets."""
+METRICS = "conceptseg.metrics"
+"""Entry point group of metrics; see `metrics.installed`."""
 BASES = {
     "dataset": "conceptseg.data.base.SegmentationDataset",
     "extractor": "conceptseg.extractors.base.Extractor",

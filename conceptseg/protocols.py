@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from conceptseg.errors import ConfigError, DataError, in_range, one_of
 from conceptseg.metrics.average_precision import average_precision, minmax_scaled, two_channel_average_precision
 from conceptseg.metrics.counts import count
+from conceptseg.metrics.installed import map_metrics
 from conceptseg.metrics.released import f1_over_rows
 from conceptseg.segment.resize import nearest_centre, resize_image
 from conceptseg.segment.segmenter import Segmenter
@@ -43,6 +44,7 @@ class SegmentationProtocol:
     caption: with {word} for one class, joined by caption_join for several.
     segmenters: every decision that is scored; read-outs, so adding one costs no forward pass.
     f1_over_rows: record Chefer's F1 too.
+    measures: names of installed metrics that are measured from maps (see `metrics.installed.MapMetric`) and recorded too.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class SegmentationProtocol:
         ask: str = "present",
         image_fit: str = "squash",
         f1_over_rows: bool = False,
+        measures: Sequence[str] = (),
     ) -> None:
         for value, key, choices in (
             (task, "task", ("single", "multi")),
@@ -83,6 +86,7 @@ class SegmentationProtocol:
         self.caption, self.caption_join = caption, caption_join
         self.image_size, self.image_resample, self.mask_size = image_size, image_resample, mask_size
         self.image_fit, self.f1_over_rows = image_fit, f1_over_rows
+        self.measures = map_metrics(measures, "protocol.measures")
         in_range("protocol.image_size", image_size, 1, 16_384)
         in_range("protocol.mask_size", mask_size, 1, 16_384)
         self.segmenters = tuple(segmenters)
@@ -97,13 +101,17 @@ class SegmentationProtocol:
         return f"{self.name} v{self.version}"
 
     def identity(self) -> dict[str, Any]:
-        """What of the protocol changes what the model sees or is told; segmenters are read-outs and stay out."""
+        """What of the protocol changes what the model sees or is told; segmenters are read-outs and stay out.
+
+        Measures are in it: rows that were written without them lack their numbers.
+        """
         return {
             "name": self.name, "version": self.version, "task": self.task, "background": list(self.background),
             "order": self.order, "select": self.select, "caption": self.caption, "caption_join": self.caption_join,
             "image_size": self.image_size, "image_resample": self.image_resample, "mask_size": self.mask_size,
             **({"image_fit": self.image_fit} if self.image_fit != "squash" else {}),
             **({"ask": self.ask} if self.ask != "present" else {}),
+            **({"measures": {m.name: m.version for m in self.measures}} if self.measures else {}),
         }  # fmt: skip
 
     def prepare(self, sample: Sample) -> Task | Excluded:
@@ -189,7 +197,10 @@ class SegmentationProtocol:
             if self.f1_over_rows:
                 rowwise = f1_over_rows(prediction.labels != BACKGROUND, (task.truth != BACKGROUND) & (task.truth != VOID))
                 precisions = {**precisions, "f1_rowwise": rowwise}
-            yield segmenter, {**record, "ap": precisions}, prediction
+            record["ap"] = precisions
+            if self.measures:
+                record["measured"] = {m.name: _number(m.measure(task, scores, prediction.labels)) for m in self.measures}
+            yield segmenter, record, prediction
 
     def _average_precisions(
         self, task: Task, maps: Float[np.ndarray, "C h w"], scores: Float[np.ndarray, "C H W"], segmenter: Segmenter
@@ -214,6 +225,11 @@ class SegmentationProtocol:
             else:
                 found["two_channel_minmax"] = float(two_channel_average_precision(target, task.truth, minmax=True))
         return found
+
+
+def _number(value: Any) -> float | None:
+    """A measured number as JSON holds it; None where it is undefined."""
+    return None if value is None or np.isnan(value) else float(value)
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import import_module, resources
+from importlib import import_module, metadata, resources
 from typing import Any
 
 import yaml
@@ -20,7 +20,16 @@ FAMILIES = {
     "QwenImageTransformer2DModel": "conceptseg.backbones.transformers.qwen_image.QwenImageBackbone",
     "ZImageTransformer2DModel": "conceptseg.backbones.transformers.z_image.ZImageBackbone",
 }
-"""The stock transformer's class -> the backbone that knows it."""
+"""The stock transformer's class -> the backbone that knows it. tests/formulas/test_concept_families.py compares each with stock
+blocks, and fails for one that it does not build."""
+GROUP = "conceptseg.backbones"
+"""Entry point group of families that installed packages add: the stock transformer's class -> module:class."""
+
+
+def families() -> dict[str, str]:
+    """`FAMILIES` and those of installed packages."""
+    added = {point.name: point.value.replace(":", ".") for point in metadata.entry_points(group=GROUP)}
+    return {**added, **FAMILIES}
 
 
 def sheets() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -55,6 +64,7 @@ def _family(path: str, revision: str | None) -> str:
     checkpoint = Checkpoint(path, revision)
     with checkpoint.loading("transformer/config.json"):
         kind = FluxTransformer2DModel.load_config(subfolder="transformer", **checkpoint.source())["_class_name"]
-    if kind not in FAMILIES:
-        raise ConfigError(f'"{path}": its transformer is a {kind}. {did_you_mean(kind, FAMILIES)}')
-    return FAMILIES[kind]
+    known = families()
+    if kind not in known:
+        raise ConfigError(f'"{path}": its transformer is a {kind}. {did_you_mean(kind, known)}')
+    return known[kind]

@@ -13,7 +13,8 @@ from typing import Any
 from conceptseg.errors import guarded
 from conceptseg.metrics.breakdowns import Part, clusters_by_word, worst_images
 from conceptseg.metrics.comparisons import Comparison, compare
-from conceptseg.metrics.definitions import DEFINITIONS, current_name
+from conceptseg.metrics.definitions import DEFINITIONS, definition_of
+from conceptseg.metrics.installed import names
 from conceptseg.metrics.intervals import Interval
 from conceptseg.metrics.seeds import Spread, seed_spread
 from conceptseg.metrics.thresholds import Sensitivity
@@ -37,7 +38,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--folder", type=Path, default=Path("runs"), help="where run ids are looked for (runtime.runs)")
     found.add_argument("--baseline", help="the run that others are tested against; the first one unless said")
     found.add_argument(
-        "--metric", action="append", type=current_name, choices=sorted(DEFINITIONS), help="may be given several times"
+        "--metric",
+        action="append",
+        type=lambda name: definition_of(name, "--metric").name,
+        metavar="METRIC",
+        help=f"one of {', '.join(sorted([*DEFINITIONS, *names()]))}; may be given several times",
     )
     found.add_argument("--by", choices=("word", "class", "size"), help="numbers of parts of the data, for each run")
     found.add_argument("--worst", type=float, metavar="PERCENT", help="mean over the worst images of each run")
@@ -53,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Print tests against the baseline, spreads of seeds, and the breakdowns that were asked for."""
     said = parser().parse_args()
-    definitions = [DEFINITIONS[name] for name in said.metric or METRICS]
+    definitions = [definition_of(name, "--metric") for name in said.metric or METRICS]
     specs = list(dict.fromkeys([*([said.baseline] if said.baseline else []), *said.runs]))
     found = [read(spec, said.folder) for spec in specs]
     check_comparable(found)
@@ -106,6 +111,10 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def _label(metric: str) -> str:
+    return definition_of(metric, "--metric").label
+
+
 def print_comparison(body: Mapping[str, Any], heads: Sequence[Finished]) -> None:
     """Everything in `body`, each part a table of its own, with what its numbers mean."""
     from rich.console import Console
@@ -118,13 +127,13 @@ def print_comparison(body: Mapping[str, Any], heads: Sequence[Finished]) -> None
             f"  {one.name}: {one.method}, view {one.view}, {one.segmenter}, {len(one.rows)} images, {one.manifest['provenance']}"
         )
     metrics = list(next(iter(body["readings"].values())))
-    labels = [f"{DEFINITIONS[m].label} %" for m in metrics]
+    labels = [f"{_label(m)} %" for m in metrics]
     _print(console, "values", ["run", *labels], [[name, *map(_number, v.values())] for name, v in body["readings"].items()])
     if "comparisons" in body:
         head = ["run", "metric", "difference", "p bootstrap", "p sign flip", "Holm (boot.)", "Holm (flip)", "win rate", "n"]
         lines = [
             [
-                name, DEFINITIONS[c.metric].label, _number(c.difference), _p(c.p_bootstrap), _p(c.p_sign_flip),
+                name, _label(c.metric), _number(c.difference), _p(c.p_bootstrap), _p(c.p_sign_flip),
                 _p(c.p_bootstrap_holm), _p(c.p_sign_flip_holm), f"{c.win_rate:.2f}", str(c.difference.n),
             ]
             for name, comparisons in body["comparisons"].items()
@@ -133,14 +142,14 @@ def print_comparison(body: Mapping[str, Any], heads: Sequence[Finished]) -> None
         _print(console, f"minus {body['baseline']}, paired image by image (points)", head, lines)
     for name, spreads in body["seeds"].items():
         lines = [
-            [DEFINITIONS[m].label, f"{100 * s.mean:.2f}", f"{100 * s.standard_deviation:.2f}", f"{100 * s.range:.2f}"]
+            [_label(m), f"{100 * s.mean:.2f}", f"{100 * s.standard_deviation:.2f}", f"{100 * s.range:.2f}"]
             for m, s in spreads.items()
         ]
         title = f"{len(next(iter(spreads.values())).values)} seeds of {name}"
         _print(console, title, ["metric", "mean %", "SD between seeds", "range"], lines)
     for name, parts in body.get("parts", {}).items():
         columns = list(dict.fromkeys(metric for part in parts for metric in part.values))
-        head = ["part", "n", *(f"{DEFINITIONS[c].label if c in DEFINITIONS else 'IoU'} %" for c in columns)]
+        head = ["part", "n", *(f"{'IoU' if c == 'iou' else _label(c)} %" for c in columns)]
         lines = [[p.name, str(p.n), *(_number(p.values[c]) if c in p.values else "–" for c in columns)] for p in parts]
         _print(console, f"parts of {name}", head, lines)
     if "worst" in body:
@@ -148,7 +157,7 @@ def print_comparison(body: Mapping[str, Any], heads: Sequence[Finished]) -> None
         _print(console, "mean over the worst images", ["run", *labels], lines)
     for name, studies in body.get("thresholds", {}).items():
         for metric, (rules, points) in studies.items():
-            label = DEFINITIONS[metric].label
+            label = _label(metric)
             lines = [[r.rule, _number(r.value), r.cut or "its own for each image"] for r in rules]
             _print(console, f"{label} of {name} by cut (the best ones have seen the truth)", ["rule", f"{label} %", "cut"], lines)
             shown = ", ".join(f"{q:g}: {100 * v.value:.1f}" for q, v in points)

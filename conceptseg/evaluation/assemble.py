@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.evaluation.loop import Shard
 from conceptseg.extractors.base import Extractor
 from conceptseg.metrics.definitions import definition_of
+from conceptseg.metrics.installed import MapMetric, installed
 from conceptseg.metrics.summary import DRAWN
 from conceptseg.protocols import SegmentationProtocol
 from conceptseg.saliency.views import View, expand_views
@@ -70,13 +71,15 @@ def assemble(config: Mapping[str, Any], in_table: bool = False) -> Evaluation:
     extractor: Extractor = instantiate(whole["extractor"], "extractor", allowed)
     if not in_table:
         _check_decisions(protocol, extractor)
+        check_measured(protocol, whole["report"]["columns"])
     views = expand_views(whole["views"], extractor.axes())
     identity = {
         "method": method_identity(whole["extractor"], extractor),
         "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint()},
         "protocol": protocol.identity(),
     }
-    source = source_digests(target for part in ("dataset", "protocol", "extractor") for _, target in targets(whole[part]))
+    classes = [target for part in ("dataset", "protocol", "extractor") for _, target in targets(whole[part])]
+    source = source_digests([*classes, *(f"{m.measure.__module__}.{m.measure.__qualname__}" for m in protocol.measures)])
     name = keys.run_id(identity)
     if runtime["on_code_change"] == "fork":
         name += "-" + keys.digest(source, 6)
@@ -102,6 +105,17 @@ def _check_decisions(protocol: SegmentationProtocol, extractor: Extractor) -> No
             "of different words can't be compared: nothing would be scored. Take a protocol that cuts one word's map, such as "
             "protocol=scenes_single 'dataset.objects=[1,1]' (its key: protocol.segmenters)"
         )
+
+
+def check_measured(protocol: SegmentationProtocol, metrics: Sequence[str]) -> None:
+    """Raise ConfigError for a metric of maps that the protocol does not measure, so that its rows hold no such number."""
+    measured = [metric.name for metric in protocol.measures]
+    for name in metrics:
+        if name not in measured and isinstance(installed(name), MapMetric):
+            raise ConfigError(
+                f'"{name}" is measured from maps, and protocol {protocol.label} measures {", ".join(measured) or "nothing"}. '
+                f"Set ++protocol.measures=[{','.join([*measured, name])}], or leave the metric out of the columns."
+            )
 
 
 def method_identity(settings: Mapping[str, Any], extractor: Extractor) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from conceptseg.evaluation.assemble import Evaluation
+from conceptseg.evaluation.assemble import Evaluation, check_measured
 from conceptseg.files import write_atomically
 from conceptseg.metrics.definitions import Rows
 from conceptseg.metrics.intervals import Interval
@@ -35,6 +35,7 @@ class Reading:
 
 def readings(evaluation: Evaluation, metrics: Sequence[str], segmenters: Iterable[str] | None = None) -> list[Reading]:
     """Numbers of every view and segmenter, over the samples that the config asks for now."""
+    check_measured(evaluation.protocol, metrics)
     store, report = evaluation.store, evaluation.config["report"]
     store.refresh()
     rows = store.rows()

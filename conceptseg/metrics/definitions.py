@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 
 from conceptseg.errors import ConfigError, DataError, did_you_mean
+from conceptseg.metrics.installed import MapMetric, installed, names
 from conceptseg.metrics.released import BACKGROUND, iou_from_accuracy
 from conceptseg.types import PER_IMAGE
 
@@ -34,8 +35,8 @@ class Rows:
     correct: Int64[np.ndarray, " n"]
     void: Int64[np.ndarray, " n"]
     per_image: Mapping[str, Float[np.ndarray, " n"]]
-    """Numbers of each image that counts can't give, in 0..1, under `PER_IMAGE`; NaN where undefined or not measured. The stored
-    field is named `ap`."""
+    """Numbers of each image that counts can't give, under `PER_IMAGE` (the stored field `ap`, in 0..1) and under the names of
+    installed metrics (`measured`); NaN where undefined or not measured."""
     words: tuple[tuple[str, ...], ...]
     """Class words asked for in each image, in the order of its foreground classes; () where a row does not say."""
     present: Bool[np.ndarray, "n C"]
@@ -75,6 +76,9 @@ class Rows:
         valid, correct, void = totals.reshape(-1, 3).T
         # float64 turns None into NaN.
         per_image = {name: np.array([record["ap"].get(name) for record in ordered], np.float64) for name in PER_IMAGE}
+        for name in sorted({name for record in ordered for name in record.get("measured", ())}):
+            values = [record.get("measured", {}).get(name) for record in ordered]
+            per_image[name] = np.array(values, np.float64)
         inter, pred, label, pred_void = tables
         words = tuple(tuple(map(str, record.get("words", ()))) for record in ordered)
         seconds = np.array([record.get("seconds") for record in ordered], np.float64)
@@ -367,6 +371,17 @@ DEFINITIONS: dict[str, Definition] = {
 }
 
 
+def of_map_metric(metric: MapMetric) -> Definition:
+    """The mean over images of a number that a protocol measured."""
+
+    def statistics(rows: Rows) -> Statistics:
+        return _of_image(rows.per_image.get(metric.name, np.full(len(rows), np.nan)))
+
+    return Definition(
+        metric.name, metric.label, metric.percent, metric.higher_is_better, statistics, _pooled_ratio, metric.text, metric.source
+    )
+
+
 def current_name(name: str) -> str:
     """A metric's name, given that or the one that it had while released definitions were called published.
 
@@ -377,8 +392,16 @@ def current_name(name: str) -> str:
 
 
 def definition_of(name: str, where: str) -> Definition:
-    """The metric of that name, an old one included. Raises ConfigError, which names the setting `where` it was asked for."""
+    """The metric of that name, an old one or one of an installed package included.
+
+    Raises ConfigError, which names the setting `where` it was asked for.
+    """
     name = current_name(name)
-    if name not in DEFINITIONS:
-        raise ConfigError(f'{where}: unknown metric "{name}". {did_you_mean(name, DEFINITIONS)}')
-    return DEFINITIONS[name]
+    if name in DEFINITIONS:
+        return DEFINITIONS[name]
+    found = installed(name)
+    if isinstance(found, MapMetric):
+        return of_map_metric(found)
+    if not isinstance(found, Definition):
+        raise ConfigError(f'{where}: unknown metric "{name}". {did_you_mean(name, [*DEFINITIONS, *names()])}')
+    return found

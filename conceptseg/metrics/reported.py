@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from conceptseg.errors import ConfigError, did_you_mean
-from conceptseg.metrics.definitions import DEFINITIONS, Definition, Rows, current_name, entering
+from conceptseg.metrics.definitions import DEFINITIONS, Definition, Rows, definition_of, entering
 
 
 class CountMetric(Metric):
@@ -96,8 +95,7 @@ METRICS: dict[str, type[CountMetric]] = {kind.definition.name: kind for kind in 
 
 
 def metric(name: str, classes: tuple[int, ...] = (0, 1)) -> CountMetric:
-    """A fresh metric under the name of its definition."""
-    name = current_name(name)
-    if name not in METRICS:
-        raise ConfigError(f'Unknown metric "{name}". {did_you_mean(name, METRICS)}')
-    return METRICS[name](classes)
+    """A fresh metric under the name of its definition, one of an installed package included. Raises ConfigError."""
+    definition = definition_of(name, "metric")
+    kind = METRICS.get(definition.name) or type(definition.name, (CountMetric,), {"definition": definition})
+    return kind(classes)

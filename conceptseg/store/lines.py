@@ -80,7 +80,7 @@ def row_fault(row: Any) -> str | None:
     if status != "ok":
         if not isinstance(row.get("error"), str):
             return f"error is {_shown(row.get('error'))}, wanted the reason of a row that is {status}"
-        if counted := sorted(row.keys() & {"classes", "ap", *COUNTS, *TOTALS}):
+        if counted := sorted(row.keys() & {"classes", "ap", "measured", *COUNTS, *TOTALS}):
             return f"{counted[0]} stands in a row that is {status}"
         if whole not in ((True, True), (False, False)) or (status == "excluded" and not whole[0]):
             return f"view {_shown(row['view'])} and segmenter {_shown(row['segmenter'])} do not go with status {status}"
@@ -126,6 +126,12 @@ def _words_fault(row: dict[str, Any]) -> str | None:
 def _precisions_fault(row: dict[str, Any]) -> str | None:
     if not isinstance(row.get("ap"), dict):
         return f"ap is {_shown(row.get('ap'))}, wanted average precisions by name"
+    measured = row.get("measured", {})
+    if not isinstance(measured, dict):
+        return f"measured is {_shown(measured)}, wanted numbers by name"
+    for name, value in measured.items():
+        if value is not None and not _is_number(value, -math.inf, math.inf):
+            return f"measured.{name[:40]} is {_shown(value)}, wanted a finite number or null"
     for name, value in row["ap"].items():
         if name not in PER_IMAGE:
             return f'unknown average precision "{name[:40]}". {did_you_mean(name[:40], PER_IMAGE)}'
@@ -144,7 +150,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:
-    return type(value) in (int, float) and low <= value <= high and value != math.inf
+    return type(value) in (int, float) and low <= value <= high and math.isfinite(value)
 
 
 def _shown(value: Any) -> str:

@@ -274,7 +274,8 @@ def _parquet_schema() -> Any:
         + [("words", pa.list_(pa.string()))]
         + [(name, counts) for name in ("classes", "inter", "pred", "label", "pred_void")]
         + [(name, pa.int64()) for name in ("valid", "correct", "void")]
-        + [("ap", pa.struct([(name, pa.float64()) for name in PER_IMAGE])), ("seconds", pa.float64())]
+        + [("ap", pa.struct([(name, pa.float64()) for name in PER_IMAGE]))]
+        + [("measured", pa.map_(pa.string(), pa.float64())), ("seconds", pa.float64())]
     )
 
 

@@ -53,6 +53,8 @@ class Row(TypedDict, total=False):
     ap: dict[str, float | None]
     """Per-image numbers that counts can't give: average precisions "foreground" (mean over present classes), "two_channel",
     "two_channel_minmax" (released forms), and "f1_rowwise", an F1 over pixel rows."""
+    measured: dict[str, float | None]
+    """Per-image numbers of the installed metrics that `protocol.measures` names; absent where it names none."""
     seconds: float
     """Wall time of the sample's share of its batch: model and scoring; not part of the row's identity."""
     run: str

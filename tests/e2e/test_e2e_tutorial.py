@@ -1,4 +1,4 @@
-"""docs/add_a_method.md, block by block, in a copy of the repository: up to the method's row in a table."""
+"""docs/add_a_method.md, "In the repository", block by block in a copy of it: up to the method's row in a table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from commands import TESTS
 
 REPO = TESTS.parent
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # five processes, each of which imports every library anew
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # four processes, each of which imports every library anew
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 COPIED = ("benchmarks", "conceptseg", "conf", "scripts", "tests/contract", *(f"tests/{path.name}" for path in TESTS.glob("*.py")))
 
@@ -35,7 +35,8 @@ def done(tmp_path_factory, child_environment, request):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**child_environment, "PYTHONPATH": os.pathsep.join((str(root), str(root / "tests"), site)), "PATH": path}
     said = {}
-    for kind, title, body in BLOCK.findall((REPO / "docs" / "add_a_method.md").read_text(encoding="utf-8")):
+    page = (REPO / "docs" / "add_a_method.md").read_text(encoding="utf-8").partition("\n## In the repository")[2]
+    for kind, title, body in BLOCK.findall(page):
         if title:
             (root / title).parent.mkdir(parents=True, exist_ok=True)
             (root / title).write_text(body, encoding="utf-8")
@@ -60,9 +61,3 @@ def test_the_method_has_its_row_in_the_table_and_in_the_report(done):
     assert 0 < row["values"]["ap_image"]["low"] <= row["values"]["ap_image"]["high"] < 1
     assert "Edge energy" in said["conceptseg table=mine report.resamples=200 report.publish=yes"]
     assert "| Edge energy |" in (root / "RESULTS.md").read_text()
-
-
-def test_a_method_of_another_package_runs_through_the_search_path(done):
-    _, said = done
-    (outside,) = [out for command, out in said.items() if "hydra.searchpath" in command]
-    assert "Bright" in outside and "scenes, 12 samples" in outside

@@ -18,6 +18,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 
+from conceptseg.backbones import sheets
 from conceptseg.backbones.transformers.cogvideox import CogVideoXBackbone
 from conceptseg.backbones.transformers.concept_stream import SPACES, ConceptStream, ConceptTokens
 from conceptseg.backbones.transformers.flux import FluxBackbone
@@ -120,6 +121,11 @@ class Case:
     def blocks(self):
         host = self.backbone.transformer
         return host.layers if hasattr(host, "layers") else host.transformer_blocks
+
+
+def test_every_registered_family_has_an_oracle():
+    held = {type(build()[0]) for build in FAMILIES.values()}
+    assert {f"{kind.__module__}.{kind.__qualname__}" for kind in held} == set(sheets.FAMILIES.values())
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

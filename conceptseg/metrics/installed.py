@@ -1,0 +1,84 @@
+"""Metrics that installed packages add: the entry point group `conceptseg.metrics`, and numbers that are measured from maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.types import Task
+
+GROUP = "conceptseg.metrics"
+"""Entry point group. The name of an entry point is the metric's; its object is a `Definition` or a `MapMetric`."""
+
+Measure = Callable[[Task, Float[np.ndarray, "C H W"], UInt8[np.ndarray, "H W"]], float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class MapMetric:
+    """A number per image that counts of pixels can't give, reported as its mean over the images that have one.
+
+    A protocol measures it where `protocol.measures` names it, while the maps are at hand, and rows keep it.
+    """
+
+    name: str
+    label: str
+    """Column head."""
+    version: int
+    """Raised whenever the numbers change; part of the run id."""
+    measure: Measure
+    """(task, scores, labels) -> the number, or None where it is undefined. task.truth [H W]: class indices, 255 void; scores: the
+    enlarged maps, one channel per word of task.concepts, larger where the word is; labels: class indices that were predicted."""
+    text: str
+    """One sentence, printed beside every table."""
+    source: str
+    percent: bool = True
+    """Printed times 100."""
+    higher_is_better: bool = True
+
+
+def names() -> list[str]:
+    """Names of the metrics that installed packages add."""
+    return sorted(metadata.entry_points(group=GROUP).names)
+
+
+def installed(name: str) -> Any:
+    """The object of the entry point of that name; None where there is none.
+
+    Raises ConfigError where its package can't be imported, or names its metric otherwise.
+    """
+    found = list(metadata.entry_points(group=GROUP, name=name))
+    if not found:
+        return None
+    try:
+        metric = found[0].load()
+    except Exception as error:
+        raise ConfigError(
+            f'the metric "{name}" can\'t be loaded from {found[0].value}: {type(error).__name__}: {error}. '
+            "Mend or uninstall the package that adds it."
+        ) from error
+    if getattr(metric, "name", None) != name:
+        raise ConfigError(
+            f'the entry point "{name}" of {GROUP} gives {found[0].value}, which is named "{getattr(metric, "name", None)}". '
+            "Give both one name."
+        )
+    return metric
+
+
+def map_metrics(asked: Sequence[str], where: str) -> tuple[MapMetric, ...]:
+    """The metrics of these names. Raises ConfigError, which names the setting `where`, for one that is not measured from maps."""
+    found = []
+    for name in asked:
+        metric = installed(name)
+        if not isinstance(metric, MapMetric):
+            of_maps = [one for one in names() if isinstance(installed(one), MapMetric)]
+            raise ConfigError(
+                f'{where}: no installed package adds a metric "{name}" that is measured from maps. {did_you_mean(name, of_maps)}'
+            )
+        found.append(metric)
+    return tuple(found)
