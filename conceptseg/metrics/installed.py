@@ -76,9 +76,9 @@ def map_metrics(asked: Sequence[str], where: str) -> tuple[MapMetric, ...]:
     for name in asked:
         metric = installed(name)
         if not isinstance(metric, MapMetric):
-            of_maps = [one for one in names() if isinstance(installed(one), MapMetric)]
             raise ConfigError(
-                f'{where}: no installed package adds a metric "{name}" that is measured from maps. {did_you_mean(name, of_maps)}'
+                f'{where}: no installed package adds a metric "{name}" that is measured from maps. '
+                f"{did_you_mean(name, names())} Metrics from counts need no measuring."
             )
         found.append(metric)
     return tuple(found)
