@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from conceptseg.errors import ConfigError, DataError, in_range, one_of
+from conceptseg.given_names import GivenNames
 from conceptseg.metrics.average_precision import average_precision, minmax_scaled, two_channel_average_precision
 from conceptseg.metrics.counts import count
 from conceptseg.metrics.installed import map_metrics
@@ -39,8 +40,11 @@ class SegmentationProtocol:
     image_fit: "squash" brings both sides to image_size; "centre_crop" brings the shorter one to it and cuts a square.
     mask_size: the size truth is scored at, by Pillow's nearest rule; None scores at the truth's own size.
     background: words offered beside the class words; order: "target_first" or "background_first".
-    ask: for "multi", "present" asks for the classes that are in the mask, "named" also for words whose class is not there
-        (so that what a map claims for an absent word is counted).
+    names, names_total, names_seed, names_file: which class names a method is given; see `GivenNames`. What a map claims for a
+        class that is absent is counted.
+    background_rule: "words" offers background words, which compete with the class words; "threshold" offers none, and the
+        segmenter's level leaves a pixel to the background; "none" scores only pixels of classes, as VOC20 does (the truth's
+        background becomes void).
     caption: with {word} for one class, joined by caption_join for several.
     segmenters: every decision that is scored; read-outs, so adding one costs no forward pass.
     f1_over_rows: record Chefer's F1 too.
@@ -62,10 +66,14 @@ class SegmentationProtocol:
         image_resample: str = "bicubic",
         mask_size: int | None = None,
         variant: str = "standard",
-        ask: str = "present",
         image_fit: str = "squash",
         f1_over_rows: bool = False,
         measures: Sequence[str] = (),
+        names: str = "truth",
+        names_total: int = 0,
+        names_seed: int = 0,
+        names_file: str | None = None,
+        background_rule: str = "words",
     ) -> None:
         for value, key, choices in (
             (task, "task", ("single", "multi")),
@@ -74,7 +82,7 @@ class SegmentationProtocol:
             (image_resample, "image_resample", ("bicubic", "bilinear", "nearest")),
             (image_fit, "image_fit", ("squash", "centre_crop")),
             (variant, "variant", ("standard", "released")),
-            (ask, "ask", ("present", "named")),
+            (background_rule, "background_rule", ("words", "threshold", "none")),
         ):
             one_of(f"protocol.{key}", value, choices)
         if isinstance(background, str):
@@ -82,11 +90,12 @@ class SegmentationProtocol:
         background = tuple(checked_word(word, f"protocol.background.{k}") for k, word in enumerate(background))
         check_distinct(background, "protocol.background", ConfigError)
         self.name, self.version, self.task, self.variant = name, version, task, variant
-        self.background, self.order, self.select, self.ask = background, order, select, ask
+        self.background, self.order, self.select = background, order, select
         self.caption, self.caption_join = caption, caption_join
         self.image_size, self.image_resample, self.mask_size = image_size, image_resample, mask_size
         self.image_fit, self.f1_over_rows = image_fit, f1_over_rows
         self.measures = map_metrics(measures, "protocol.measures")
+        self.names, self.background_rule = GivenNames(names, names_total, names_seed, names_file), background_rule
         in_range("protocol.image_size", image_size, 1, 16_384)
         in_range("protocol.mask_size", mask_size, 1, 16_384)
         self.segmenters = tuple(segmenters)
@@ -94,6 +103,17 @@ class SegmentationProtocol:
             raise ConfigError("protocol.segmenters is empty: name at least one decision, for example {decision: mean}.")
         if len({s.key for s in self.segmenters}) < len(self.segmenters):
             raise ConfigError("protocol.segmenters lists the same decision twice.")
+        if background_rule != "words" and (background or task == "single"):
+            raise ConfigError(
+                f'protocol.background_rule "{background_rule}" goes with task "multi" and no background words, but task is '
+                f'"{task}" and protocol.background is {list(background)}. Set protocol.background=[], or background_rule=words.'
+            )
+        cuts = {s.decision == "argmax_above" for s in self.segmenters}
+        if cuts != {background_rule == "threshold"}:
+            raise ConfigError(
+                f'protocol.background_rule is "{background_rule}" and the segmenters decide by '
+                f'{", ".join(s.decision for s in self.segmenters)}; "argmax_above" and background_rule=threshold go together.'
+            )
 
     @property
     def label(self) -> str:
@@ -110,8 +130,9 @@ class SegmentationProtocol:
             "order": self.order, "select": self.select, "caption": self.caption, "caption_join": self.caption_join,
             "image_size": self.image_size, "image_resample": self.image_resample, "mask_size": self.mask_size,
             **({"image_fit": self.image_fit} if self.image_fit != "squash" else {}),
-            **({"ask": self.ask} if self.ask != "present" else {}),
             **({"measures": {m.name: m.version for m in self.measures}} if self.measures else {}),
+            **self.names.identity(),
+            **({"background_rule": self.background_rule} if self.background_rule != "words" else {}),
         }  # fmt: skip
 
     def prepare(self, sample: Sample) -> Task | Excluded:
@@ -137,10 +158,13 @@ class SegmentationProtocol:
         if self.task == "multi":
             if not present:
                 return Excluded(sample.key, "no foreground class is present at the size that is scored")
-            asked = present if self.ask == "present" else sorted(words)
-            concepts = self._concepts([words[v] for v in asked], asked, sample.key)
+            given = self.names.of(replace(sample, words=words), {v: words[v] for v in present})
+            concepts = self._concepts(given, present, sample.key)
             caption = self.caption_join.join(self.caption.format(word=words[v]) for v in present)
-            return Task(sample.key, image, truth, concepts, caption, (BACKGROUND, *asked))
+            if self.background_rule == "none":
+                truth = np.where(truth == BACKGROUND, VOID, truth).astype(np.uint8)
+            classes = sorted({*present, *(label for _, label in given)} - {BACKGROUND})
+            return Task(sample.key, image, truth, concepts, caption, (BACKGROUND, *classes))
         if self.select == "any" and len(present) > 1:
             named = ", ".join(words[v] for v in present)
             return Excluded(sample.key, f"{len(present)} foreground classes ({named}), wanted at most one: only one is asked for")
@@ -152,7 +176,12 @@ class SegmentationProtocol:
             return Excluded(sample.key, "no foreground class is present, and the data set names no word to ask for")
         word = words[present[-1]] if present else next(iter(words.values()))
         truth = np.where((truth != BACKGROUND) & (truth != VOID), 1, truth).astype(np.uint8)
-        concepts = self._concepts([word], [1], sample.key)
+        given = self.names.of(replace(sample, words={1: word}), {1: word})
+        if word not in (w for w, _ in given):
+            return Excluded(
+                sample.key, f'the names that are given lack its class "{word}", and a single-class protocol scores no other'
+            )
+        concepts = self._concepts([(w, int(w == word)) for w, _ in given], [1], sample.key)
         return Task(sample.key, image, truth, concepts, self.caption.format(word=word), (BACKGROUND, 1))
 
     def _sized(self, image: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, "side side 3"]:
@@ -165,16 +194,17 @@ class SegmentationProtocol:
         top, left = round((size[0] - side) / 2), round((size[1] - side) / 2)
         return resized[top : top + side, left : left + side]
 
-    def _concepts(self, words: Sequence[str], labels: Sequence[int], key: str) -> Concepts:
+    def _concepts(self, given: Sequence[tuple[str, int]], present: Sequence[int], key: str) -> Concepts:
         # A class word that is also a background word (VOC's multi-class grounds, ImageNet's "person") is asked for once.
-        classes = {folded(word) for word in words}
+        classes = {folded(word) for word, _ in given}
         backgrounds = [(w, BACKGROUND) for w in self.background if folded(w) not in classes]
-        check_distinct(words, f"{key}: its data set")
-        asked = list(zip(words, labels, strict=True))
-        ordered = asked + backgrounds if self.order == "target_first" else backgrounds + asked
-        names = tuple(w for w, _ in ordered)
-        target = (0 if self.order == "target_first" else len(backgrounds)) if self.task == "single" else None
-        return Concepts(names, tuple(v for _, v in ordered), target)
+        check_distinct([word for word, _ in given], f"{key}: its data set")
+        target_first = self.order == "target_first"
+        ordered = [*given, *backgrounds] if target_first else [*backgrounds, *given]
+        first = 0 if target_first else len(backgrounds)
+        target = first + [label for _, label in given].index(1) if self.task == "single" else None
+        distractors = tuple(first + place for place, (_, label) in enumerate(given) if label not in present)
+        return Concepts(tuple(w for w, _ in ordered), tuple(v for _, v in ordered), target, distractors)
 
     def score(
         self, task: Task, maps: Float[np.ndarray, "C h w"], segmenters: Iterable[Segmenter] | None = None

@@ -83,6 +83,8 @@ class Concepts:
     labels: tuple[int, ...]
     target: int | None = None
     """Channel of the one class word of a single-class protocol; None where every foreground channel is one."""
+    distractors: tuple[int, ...] = ()
+    """Channels of names whose class is not in the image. In a single-class protocol they vote for 0, as background words do."""
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -109,6 +111,8 @@ class Sample:
     """Class index -> word, for every foreground class that may occur in the mask."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What else is known (ground, synset, ...); never read by a method."""
+    vocabulary: Mapping[str, int] = field(default_factory=dict)
+    """Every class word of the data set -> its class index, or 0 where classes are not numbered; empty where nothing is known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class Scenes(SegmentationDataset):
         scene = kept_scene(self.split, self.seed, self._places[key], self.size, self.objects, OBJECTS, self.layout)
         words = {label: OBJECTS[label - 1] for label in present_labels(scene.mask) if label not in (BACKGROUND, VOID)}
         about = {"ground": scene.ground, "tints": {placed.word: placed.tint for placed in scene.objects}}
-        return Sample(key, scene.image, scene.mask, words, about)
+        return Sample(key, scene.image, scene.mask, words, about, {word: label for label, word in enumerate(OBJECTS, 1)})
 
     def fingerprint(self) -> str:
         """Parameters, and the pixels of the first two scenes: another Pillow or NumPy may draw them differently."""

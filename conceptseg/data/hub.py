@@ -100,7 +100,9 @@ class HubTable(ListedDataset[int]):
         known = f"the keys of dataset.words ({_range(tuple(self.words))})"
         check_mask(image, mask, key, tuple(self.words), known, lambda: orientation_note(photo, key, column, applied=True))
         words = {label: self.words[label] for label in present_labels(mask) if label not in (BACKGROUND, VOID)}
-        return Sample(key, image, mask, words, {"row": entry})
+        return Sample(
+            key, image, mask, words, {"row": entry}, {word: label for label, word in self.words.items() if label != VOID}
+        )
 
     def files(self, entry: int) -> tuple[Path | Extent, ...]:
         """None of its own: rows are parts of the table's files, and `fingerprint` and `faults` read those."""

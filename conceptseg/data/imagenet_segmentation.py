@@ -81,7 +81,8 @@ class ImageNetSegmentation(ListedDataset[int]):
             )
         lemma, noun = nouns[wnid]
         image, mask = self._pixels(key, entry)
-        return Sample(key, image, mask, {1: noun}, {"wnid": wnid, "lemma": lemma})
+        vocabulary = dict.fromkeys(sorted({other for _, other in nouns.values()}), 0)
+        return Sample(key, image, mask, {1: noun}, {"wnid": wnid, "lemma": lemma}, vocabulary)
 
     def files(self, entry: int) -> tuple[Path]:
         return (self._file(),)

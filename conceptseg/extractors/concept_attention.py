@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
@@ -30,7 +30,7 @@ from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.errors import ConfigError, DataError, one_of, real_number, whole_number
 from conceptseg.extractors.base import Extractor
 from conceptseg.extractors.explanation import Explanation, as_pixels, checked_maps, read_pixels
-from conceptseg.saliency.cells import CellStore, cell_scores, kinds_by_layer
+from conceptseg.saliency.cells import CellStore, background_words, cell_scores, kinds_by_layer
 from conceptseg.saliency.normalize import linear_over_concepts, unit_length
 from conceptseg.saliency.views import Axes, CellKind, Normalize, Softmax, View, expand_views
 from conceptseg.types import Batch, SaliencyMaps, Task, check_distinct, checked_word
@@ -79,9 +79,10 @@ class ConceptAttention(Extractor):
             generators = [torch.Generator().manual_seed(sample_seed(self.seed, key, "posterior")) for key in batch.keys]
         prompts, concepts = self.encoded(batch)
         latents = backbone.latents(images, generators)
-        cells = self.read_cells(latents, prompts, concepts, batch.keys, views)
+        background = background_words(batch)
+        cells = self.read_cells(latents, prompts, concepts, batch.keys, views, background)
         for view in views:
-            maps = cells.read(view, backbone.grid(latents))
+            maps = cells.read(view, backbone.grid(latents), background)
             # A video model reads a still image as one frame.
             yield SaliencyMaps(view.key, maps.flatten(2, 3) if maps.ndim == 5 else maps, self.comparable)
 
@@ -105,22 +106,31 @@ class ConceptAttention(Extractor):
         concepts: ConceptTokens,
         keys: Sequence[str],
         views: Sequence[View],
+        background: Bool[Tensor, "B C"] | None = None,
     ) -> CellStore:
         """Fill every cell that the views ask for: one forward pass per timestep, with all noise draws side by side."""
         cells = CellStore()
         for level in sorted({t for view in views for t in view.timesteps}):
             asked = [view for view in views if level in view.timesteps]
             draws = max(view.draws for view in asked)
-            stream = self.concept_stream(concepts.repeated(draws), asked, level, draws, cells)
+            stream = self.concept_stream(concepts.repeated(draws), asked, level, draws, cells, background)
             noisy, t = self.noised(latents, level, keys, draws)
             self.backbone.denoise(noisy, t, prompts.repeated(draws), stream, self.guidance)
         return cells
 
     def concept_stream(
-        self, concepts: ConceptTokens, asked: Sequence[View], level: float, draws: int, cells: CellStore, **options: Any
+        self,
+        concepts: ConceptTokens,
+        asked: Sequence[View],
+        level: float,
+        draws: int,
+        cells: CellStore,
+        background: Bool[Tensor, "B C"] | None = None,
+        **options: Any,
     ) -> ConceptStream:
         """The stream of one forward pass, which puts every cell of this level that the views ask for into the store."""
         wanted = kinds_by_layer(asked)
+        always = None if background is None else background.to(concepts.tokens.device).repeat_interleave(draws, 0)
 
         def score(layer: int, found: StreamActivations) -> None:
             vectors: dict[tuple[str, Normalize], tuple[Tensor, Tensor]] = {}
@@ -128,7 +138,7 @@ class ConceptAttention(Extractor):
                 name = (kind.space, kind.normalize)
                 if name not in vectors:
                     vectors[name] = _vectors(found, kind, concepts)
-                scores = cell_scores(*vectors[name], kind)
+                scores = cell_scores(*vectors[name], kind, always)
                 for draw in range(draws):  # copies of an image stand side by side
                     cells.put(kind, layer, level, draw, scores[draw::draws])
 
@@ -220,7 +230,9 @@ class ConceptAttention(Extractor):
         if len(views) != 1:
             raise ConfigError(f"explain: {len(views)} views were asked for; name one space, and leave out each.")
         (one,) = views
-        if len(names) == 1 and (one.softmax in (Softmax.PER_CELL, Softmax.OF_MEAN) or one.normalize is Normalize.LINEAR):
+        if len(names) == 1 and (
+            one.softmax in (Softmax.PER_CELL, Softmax.OF_MEAN, Softmax.SHAPLEY) or one.normalize is Normalize.LINEAR
+        ):
             raise ConfigError(
                 f'explain: "{names[0]}" is the only concept, and softmax={one.softmax}, normalize={one.normalize} compare '
                 f"concepts: its map would be the same everywhere. Name a second one, or set softmax=none and normalize=none."

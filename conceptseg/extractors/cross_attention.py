@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from jaxtyping import Bool
 from torch import Tensor
 
 from conceptseg.backbones.transformers.concept_stream import ConceptStream, ConceptTokens, StreamActivations
 from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
 from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.extractors.concept_attention import ConceptAttention
-from conceptseg.saliency.cells import CellStore, kinds_by_layer
-from conceptseg.saliency.normalize import softmax_over_concepts, softmax_over_tokens
-from conceptseg.saliency.views import Axes, CellKind, Fold, Softmax, View
+from conceptseg.saliency.cells import CellStore, kinds_by_layer, softmax_of_cell
+from conceptseg.saliency.normalize import softmax_over_concepts
+from conceptseg.saliency.views import Axes, CellKind, Fold, View
 from conceptseg.types import Batch
 
 SPACES = {
@@ -63,15 +64,23 @@ class PromptCrossAttention(ConceptAttention):
         return prompts, ConceptTokens(prompts.hidden, shares)
 
     def concept_stream(
-        self, concepts: ConceptTokens, asked: Sequence[View], level: float, draws: int, cells: CellStore, **options: Any
+        self,
+        concepts: ConceptTokens,
+        asked: Sequence[View],
+        level: float,
+        draws: int,
+        cells: CellStore,
+        background: Bool[Tensor, "B C"] | None = None,
+        **options: Any,
     ) -> ConceptStream:
         wanted = kinds_by_layer(asked)
+        always = None if background is None else background.to(concepts.tokens.device).repeat_interleave(draws, 0)
         assert concepts.words is not None
         words = concepts.words.float()
 
         def score(layer: int, found: StreamActivations) -> None:
             for kind in wanted.get(layer, ()):
-                scores = rearrange(prompt_scores(found, words, kind), "(B N) C L -> N B C L", N=draws)
+                scores = rearrange(prompt_scores(found, words, kind, always), "(B N) C L -> N B C L", N=draws)
                 for draw in range(draws):
                     cells.put(kind, layer, level, draw, scores[draw])
 
@@ -80,7 +89,7 @@ class PromptCrossAttention(ConceptAttention):
         return ConceptStream(concepts.tokens[:, :1], pooled, score, last_layer=max(wanted), **options)
 
 
-def prompt_scores(found: StreamActivations, words: Tensor, kind: CellKind) -> Tensor:
+def prompt_scores(found: StreamActivations, words: Tensor, kind: CellKind, background: Tensor | None = None) -> Tensor:
     """Scores of words [R C L] from a block's text and image tokens; words [R C N]: the share of each token in each word."""
     text, image = found.text_keys, found.image_queries
     if kind.space == "query_key":
@@ -90,7 +99,4 @@ def prompt_scores(found: StreamActivations, words: Tensor, kind: CellKind) -> Te
         by_token = by_token / text.shape[2]
     if kind.space == "key_query_share":
         by_token = softmax_over_concepts(by_token)
-    scores = words @ by_token
-    if kind.softmax is Softmax.PER_CELL:
-        return softmax_over_concepts(scores, kind.temperature)
-    return softmax_over_tokens(scores, kind.temperature) if kind.softmax is Softmax.TOKENS else scores
+    return softmax_of_cell(words @ by_token, kind, background)

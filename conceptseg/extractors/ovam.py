@@ -230,8 +230,10 @@ class OVAM(UNetMaps):
 
         return [CrossAttentionTap([one.self_attention for one in layers], on_layer)]
 
-    def fold(self, sums: LayerSums, view: View, images: int, prompts: int) -> Float[Tensor, "B C X Y"]:
-        maps = super().fold(sums, view, images, prompts)
+    def fold(
+        self, sums: LayerSums, view: View, images: int, prompts: int, background: Bool[Tensor, "B C"] | None = None
+    ) -> Float[Tensor, "B C X Y"]:
+        maps = super().fold(sums, view, images, prompts, background)
         if self.crf_level is not None:
             maps = maps / maps.amax((-2, -1), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
         if self.self_attention_floor is None:

@@ -6,14 +6,14 @@ A method says what the U-Net is told (`asked`) and how maps are read off a layer
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from conceptseg.backbones.base import sample_noise, sample_seed, shared_noise, stack_images
@@ -30,8 +30,9 @@ from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.backbones.unets.word_tokens import PlacedText
 from conceptseg.errors import ConfigError, ViewError, one_of
 from conceptseg.extractors.base import Extractor
-from conceptseg.saliency.normalize import gaussian_blur, softmax_over_concepts, softmax_over_tokens
-from conceptseg.saliency.views import Axes, Fold, Softmax, View
+from conceptseg.saliency.cells import background_words, softmax_of_cell, softmax_of_fold
+from conceptseg.saliency.normalize import gaussian_blur
+from conceptseg.saliency.views import IN_CELLS, Axes, Fold, View
 from conceptseg.types import Batch, SaliencyMaps, Task
 
 NORMALIZE_FLOOR = 1e-6  # of the reference's normalize
@@ -178,7 +179,7 @@ class UNetMaps(Extractor):
         asked = [self.asked(task) for task in batch.tasks]
         sums = self.read_layers(batch, asked, views)
         for view in views:
-            maps = self.fold(sums, view, len(batch), len(asked[0]))
+            maps = self.fold(sums, view, len(batch), len(asked[0]), background_words(batch))
             yield SaliencyMaps(view.key, self.finish(maps, batch), self.comparable)
 
     # ------------------------------------------------------------ forward passes
@@ -265,10 +266,13 @@ class UNetMaps(Extractor):
 
     # ------------------------------------------------------------ reading views
 
-    def fold(self, sums: LayerSums, view: View, images: int, prompts: int) -> Float[Tensor, "B C X Y"]:
+    def fold(
+        self, sums: LayerSums, view: View, images: int, prompts: int, background: Bool[Tensor, "B C"] | None = None
+    ) -> Float[Tensor, "B C X Y"]:
         """One view: layers and heads by their mean, then timesteps and draws by the view's fold.
 
-        Softmax "per_cell" is taken in every layer, timestep and draw (heads averaged), "of_mean" after all folding.
+        Softmax "per_cell" is taken in every layer, timestep and draw (heads averaged), "of_mean" and "shapley" after all folding.
+        background: True for background words, which "shapley" treats apart; None for none.
         Raises ViewError if the view's layers hold nothing.
         """
         folded: list[Float[Tensor, "B n C X Y"]] = []
@@ -281,18 +285,17 @@ class UNetMaps(Extractor):
                     f"that extractor.exclude_factor leaves out (now {self.exclude_factor}), or they have no such head."
                 )
             weighted = list(zip(found, self._weights(found, view.space), strict=True))
-            units = [[pair] for pair in weighted] if view.softmax in (Softmax.PER_CELL, Softmax.TOKENS) else [weighted]
+            units = [[pair] for pair in weighted] if view.softmax in IN_CELLS else [weighted]
             parts = []
             for unit in units:
                 share = sum(one.pairs * weight for one, weight in unit)
                 mean = torch.stack([one.maps * (weight / share) for one, weight in unit]).sum(0)
-                parts.append(_cell(mean, view, images, prompts) * share)
+                parts.append(_cell(mean, view, images, prompts, background) * share)
             whole = torch.stack(parts).sum(0)
             folded.append(whole[:, : view.draws])
         stacked = torch.cat(folded, dim=1)
         maps = stacked.sum(1) if view.fold is Fold.SUM else stacked.mean(1)
-        if view.softmax is Softmax.OF_MEAN:
-            maps = _over_pixels(softmax_over_concepts, maps, view.temperature)
+        maps = softmax_of_fold(maps.flatten(-2), view, background).unflatten(-1, maps.shape[-2:])
         return gaussian_blur(maps, view.blur) if view.blur else maps
 
     @staticmethod
@@ -304,7 +307,9 @@ class UNetMaps(Extractor):
         return [1 / (grids[one.grid] * len(grids)) for one in found]
 
 
-def _cell(mean: Float[Tensor, "R S X Y"], view: View, images: int, prompts: int) -> Float[Tensor, "B n C X Y"]:
+def _cell(
+    mean: Float[Tensor, "R S X Y"], view: View, images: int, prompts: int, background: Bool[Tensor, "B C"] | None
+) -> Float[Tensor, "B n C X Y"]:
     """Maps of all words of an image, which lie in one row or in several. The last map of a row is the sum over its tokens."""
     maps, total = mean[:, :-1], mean[:, -1:]
     if view.space == "words_normalized":
@@ -313,12 +318,4 @@ def _cell(mean: Float[Tensor, "R S X Y"], view: View, images: int, prompts: int)
         spread = maps.std((-2, -1), correction=0, keepdim=True)
         maps = (maps - maps.mean((-2, -1), keepdim=True)) / spread.clamp_min(torch.finfo(maps.dtype).tiny)
     maps = rearrange(maps, "(B n G) S X Y -> B n (G S) X Y", B=images, G=prompts)
-    if view.softmax is Softmax.PER_CELL:
-        return _over_pixels(softmax_over_concepts, maps, view.temperature)
-    return _over_pixels(softmax_over_tokens, maps, view.temperature) if view.softmax is Softmax.TOKENS else maps
-
-
-def _over_pixels(
-    change: Callable[[Tensor, float], Tensor], maps: Float[Tensor, "*B C X Y"], temperature: float
-) -> Float[Tensor, "*B C X Y"]:
-    return change(maps.flatten(-2), temperature).unflatten(-1, maps.shape[-2:])
+    return softmax_of_cell(maps.flatten(-2), view.cell, background).view_as(maps)

@@ -19,12 +19,22 @@ class Normalize(StrEnum):
 
 
 class Softmax(StrEnum):
-    """Where concepts compete: in every cell before the fold (the paper's), after the fold, or not at all."""
+    """Where concepts compete: in every cell before the fold (the paper's), after the fold, or not at all.
+
+    shapley is a name's mean softmax over all coalitions of names (see `shapley_over_concepts`), after the fold as of_mean is;
+    shapley_per_cell takes it in every cell.
+    """
 
     NONE = "none"
     PER_CELL = "per_cell"
     OF_MEAN = "of_mean"
+    SHAPLEY = "shapley"
+    SHAPLEY_PER_CELL = "shapley_per_cell"
     TOKENS = "tokens"
+
+
+IN_CELLS = (Softmax.PER_CELL, Softmax.SHAPLEY_PER_CELL, Softmax.TOKENS)
+"""Taken in every cell; the others after the fold."""
 
 
 class Fold(StrEnum):
@@ -62,7 +72,7 @@ class View:
     @property
     def cell(self) -> CellKind:
         """The kind of cell this view folds. Softmax after the fold needs raw cells."""
-        softmax = self.softmax if self.softmax in (Softmax.PER_CELL, Softmax.TOKENS) else Softmax.NONE
+        softmax = self.softmax if self.softmax in IN_CELLS else Softmax.NONE
         return CellKind(self.space, self.normalize, softmax, self.fold, 1.0 if softmax is Softmax.NONE else self.temperature)
 
     @property
@@ -77,7 +87,10 @@ class View:
         if self.normalize is not Normalize.NONE:
             parts.append(str(self.normalize))
         if self.softmax is not Softmax.NONE:
-            name = {"per_cell": "softmax", "of_mean": "softmax-of-mean", "tokens": "softmax-over-tokens"}[self.softmax]
+            name = {
+                Softmax.PER_CELL: "softmax", Softmax.OF_MEAN: "softmax-of-mean", Softmax.SHAPLEY: "shapley",
+                Softmax.SHAPLEY_PER_CELL: "shapley-per-cell", Softmax.TOKENS: "softmax-over-tokens",
+            }[self.softmax]  # fmt: skip
             parts.append(name + (f"x{self.temperature:g}" if self.temperature != 1 else ""))
         if self.layers:
             parts.append(str(self.fold))

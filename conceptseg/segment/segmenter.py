@@ -20,7 +20,8 @@ class Segmenter:
 
     decision: "mean" (the target's map above its own mean), "otsu", "level" (share `level` between its least and greatest
         value), "share" (at least share `level` of its greatest value, DAAM's rule), "quantile" (share `level` of its pixels
-        lie below the cut), or "argmax" (the concept with the greatest score wins each pixel).
+        lie below the cut), "argmax" (the concept with the greatest score wins each pixel), or "argmax_above" (as argmax, but
+        a pixel whose greatest score is below `level` is background: the rule of SCLIP and NACLIP on VOC21).
     cut: "grid" decides on the map's own grid and enlarges the answer; "mask" enlarges the scores first.
     enlarge: "nearest" (torch's rule) or "bilinear".
     relabel: "right", or "colliding" for the in-place relabelling of the released multi-class VOC script, which moves
@@ -38,7 +39,7 @@ class Segmenter:
 
     def __post_init__(self) -> None:
         for value, key, choices in (
-            (self.decision, "decision", ("mean", "otsu", "level", "share", "quantile", "argmax")),
+            (self.decision, "decision", ("mean", "otsu", "level", "share", "quantile", "argmax", "argmax_above")),
             (self.cut, "cut", ("grid", "mask")),
             (self.enlarge, "enlarge", ("nearest", "bilinear")),
             (self.relabel, "relabel", ("right", "colliding")),
@@ -55,7 +56,7 @@ class Segmenter:
     @property
     def key(self) -> str:
         """For example "mean@grid/nearest"; stable, since rows are filed under it."""
-        decision = self.decision + (f"{self.level:g}" if self.decision in ("level", "share", "quantile") else "")
+        decision = self.decision + (f"{self.level:g}" if self.decision in ("level", "share", "quantile", "argmax_above") else "")
         coarse = f"/scores{self.score_grid}" if self.score_grid else ""
         return f"{decision}@{self.cut}/{self.enlarge}" + ("/colliding" if self.relabel == "colliding" else "") + coarse
 
@@ -78,12 +79,13 @@ class Segmenter:
         return Prediction(labels if self.cut == "mask" else nearest_floor(labels, size), scores)
 
     def _decide(self, maps: Float[np.ndarray, "C H W"], concepts: Concepts, classes: tuple[int, ...]) -> np.ndarray:
-        if self.decision == "argmax":
+        if self.decision in ("argmax", "argmax_above"):
             winner = maps.argmax(0)
             if self.relabel == "colliding":
                 background = concepts.labels.count(0)
                 return colliding_relabel(winner, background, concepts.labels[background:]).astype(np.uint8)
-            return np.asarray(concepts.labels, np.uint8)[winner]
+            won = np.asarray(concepts.labels, np.uint8)[winner]
+            return won if self.decision == "argmax" else np.where(maps.max(0) < self.level, 0, won).astype(np.uint8)
         if concepts.target is None:
             raise ConfigError(
                 f'protocol.segmenters.decision "{self.decision}" cuts one target map, but this protocol asks for several '

@@ -1,12 +1,19 @@
 """Cells and how views fold them, against loops over single numbers."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
 
 from conceptseg.saliency.cells import CellStore, cell_scores, kinds_by_layer
-from conceptseg.saliency.normalize import gaussian_blur, linear_over_concepts, softmax_over_concepts, unit_length
+from conceptseg.saliency.normalize import (
+    gaussian_blur,
+    linear_over_concepts,
+    shapley_over_concepts,
+    softmax_over_concepts,
+    unit_length,
+)
 from conceptseg.saliency.views import CellKind, Fold, Normalize, Softmax, View
 
 ROWS, HEADS, CONCEPTS, TOKENS, WIDTH = 2, 3, 4, 6, 5
@@ -173,3 +180,48 @@ def test_the_blur_is_a_loop_over_a_reflected_neighbourhood():
                 for dy in (-1, 0, 1) for dx in (-1, 0, 1)
             )  # fmt: skip
     torch.testing.assert_close(gaussian_blur(maps, 1.0)[0, 0], wanted, atol=1e-6, rtol=1e-6)
+
+
+def enumerated(raw, always):
+    """The Shapley mean over all 2^(N - 1) coalitions of each name, in float64; raw [C L]."""
+    shares = raw.double().softmax(0)
+    fixed = torch.tensor(always)
+    ground = shares[fixed].sum(0)
+    found, named = shares.clone(), shares[~fixed]
+    rest = len(named) - 1
+    coalitions = torch.tensor(list(product([0.0, 1.0], repeat=rest)), dtype=torch.float64)
+    sizes = coalitions.sum(1).long().tolist()
+    weights = torch.tensor([1 / (len(named) * math.comb(rest, size)) for size in sizes], dtype=torch.float64)
+    for place, channel in enumerate((~fixed).nonzero().flatten().tolist()):
+        others = torch.cat([named[:place], named[place + 1 :]])
+        found[channel] = weights @ (named[place] / (named[place] + ground + coalitions @ others))
+    return found
+
+
+@pytest.mark.parametrize("spread", [0.5, 2, 6])
+@pytest.mark.parametrize("grounds", [0, 1, 5])
+def test_shapley_shares_are_those_of_all_coalitions(spread, grounds):
+    g = torch.Generator().manual_seed(3)
+    for names in (1, 2, 5, 12):
+        raw = spread * torch.randn(2, names + grounds, 3, generator=g)
+        # Background words lie anywhere, and elsewhere in every row.
+        always = torch.stack([torch.randperm(names + grounds, generator=g) < grounds for _ in range(2)])
+        got = shapley_over_concepts(raw / 2, always, temperature=2.0)
+        wanted = torch.stack([enumerated(*one) for one in zip(raw, always.tolist(), strict=True)])
+        torch.testing.assert_close(got.double(), wanted, atol=1e-6, rtol=0)
+
+
+def test_shapley_shares_stay_finite_where_scores_are_far_apart():
+    got = shapley_over_concepts(torch.tensor([[[500.0], [-500.0], [0.0]]]), torch.tensor([[False, False, True]]))
+    torch.testing.assert_close(got.flatten(), torch.tensor([1.0, 0.0, 0.0]))
+    alone = shapley_over_concepts(torch.tensor([[[-300.0], [300.0]]]))  # half of a name's coalitions hold it alone
+    torch.testing.assert_close(alone.flatten(), torch.tensor([0.5, 1.0]), atol=1e-6, rtol=0)
+
+
+def test_a_view_takes_the_shapley_mean_after_its_fold():
+    mean = VALUES.mean((0, 1, 2))
+    background = torch.tensor([[True, False, False, False]] * ROWS)
+    view = View("output", (3, 7), (0.25, 0.5, 0.75), 2, softmax=Softmax.SHAPLEY)
+    got = filled(view, VALUES).read(view, (2, 3), background).flatten(2)
+    torch.testing.assert_close(got, shapley_over_concepts(mean, background), **CLOSE)
+    assert view.key.endswith("/shapley/mean")

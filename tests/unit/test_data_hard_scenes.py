@@ -121,13 +121,13 @@ def test_a_wrong_setting_is_refused(setting):
 def test_an_absent_word_is_asked_for_and_what_is_claimed_for_it_is_counted():
     sample = HardScenes(count=3).read("scenes_hard/val/0/absent-00002")
     decide = [Segmenter(decision="argmax", cut="mask", enlarge="bilinear")]
-    named = SegmentationProtocol("hard", 1, "multi", ["grass"], decide, ask="named").prepare(sample)
+    named = SegmentationProtocol("hard", 1, "multi", ["grass"], decide, names="named").prepare(sample)
     assert not isinstance(named, Excluded)
     assert named.concepts.names == ("grass", sample.words[1], sample.words[2]) and named.classes == (0, 1, 2)
     assert sample.words[2] not in named.caption
     maps = np.zeros((3, 4, 4), np.float32)
     maps[2, :2] = 1  # the absent word takes the upper half
-    (_, record, _), = SegmentationProtocol("hard", 1, "multi", ["grass"], decide, ask="named").score(named, maps)  # fmt: skip
+    (_, record, _), = SegmentationProtocol("hard", 1, "multi", ["grass"], decide, names="named").score(named, maps)  # fmt: skip
     assert record["pred"][2] > 0 and record["label"][2] == 0 and record["inter"][2] == 0
-    with pytest.raises(ConfigError, match=r"protocol\.ask"):
-        SegmentationProtocol("hard", 1, "multi", ["grass"], decide, ask="all")
+    with pytest.raises(ConfigError, match=r"protocol\.names"):
+        SegmentationProtocol("hard", 1, "multi", ["grass"], decide, names="al")
