@@ -186,7 +186,8 @@ class FilePairs(ListedDataset[Pair]):
         )  # fmt: skip
         if entry.words is None:
             words = {label: words[label] for label in present_labels(mask) if label not in (BACKGROUND, VOID)}
-        return Sample(key, image, mask, dict(words), entry.about)
+        vocabulary = {word: label for label, word in self.words.items()}
+        return Sample(key, image, mask, dict(words), entry.about, vocabulary)
 
     def files(self, entry: Pair) -> tuple[Path, Path]:
         return self.root / entry.image, self.root / entry.mask
