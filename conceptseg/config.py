@@ -36,7 +36,7 @@ class Runtime:
     shard_count: int = -1
     """How many processes share the work; -1 reads WORLD_SIZE, else 1."""
     on_code_change: str = "refuse"
-    """What to do with a run folder written by other code: refuse, accept, or fork into a new folder."""
+    """Policy for a run folder written by other code: refuse, accept, or fork into a new folder."""
     retry_failed: bool = False
     """Whether samples that failed before are tried again."""
     max_failures: int = 20
@@ -58,7 +58,7 @@ class Report:
     level: float = 0.95
     """Share of resamples inside an interval."""
     draw: str = "images"
-    """What the bootstrap draws: images, or words (whole groups of images that ask for the same words)."""
+    """Unit of the bootstrap: images, or words (whole groups of images with the same words)."""
     results_md: str = "RESULTS.md"
     """File to which tables are published."""
     benchmarks: str = "benchmarks"

@@ -121,9 +121,9 @@ class SegmentationProtocol:
         return f"{self.name} v{self.version}"
 
     def identity(self) -> dict[str, Any]:
-        """What of the protocol changes what the model sees or is told; segmenters are read-outs and stay out.
+        """Return the settings of the protocol that change the model's input, and its measures. Segmenters are left out.
 
-        Measures are in it: rows that were written without them lack their numbers.
+        Measures belong to it because rows that were written without them lack their numbers.
         """
         return {
             "name": self.name, "version": self.version, "task": self.task, "background": list(self.background),
@@ -209,7 +209,7 @@ class SegmentationProtocol:
     def score(
         self, task: Task, maps: Float[np.ndarray, "C h w"], segmenters: Iterable[Segmenter] | None = None
     ) -> Iterator[tuple[Segmenter, dict[str, Any], Prediction]]:
-        """What rows record of each segmenter's answer: counts and average precisions.
+        """Yield the counts and average precisions that rows record, one entry per segmenter.
 
         Ranking does not depend on a decision, so scores and their average precisions are formed once per way of enlarging.
         """

@@ -146,7 +146,7 @@ def read_rows(path: Path, columns: Sequence[str], where: str = "") -> Iterator[t
 
 
 def read_json(path: Path, where: str = "") -> Any:
-    """What a JSON file holds. Raises DataError for text that is none, a key that an object holds twice, NaN and infinity."""
+    """Return the contents of a JSON file. Raises DataError for invalid JSON, a duplicate key, NaN and infinity."""
     where = where or str(path)
     text = read_text(path, where)
 
@@ -169,7 +169,7 @@ def read_json(path: Path, where: str = "") -> Any:
 
 
 def read_yaml(path: Path, where: str = "") -> Any:
-    """What a YAML file holds, plain data only. Raises DataError for text that is none, and a key that stands twice."""
+    """Return the contents of a YAML file, plain data only. Raises DataError for invalid YAML and a duplicate key."""
     import yaml
 
     class Once(yaml.SafeLoader):

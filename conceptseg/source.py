@@ -18,7 +18,7 @@ from conceptseg.keys import LIBRARIES
 
 OURS = "conceptseg"
 LOOP = "conceptseg.evaluation.loop"
-"""What every run goes through: it imports protocols, views, segmenters and counts."""
+"""Module that every run goes through: it imports protocols, views, segmenters and counts."""
 
 NO_NUMBERS = frozenset(
     f"{OURS}.{name}"

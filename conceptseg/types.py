@@ -22,13 +22,13 @@ if TYPE_CHECKING:  # data and reports must not pay for torch
 BACKGROUND = 0
 VOID = 255
 Told = Literal["nothing", "own prediction", "true name", "name and prompt", "truth"]
-"""What a method is told of an image: nothing; only the class it predicts itself; the words asked for; those and a caption that
-says what is there; or (controls) the mask."""
+"""Information about the image that is shown to the model: nothing; the class that it predicts itself; the words; the words and
+a caption that says what is there; or (controls) the mask."""
 
 TrainedOn = Literal["nothing", "images", "class labels", "images and captions", "masks or boxes"]
-"""What supervision stands behind a method's model, the strongest where there are several."""
+"""Supervision of a method's model, the strongest if there are several."""
 Provenance = Literal["control", "lab", "weights", "local", "random"]
-"""What numbers rest on: no model; a tiny model that ships with the package, by its digest; files of a pinned commit on the hub;
+"""Basis of numbers: no model; a tiny model that ships with the package, by its digest; files of a pinned commit on the hub;
 a folder of which nothing but its digest is known; or weights whose card says that they were drawn at random."""
 LEAST_KNOWN_FIRST: tuple[Provenance, ...] = ("random", "local", "lab", "weights", "control")
 """Of several models, the first of these is what numbers rest on."""
@@ -110,7 +110,7 @@ class Sample:
     words: Mapping[int, str]
     """Class index -> word, for every foreground class that may occur in the mask."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """What else is known (ground, synset, ...); never read by a method."""
+    """Further facts (ground, synset, ...); never read by a method."""
     vocabulary: Mapping[str, int] = field(default_factory=dict)
     """Every class word of the data set -> its class index, or 0 where classes are not numbered; empty where nothing is known."""
 
@@ -154,7 +154,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class SaliencyMaps:
-    """What an extractor says for one view of one batch. Larger means more of the concept; the scale is the method's own."""
+    """Maps of one view of one batch. A larger value means more of the concept; the scale is the method's own."""
 
     view: str
     """Key of the view that these maps were read with."""
@@ -173,7 +173,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What is recorded of one prediction against its truth: integers, so that every ratio can be formed at the end.
+    """Integer counts of one prediction against its ground truth, from which every ratio can be formed at the end.
 
     Void pixels are in no count but `void` and `pred_void`.
     """

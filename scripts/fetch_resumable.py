@@ -18,7 +18,7 @@ TIMEOUT_S = 60
 
 
 class FetchError(Exception):
-    """What went wrong and what to do; the scripts print it without a traceback."""
+    """Error with its remedy; the scripts print it without a traceback."""
 
 
 class Interrupted(FetchError):

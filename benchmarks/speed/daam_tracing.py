@@ -1,4 +1,4 @@
-"""What tracing costs: processor time of a U-Net call and peak memory, against the untraced U-Net and explicit probabilities.
+"""Measure tracing: processor time of a U-Net call and peak memory, against an untraced U-Net and explicit probabilities.
 
 The U-Nets have Stable Diffusion 2's grids, layers and heads at 512 pixels (15 layers, 175 pairs) and SDXL's at 512 pixels
 (60 layers, 1,100 pairs), so maps are as large as there; heads are 8 wide instead of 64, so the U-Net's own time is far smaller
@@ -41,7 +41,7 @@ MODELS = {"SD 2": FOUR, "SDXL": THREE}
 
 
 class Pipe:
-    """What a trace needs of a pipeline; the prompt is given by hand."""
+    """Minimal pipeline for a trace; the prompt is given by hand."""
 
     vae_scale_factor, tokenizer = 8, "none is needed"
 

@@ -1,4 +1,4 @@
-"""What everything but the model costs: reading, resizing, metrics, pictures and rows, at FLUX's size and on the lab.
+"""Measure the cost of everything but the model: reading, resizing, metrics, pictures, rows, at FLUX's size and on the lab.
 
     OMP_NUM_THREADS=1 python benchmarks/speed/harness.py --write
 

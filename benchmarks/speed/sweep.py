@@ -1,4 +1,4 @@
-"""What a sweep costs beside one view: every layer x three spaces, read from the same forward pass.
+"""Measure a sweep against one view: every layer x three spaces, read from the same forward pass.
 
     python benchmarks/speed/sweep.py [--rounds 15]
 

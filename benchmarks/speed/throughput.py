@@ -75,7 +75,7 @@ def timed(work: Callable[[], Any], now: Callable[[], float], repeats: int) -> fl
 
 
 def peak_tflops(device: str, dtype: torch.dtype, now: Callable[[], float]) -> float:
-    """What a large matrix product reaches here."""
+    """Measure the throughput of a large matrix product."""
     side = 8192 if device != "cpu" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / 1e9 / timed(lambda: a @ b, now, 9)
@@ -139,7 +139,7 @@ def variants(backbone: FluxBackbone) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """What was found, by the names that are printed."""
+    """Run the benchmark and return the results by their printed names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=list(GEOMETRIES), default="full")
     parser.add_argument("--device", default="cpu")

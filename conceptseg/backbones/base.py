@@ -1,4 +1,4 @@
-"""What backbones share: where weights come from, noise that depends on the sample alone, and image sizes."""
+"""Common parts of backbones: sources of weights, noise that depends on the sample alone, and image sizes."""
 
 from __future__ import annotations
 
@@ -193,15 +193,15 @@ def _folder_digest(folder: Path, states: tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def stack_images(
-    images: Sequence[np.ndarray],
+    images: Sequence[Float[np.ndarray, "_ _ 3"]],
     size: tuple[int, int],
     resize: str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "B 3 h w"]:
-    """Images, float [H W 3] in 0..1 each, at one size, on a device that also resizes them: on a host it would hold up the model.
+    """Stack images of any size, [H W 3] in 0..1 each, at one size. The device also resizes: a host would hold up the model.
 
-    resize "nearest" takes the pixel at floor(i · H / h), as torch does; "bicubic" is antialiased, and
+    size: (h, w) in pixels. resize: "nearest" takes the pixel at floor(i · H / h), as torch does; "bicubic" is antialiased, and
     what it overshoots is cut back to 0..1. dtype: what they are resized in, float32 or float64.
     """
     resized = []

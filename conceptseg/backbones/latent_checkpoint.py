@@ -1,4 +1,4 @@
-"""What every latent diffusion checkpoint has, whatever denoises it: settings, config files, an autoencoder, known words."""
+"""Common parts of latent diffusion checkpoints with any denoiser: settings, config files, autoencoder, known words."""
 
 from __future__ import annotations
 

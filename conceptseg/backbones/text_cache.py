@@ -15,7 +15,7 @@ from torch import Tensor
 from conceptseg.files import written_aside
 
 TextRecord = dict[str, Tensor]
-"""What is kept of one string: named tensors without a batch axis, such as "tokens" [N d] and "length" []."""
+"""Encoding of one string: named tensors without a batch axis, such as "tokens" [N d] and "length" []."""
 
 
 class TextCache:

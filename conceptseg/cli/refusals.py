@@ -57,7 +57,7 @@ def _keys_of(options: Sequence[str]) -> dict[Any, Any]:
 
 
 def _unreadable(override: str) -> str | None:
-    """What Hydra's grammar has against an override, and how it is written instead; None where it can be read."""
+    """Explain why Hydra's grammar refuses an override, and how to write it; None if it can be read."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
 

@@ -26,7 +26,7 @@ def main() -> int:
 
 
 def study(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """What a command line asks for (that of the process if None): the numbers that are printed."""
+    """Run the study of a command line (by default the process's own), and return the printed numbers."""
     parser = argparse.ArgumentParser(prog="conceptseg-study", description=__doc__)
     commands = parser.add_subparsers(dest="study", required=True, metavar="study")
     for add in (_generate, _nouns, _annotate, _sheets, _ratings, _interactions, _cohyponyms, _adjectives, _optimise_token):

@@ -27,4 +27,4 @@ class SegmentationDataset(ABC):
 
     @abstractmethod
     def problems(self) -> list[str]:
-        """What a folder or file lacks, one sentence each with the remedy; empty when it is usable."""
+        """Return the problems of a folder or file, one sentence each with the remedy; empty if it is usable."""

@@ -43,7 +43,7 @@ class Extent:
 
     @cached_property
     def name(self) -> str:
-        """What its digest is kept under."""
+        """Key under which its digest is stored."""
         whole = str(self.path) if os.path.isabs(self.path) else os.path.abspath(self.path)
         return whole if self.size is None else f"{whole}:{self.start}+{self.size}"
 

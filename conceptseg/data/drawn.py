@@ -30,7 +30,7 @@ def _check_numbers(seed: int, count: int, size: int) -> None:
 
 
 def _layout(distractors: Sequence[int], tints: int, placement: str) -> Layout:
-    """What the three keys ask for. Raises ConfigError for what can't be."""
+    """Return the layout that these three settings describe. Raises ConfigError for values out of range."""
     if len(distractors) != 2 or not 0 <= distractors[0] <= distractors[1]:
         raise ConfigError(f"dataset.distractors is {list(distractors)}; wanted were the least and the greatest number, from 0.")
     if not 1 <= tints <= len(TINTS):

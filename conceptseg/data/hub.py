@@ -327,7 +327,7 @@ def _image_folders(folder: Path) -> dict[str, Path]:
 
 
 def _check_regular(folder: Path) -> None:
-    """What `datasets` opens as a whole has to be regular files: opening a named pipe waits for ever. Raises DataError."""
+    """Check that `datasets` opens only regular files: opening a named pipe waits for ever. Raises DataError."""
     for place, _, names in os.walk(folder):
         for entry in (Path(place) / name for name in names if name.endswith(_OPENED_WHOLE)):
             if not entry.is_file():

@@ -187,7 +187,7 @@ def _check_inside(file: Any) -> None:
 
 
 def _check_stored(stored: Any, most: int) -> None:
-    """What an HDF5 data set claims before a byte of it is read: values of this file, and few enough. Raises ValueError."""
+    """Check an HDF5 data set before reading it: its values lie in this file and are few enough. Raises ValueError."""
     if stored.external or stored.is_virtual:
         raise ValueError(f"{stored.name} keeps its values in other files; contents of this file were wanted")
     claimed = max(stored.size, math.prod(stored.chunks or (0,)))

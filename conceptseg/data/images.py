@@ -230,7 +230,7 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def reading_problems(keys: Sequence[str], read: Callable[[str], object], sample: int = 20, shown: int = 3) -> list[str]:
-    """What goes wrong when `sample` of the keys are decoded, one line each; at most `shown` of them are spelt out."""
+    """Decode `sample` of the keys and return one line per error; at most `shown` of them are spelt out."""
     tried, found = spread(keys, sample), []
     for key in tried:
         try:
@@ -361,7 +361,7 @@ def _check_size(size: tuple[int, int], where: str) -> None:
 
 
 def _check_whole(content: bytes, kind: str | None) -> None:
-    """What decoders let pass: a JPEG whose rest is zeros, as half a download may be, and a PNG with flipped bits."""
+    """Refuse files that decoders accept: a JPEG that ends in zeros, as half a download may, and a PNG with flipped bits."""
     if kind in ("JPEG", "MPO"):
         at = 2
         while content[at : at + 1] == b"\xff" and content[at + 1 : at + 2] != b"\xda":  # to the first scan
@@ -383,7 +383,7 @@ def _check_whole(content: bytes, kind: str | None) -> None:
 
 @contextmanager
 def _decoding(where: str) -> Iterator[None]:
-    """Whatever a decoder raises on a damaged or hostile file as a DataError; Pillow's decoders have no error of their own."""
+    """Raise a DataError for any error of a decoder on a damaged or hostile file; Pillow's decoders share no error class."""
     try:
         yield
     except DataError:

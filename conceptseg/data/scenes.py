@@ -31,7 +31,7 @@ PLACEMENTS: tuple[str, ...] = ("inside", "anywhere")
 
 @dataclass(frozen=True)
 class Layout:
-    """What lies about in a scene, and where things stand; the defaults are those of training scenes.
+    """Distractors of a scene and placement of objects; the defaults are those of training scenes.
 
     distractors: the least and the greatest number of unnamed things, laid where room is left. distractor_tints: how many tints
     they take, those that stand out most from the ground. placement: "inside" draws a thing's place among those where all of it

@@ -119,7 +119,7 @@ def check_measured(protocol: SegmentationProtocol, metrics: Sequence[str]) -> No
 
 
 def method_identity(settings: Mapping[str, Any], extractor: Extractor) -> dict[str, Any]:
-    """What the method and its models say of themselves, and every plain setting that they do not name.
+    """Return the identities of the method and its models, and every plain setting that those do not cover.
 
     Where parts lie and run (`_target_`, device) and what a sheet tells its reader change no number and stay out. Raises
     ConfigError for a model among the settings that says nothing of itself, because the method holds it under another name.
@@ -146,7 +146,7 @@ def recorded(config: Mapping[str, Any], extractor: Extractor) -> dict[str, Any]:
 
 
 def _check_report(report: Mapping[str, Any]) -> None:
-    """What would otherwise be noticed when everything is computed."""
+    """Check settings whose errors would otherwise appear only after everything is computed."""
     if report["draw"] not in DRAWN:
         raise ConfigError(f'report.draw: unknown "{report["draw"]}". {did_you_mean(report["draw"], DRAWN)}')
     for name in report["columns"]:

@@ -68,7 +68,7 @@ def take_own_accelerator() -> None:
 
 @contextmanager
 def ending_in_order(grace: float = GRACE) -> Iterator[None]:
-    """What schedulers send before they kill (SIGTERM) ends the loop like Ctrl-C does: what the model has answered is written.
+    """End the loop on SIGTERM, which schedulers send before they kill, as on Ctrl-C: finished answers are written.
 
     Where that takes longer than `grace` seconds after SIGTERM, or Ctrl-C comes after another signal, the process ends at once,
     whatever a thread hangs in: a loader on a dead disk, the model, a scorer. No row that was written is lost.

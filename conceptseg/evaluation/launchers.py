@@ -53,7 +53,7 @@ class ShardCommand:
         return int(self._process.returncode)
 
     def checkpoint(self) -> Any:
-        """What submitit queues again."""
+        """Return the job that submitit requeues."""
         from submitit.helpers import DelayedSubmission
 
         self._process.terminate()

@@ -58,7 +58,7 @@ class Shard:
 
 @dataclass(slots=True)
 class Tally:
-    """What one call did."""
+    """Outcome of one call of the loop."""
 
     computed: int = 0
     held: int = 0
@@ -180,7 +180,7 @@ def _same_shape(tasks: Iterable[Task]) -> Iterator[Batch]:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model says of one task: a map [C h w] a view, on the host, or why it failed."""
+    """Answer of the model for one task: one map [C h w] per view, on the host, or the reason for the failure."""
 
     maps: Mapping[str, np.ndarray]
     seconds: float

@@ -89,6 +89,6 @@ DRAWN_IN_WORDS = {"images": "images", "words": "groups of images with the same w
 
 
 def interval_text(report: Mapping[str, Any]) -> str:
-    """What every interval is."""
+    """Describe the intervals of a table."""
     drawn = DRAWN_IN_WORDS[report["draw"]]
     return f"{100 * report['level']:g} % percentile bootstrap over {drawn}, {report['resamples']:,} resamples"

@@ -1,4 +1,4 @@
-"""What a method is to the harness."""
+"""Interface between a method and the harness."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Extractor(ABC):
     needs_truth: ClassVar[bool] = False
     """True for controls that are shown the mask; never for a method."""
     told: Told
-    """What the method is told of an image. No default: a row that does not say what it was told can't be compared."""
+    """Information about the image that is shown to the model. No default: a row without it can't be compared."""
     trained_on: TrainedOn
-    """What supervision stands behind its model. No default either."""
+    """Supervision of the method's model. No default either."""
 
     @abstractmethod
     def axes(self) -> Axes:
@@ -48,11 +48,11 @@ class Extractor(ABC):
 
     @property
     def provenance(self) -> Provenance:
-        """What the numbers rest on; of several models, the one of which least is known."""
+        """Return the provenance of the numbers: of several models, the one about which least is known."""
         return min((part.provenance for part in self.parts().values()), key=LEAST_KNOWN_FIRST.index, default="control")
 
     def identity(self) -> dict[str, Any]:
-        """What of this method changes the numbers: class, version, and what its models say of themselves.
+        """Return the settings of this method that change numbers: class, version, and the identities of its models.
 
         Plain settings are added to it by the run. A key given here stands in place of the setting of that name: the digest of a
         file in place of its path.
@@ -77,7 +77,7 @@ class OneView(Extractor):
 
     @abstractmethod
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
-        """One map per concept, larger where the concept is."""
+        """Return one map per image and concept, larger where the concept is; h x w is any grid, the scale the method's own."""
 
     def stream(self, batch: Batch, views: Sequence[View]) -> Iterator[SaliencyMaps]:
         scores = self.saliency(batch).float()

@@ -163,7 +163,7 @@ def _add_attention(tower: Tower, layer: int, sums: list[Tensor], normed: Tensor)
 
 
 def sinkhorn(affinity: Float[Tensor, "L L"], rounds: int = 3) -> Float[Tensor, "L L"]:
-    """Columns, then rows, divided by their sums, `rounds` times; symmetrised and squared."""
+    """Divide columns, then rows, of an affinity between L tokens by their sums, `rounds` times; symmetrise and square it."""
     for _ in range(rounds):
         affinity = affinity / affinity.sum(0, keepdim=True)
         affinity = affinity / affinity.sum(1, keepdim=True)
@@ -172,7 +172,7 @@ def sinkhorn(affinity: Float[Tensor, "L L"], rounds: int = 3) -> Float[Tensor, "
 
 
 def minmax(values: Float[Tensor, " L"]) -> Float[Tensor, " L"]:
-    """Scaled to 0..1; a constant becomes 0."""
+    """Scale one value per token to 0..1; a constant becomes 0."""
     low, high = values.min(), values.max()
     return torch.zeros_like(values) if high == low else (values - low) / (high - low)
 
@@ -188,7 +188,7 @@ def _box(inside: Bool[Tensor, "h w"]) -> Float[Tensor, "h w"]:
 
 
 def outlined(image: Float[np.ndarray, "H W 3"], mask: Bool[np.ndarray, "h w"]) -> Float[np.ndarray, "H W 3"]:
-    """The visual prompt: a red ellipse, one pixel thin, around the mask, and everything outside it blurred."""
+    """Draw the visual prompt on an image in 0..1: a red ellipse, one pixel thin, around the mask, and a blur outside it."""
     height, width = image.shape[:2]
     picture = Image.fromarray(np.round(255 * image).astype(np.uint8))
     large = interpolate(torch.from_numpy(mask)[None, None].float(), size=(height, width), mode="nearest")[0, 0].numpy() > 0

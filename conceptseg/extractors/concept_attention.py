@@ -96,7 +96,7 @@ class ConceptAttention(Extractor):
             self.backbone.encode_all(set().union(*(self.texts(Batch((task,))) for task in tasks)))
 
     def encoded(self, batch: Batch) -> tuple[Prompts, ConceptTokens]:
-        """What the model is told of a batch: captions, and the concepts beside them."""
+        """Return a batch's encoded captions (tokens [B N d]) and its concept tokens [B T d]."""
         return self.backbone.prompts(batch.captions), self.backbone.concepts([c.names for c in batch.concepts])
 
     def read_cells(
@@ -108,7 +108,10 @@ class ConceptAttention(Extractor):
         views: Sequence[View],
         background: Bool[Tensor, "B C"] | None = None,
     ) -> CellStore:
-        """Fill every cell that the views ask for: one forward pass per timestep, with all noise draws side by side."""
+        """Fill every cell that the views read: one forward pass per timestep, with all noise draws in one batch.
+
+        latents: scaled, of B images. keys: the samples' keys, which seed the noise.
+        """
         cells = CellStore()
         for level in sorted({t for view in views for t in view.timesteps}):
             asked = [view for view in views if level in view.timesteps]
@@ -160,10 +163,10 @@ class ConceptAttention(Extractor):
         negative: str = "",
         read_steps: Sequence[int] | None = None,
     ) -> tuple[Float[Tensor, "B *f 3 H W"], list[SaliencyMaps]]:
-        """Make one image (or video) a caption and read each view on the way, over all steps or those numbered in `read_steps`.
+        """Make one image (or video) per caption and read each view on the way, over all steps or those in `read_steps`.
 
         A view's own timesteps are replaced by the levels of the steps that are read. Image b starts from noise of seed + b, on
-        the CPU in float32. guidance: what a guidance-distilled model is told, or, in families with classifier-free guidance, its
+        the CPU in float32. guidance: the input of a guidance-distilled model, or, in families with classifier-free guidance, its
         strength (on above 1; concepts accompany the conditional half). Raises ConfigError for a size that tokens do not tile.
         Source: Helbling et al. 2025, arXiv:2502.04320, section 4; helblazer811/ConceptAttention at db30c4d,
         concept_attention/flux/pipeline.py.
@@ -212,11 +215,11 @@ class ConceptAttention(Extractor):
         guidance: float = 0.0,
         **view: Any,
     ) -> Explanation:
-        """Where the model finds each concept in an image, or in the image that it makes of a prompt.
+        """Map each concept in an image, or in the image that the model makes of a prompt.
 
         image_or_prompt: a PIL image, RGB array ([H W 3], uint8, or float in 0..1) or Path to read; for a video model also frames
         [F H W 3], whose maps are [C f h w]; a string is a prompt.
-        caption: what is said of a real image; by default "a x and a y" of the concepts. size: (height, width) the model is shown;
+        caption: describes a real image; by default "a x and a y" of the concepts. size: (height, width) of the model's input;
         by default the image's own proportions at the area of the backbone's image size. steps, guidance: for prompts.
         view: settings of the view: space, layers, timesteps, draws, normalize, softmax, fold, blur; by default the paper's:
         output space, upper half of the layers, t = 0.5 (prompts: all steps), softmax over concepts (none for a single concept).
@@ -276,7 +279,7 @@ class ConceptAttention(Extractor):
     def noised(
         self, latents: Float[Tensor, "B *c H W"], level: float, keys: Sequence[str], draws: int
     ) -> tuple[Float[Tensor, "R *c H W"], float]:
-        """t · noise + (1 - t) · latents for every image and draw (draws fastest), and the t that the model is told."""
+        """Return t · noise + (1 - t) · latents for every image and draw (R = B·N, draws fastest), and the model's t in 0..1."""
         if self.noise == "per_sample":
             noise = torch.stack([sample_noise(latents.shape[1:], self.seed, keys, d) for d in range(draws)], dim=1).to(latents)
             return rearrange(self.backbone.mix(noise, latents[:, None], level), "B N ... -> (B N) ..."), level

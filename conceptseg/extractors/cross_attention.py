@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from conceptseg.backbones.transformers.concept_stream import ConceptStream, ConceptTokens, StreamActivations
@@ -89,8 +89,10 @@ class PromptCrossAttention(ConceptAttention):
         return ConceptStream(concepts.tokens[:, :1], pooled, score, last_layer=max(wanted), **options)
 
 
-def prompt_scores(found: StreamActivations, words: Tensor, kind: CellKind, background: Tensor | None = None) -> Tensor:
-    """Scores of words [R C L] from a block's text and image tokens; words [R C N]: the share of each token in each word."""
+def prompt_scores(
+    found: StreamActivations, words: Float[Tensor, "R C N"], kind: CellKind, background: Bool[Tensor, "R C"] | None = None
+) -> Float[Tensor, "R C L"]:
+    """Score words against image tokens from a block's text and image tokens; words: the share of each token in each word."""
     text, image = found.text_keys, found.image_queries
     if kind.space == "query_key":
         text, image = found.text_queries, found.image_keys

@@ -32,7 +32,7 @@ SPACES = {
 
 @dataclass(frozen=True, slots=True)
 class TokenShares:
-    """What is read off each row's attention: token positions [R K], and what share each has in each of S maps, [R S K]."""
+    """Token positions read in each row's attention, [R K], and the share of each in each of S maps, [R S K]."""
 
     positions: Int[Tensor, "R K"]
     shares: Float[Tensor, "R S K"]

@@ -1,4 +1,4 @@
-"""What `ConceptAttention.explain` gives: maps with names, to look at and to keep."""
+"""Result of `ConceptAttention.explain`: named maps, to look at and to save."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -53,8 +53,8 @@ class Explanation(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.names)
 
-    def winner(self) -> Tensor:
-        """Index of the concept with the greatest score at each place, [*f h w]."""
+    def winner(self) -> Int[Tensor, "*f h w"]:
+        """Return the index of the concept with the greatest score at each place."""
         return self.maps.argmax(0)
 
     def overlay(self, name: str, opacity: float = 0.6, colours: str = "plasma") -> Image.Image:
@@ -180,7 +180,9 @@ def as_pixels(image: Float[Tensor, "*F 3 H W"]) -> UInt8[np.ndarray, "*F H W 3"]
 
 
 def read_pixels(image: Image.Image | np.ndarray | Path) -> UInt8[np.ndarray, "*F H W 3"]:
-    """RGB bytes of a PIL image, an image file, or an array of one image or of frames (uint8, or float in 0..1).
+    """Return RGB bytes of a PIL image, an image file, or an array of an image [H W 3] or frames [F H W 3].
+
+    Arrays are uint8, or float in 0..1.
 
     Pictures are turned upright, as their EXIF orientation says. Raises DataError for anything else, and for pictures that a run
     refuses: alpha, more than 8 bits, damaged files (`conceptseg.data.images`).

@@ -1,4 +1,4 @@
-"""What methods on an image encoder share: what they declare, and how one map a class becomes one a concept."""
+"""Base classes of methods on an image encoder: their declarations, and the step from one map per class to one per concept."""
 
 from __future__ import annotations
 

@@ -26,7 +26,13 @@ class LRP(RelevanceMethod):
         super().__init__(backbone, explained_class, first_layer=0)
         self.rules = rules
 
-    def explain(self, images: Tensor, output: Tensor, activations: Activations, explained: Explained) -> Float[Tensor, "B h w"]:
+    def explain(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        output: Float[Tensor, "B k"],
+        activations: Activations,
+        explained: Explained,
+    ) -> Float[Tensor, "B h w"]:
         tower = self.backbone.tower
         graph = relevance_graph(tower, activations, explained.rows, self.rules)
         (relevance,) = graph.relevance_of(graph.inputs[0])

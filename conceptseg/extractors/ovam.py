@@ -39,7 +39,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda scores: scores, "relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
     "clamp": lambda scores: scores.clamp(0, 1),
 }  # fmt: skip
-"""What may be done to a head's scores, by the name that settings use."""
+"""Activations of a head's scores, by the name that settings use."""
 
 SELF = Kind(softmax=True, head=-1)
 """Self-attention's place among the sums of a layer."""
@@ -49,7 +49,7 @@ CRF = DenseCRF(
 )  # fmt: skip
 """Source: vpulab/ovam at 12afd87, ovam/base/daam_module.py."""
 SURE = 0.99
-"""What the CRF takes a mask to be worth: SimpleCRF, which the released code calls, keeps probabilities within 0.01 .. 0.99."""
+"""Confidence of the CRF in a mask: SimpleCRF, which the released code calls, keeps probabilities within 0.01 .. 0.99."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What LRP, partial LRP and TransInterp share: one forward pass of the host, kept, and relevance handed down through it."""
+"""Base class of LRP, partial LRP and TransInterp: one recorded forward pass of the host, and relevance propagated through it."""
 
 from __future__ import annotations
 
@@ -50,4 +50,7 @@ class RelevanceMethod(ClassMethod):
     def explain(
         self, images: Float[Tensor, "B 3 H W"], output: Float[Tensor, "B k"], activations: Activations, explained: Explained
     ) -> Float[Tensor, "B h w"]:
-        """One map an image, of one class each. Called with products in full precision."""
+        """Return one map per image, of its explained class. Called with float32 products in full precision.
+
+        images: normalised. output: the model's logits or cosines of k classes.
+        """

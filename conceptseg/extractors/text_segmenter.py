@@ -1,4 +1,4 @@
-"""What methods share that ask a model of transformers for a mask by its word."""
+"""Base class of methods that ask a model of transformers for the mask of a word."""
 
 from __future__ import annotations
 

@@ -39,7 +39,13 @@ class TransInterp(RelevanceMethod):
         layers_from(self.first_layer, len(self.backbone.tower.blocks))
         return super().saliency(batch)
 
-    def explain(self, images: Tensor, output: Tensor, activations: Activations, explained: Explained) -> Float[Tensor, "B h w"]:
+    def explain(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        output: Float[Tensor, "B k"],
+        activations: Activations,
+        explained: Explained,
+    ) -> Float[Tensor, "B h w"]:
         tower = self.backbone.tower
         graph = relevance_graph(tower, activations, explained.rows, "new")
         attended = [block.attended for block in activations.blocks]

@@ -1,4 +1,4 @@
-"""What methods share that read cross-attention of a diffusion U-Net on real images: noising, forward passes, folding of views.
+"""Base class of methods that read a diffusion U-Net's cross-attention on real images: noising, forward passes, folding.
 
 A method says what the U-Net is told (`asked`) and how maps are read off a layer's attention (`reader`); see `daam` and `ovam`.
 """
@@ -148,7 +148,7 @@ class UNetMaps(Extractor):
         """Names of the spaces on offer, for a U-Net with layers of up to so many heads."""
 
     def finish(self, maps: Float[Tensor, "B C X Y"], batch: Batch) -> Float[Tensor, "B C X Y"]:
-        """What is done to the maps of a view at the very end."""
+        """Apply the last step to the maps of a view."""
         return maps
 
     def strings(self, asked: Asked) -> set[str]:
@@ -162,7 +162,7 @@ class UNetMaps(Extractor):
     def further_taps(
         self, layers: Sequence[CrossAttention], level: float, size: tuple[int, int], sums: LayerSums
     ) -> list[CrossAttentionTap]:
-        """What else a method reads in a forward pass; may put maps of its own into `sums`."""
+        """Return further taps of a method for a forward pass. They may add maps of their own to `sums`."""
         return []
 
     @property

@@ -1,4 +1,4 @@
-"""What is said of a scene: captions for training, in the words that the lab's tokenizer knows."""
+"""Captions of scenes for training, in the words that the lab's tokenizer knows."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def lone_word(scene: Scene, rng: np.random.Generator) -> Caption:
 
 
 def question(scene: Scene, rng: np.random.Generator, share: float) -> Caption:
-    """What the swap loss asks: half of the time a list of names, else a lone name or a sentence with swapped words."""
+    """Return a text for the swap loss: half of the time a list of names, else a lone name or a sentence with swapped words."""
     kind = rng.random()
     if kind < 0.5:
         return list_words(scene, rng)

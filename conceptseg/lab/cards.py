@@ -39,7 +39,7 @@ def write_model(trainer: Trainer, curve: Path, folder: Path) -> Path:
 
 
 def _card(trainer: Trainer, lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """What card.json says of a model that was written; lines: those of its loss curve."""
+    """Return the contents of card.json for a trained model; lines: those of its loss curve."""
     recipe, device = trainer.recipe, trainer.device
     parameters = sum(p.numel() for part in trainer.parts.values() if hasattr(part, "parameters") for p in part.parameters())
     losses = [k for k in lines[-1] if k not in ("step", "rate", "seconds")]

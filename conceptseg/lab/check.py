@@ -1,4 +1,4 @@
-"""What a lab model can do, measured: `conceptseg-lab check`. Each model has one plain test that chance and truth bracket."""
+"""Measure a lab model: `conceptseg-lab check`. Each model has one simple test with chance and ground truth as bounds."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class CLIPTrainer(Trainer):
         "captions: lab numbers rank code paths and settings, never the papers' claims."
     )
     sharpness: ClassVar[float] = 10.0
-    """What similarities of patches, -1..1, are multiplied by before the softmax that weighs them."""
+    """Factor of patch similarities, -1..1, before the softmax that weights them."""
 
     def build(self) -> dict[str, Any]:
         return models.build_clip(self.recipe["sizes"])

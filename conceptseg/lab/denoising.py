@@ -51,7 +51,7 @@ class UNetTrainer(Trainer):
         return int(self.recipe["batch"])
 
     def embedded(self, captions: list[str]) -> tuple[Float[Tensor, "B T d"], dict[str, Tensor] | None]:
-        """What the U-Net is told: text states, and further conditioning where it has some."""
+        """Return the conditioning of the U-Net: text states, and further inputs if it has any."""
         states: Tensor = self.parts["text_encoder"](input_ids=self.token_ids(captions))[0]
         return states, None
 

@@ -37,7 +37,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What a sweep found."""
+    """Results of a sweep."""
 
     cells: tuple[Cell, ...]
     n: int
@@ -69,7 +69,7 @@ class Sweep:
 
 
 def overrides_for(name: str) -> list[str]:
-    """What is evaluated to sweep this lab model. Raises ConfigError for a model without layers and timesteps."""
+    """Return the overrides that sweep this lab model. Raises ConfigError for a model without layers and timesteps."""
     if name not in SWEPT:
         raise ConfigError(f'conceptseg-lab sweep: "{name}" has no noise levels to sweep. {did_you_mean(name, SWEPT)}')
     return [*SWEPT[name], *SCENES]

@@ -74,7 +74,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def modules(self) -> dict[str, nn.Module]:
-        """What is trained: modules of the parts, and heads that are thrown away."""
+        """Return the trained modules: those of the parts, and heads that are discarded after training."""
 
     @abstractmethod
     def losses(self, scenes: list[Scene], rng: np.random.Generator, noise: torch.Generator) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ class Trainer(ABC):
         """Take out of the parts what the written model does without."""
 
     def after_step(self) -> None:  # noqa: B027  (most kinds do nothing)
-        """What a kind of training does once the weights moved, such as moving a teacher."""
+        """Update anything that follows the weights after a step, such as a teacher."""
 
     def settings(self) -> dict[str, Any]:
         """The recipe with the phases that have begun laid over it."""
@@ -283,7 +283,7 @@ HOW_FAR = ("steps", "checkpoint_every", "compile")
 
 @dataclass
 class Progress:
-    """What of a training is no tensor: its loss curve, the losses since the curve's last line, and its time."""
+    """Progress of a training without its tensors: loss curve, losses since the curve's last line, and time."""
 
     curve: list[dict[str, float]] = field(default_factory=list)
     recent: list[dict[str, float]] = field(default_factory=list)

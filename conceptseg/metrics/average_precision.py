@@ -10,7 +10,7 @@ from conceptseg.types import VOID
 
 
 def average_precision(scores: Float[np.ndarray, "*batch P"], truth: Bool[np.ndarray, "*batch P"]) -> Float[np.ndarray, "*batch"]:
-    """Mean, over the positive pixels, of the precision among all pixels that score at least as high. In 0..1.
+    """Return the mean, over the positive of P pixels, of the precision among all pixels that score at least as high; in 0..1.
 
     Tied pixels enter together, so the order of pixels is irrelevant; it is the step-wise sum over recall that
     scikit-learn's `average_precision_score` returns. NaN where nothing is positive. Scores are compared in their own
@@ -47,7 +47,10 @@ def _ranked(scores: Float[np.ndarray, " P"], truth: Bool[np.ndarray, " P"]) -> f
 def foreground_average_precision(
     scores: Float[np.ndarray, "H W"], truth: UInt8[np.ndarray, "H W"], label: int = 1
 ) -> float | None:
-    """Average precision of class `label` against every other pixel that is not void; None where the class is absent."""
+    """Return the average precision, 0..1, of class `label` against every other pixel that is not void (255).
+
+    None if the class is absent.
+    """
     if scores.shape != truth.shape:
         raise DataError(f"Cannot rank: the map is {scores.shape} and the truth {truth.shape}; enlarge the map first.")
     scored = truth != VOID
@@ -56,14 +59,14 @@ def foreground_average_precision(
 
 
 def minmax_scaled(scores: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
-    """The map scaled to 0..1 by its own extremes, in its own dtype and without an epsilon: a constant map becomes NaN."""
+    """Scale a map to 0..1 by its own extremes, in its own dtype and without an epsilon: a constant map becomes NaN."""
     low, high = scores.min(), scores.max()
     with np.errstate(invalid="ignore"):
         return np.asarray((scores - low) / (high - low))
 
 
 def two_channel_average_precision(scores: Float[np.ndarray, "H W"], truth: UInt8[np.ndarray, "H W"], minmax: bool) -> float:
-    """The released ConceptAttention "AP": pixels of (1 - s, s) pooled and ranked against (1 - t, t), void dropped from both.
+    """Return the released ConceptAttention "AP", 0..1: pixels of (1 - s, s) pooled and ranked against (1 - t, t), without void.
 
     Depends on the offset and scale of s, not only on its order. NaN scores count as 0, an undefined value as 0. The
     ImageNet script scales the map at its own resolution, before any shrinking and enlarging: where that loses the extremes

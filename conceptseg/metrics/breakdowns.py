@@ -55,7 +55,7 @@ def by_size(rows: Rows, definitions: Sequence[Definition], resamples: int, level
 
 
 def foreground_share(rows: Rows) -> Float[np.ndarray, " n"]:
-    """Foreground pixels of the truth over pixels that are not void."""
+    """Return each row's foreground pixels of the ground truth over its pixels that are not void, 0..1."""
     foreground = [index != BACKGROUND for index in rows.classes]
     return np.nan_to_num(ratio(rows.label[:, foreground].sum(axis=1).astype(np.float64), rows.valid.astype(np.float64)))
 

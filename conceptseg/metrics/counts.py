@@ -10,7 +10,7 @@ from conceptseg.types import VOID, Counts
 
 
 def count(labels: UInt8[np.ndarray, "H W"], truth: UInt8[np.ndarray, "H W"], classes: tuple[int, ...]) -> Counts:
-    """Pixels in every cell of truth against prediction, kept for `classes`; void (255) pixels of the truth are set apart.
+    """Count pixels of prediction against ground truth for `classes`; void pixels (255) of the ground truth are kept apart.
 
     >>> count(np.uint8([[1, 0, 1]]), np.uint8([[1, 1, 255]]), (0, 1)).inter
     (0, 1)

@@ -1,4 +1,4 @@
-"""What every reported number means: a finishing function of a sum over images, so that a bootstrap is a matrix product."""
+"""Definitions of every reported number: a finishing function of a sum over images, so that a bootstrap is a matrix product."""
 
 from __future__ import annotations
 
@@ -99,6 +99,7 @@ class Rows:
 
     @property
     def union(self) -> Int64[np.ndarray, "n C"]:
+        """Return the pixels of each row and class that are predicted as the class or labelled with it, void left out."""
         return np.asarray(self.pred + self.label - self.inter)
 
 
@@ -134,7 +135,7 @@ class Definition:
 
 
 def entering(statistics: Statistics) -> Bool[np.ndarray, " n"]:
-    """Rows that say something: one whose statistics are all zero (an image without foreground, for AP) changes no sum."""
+    """Mark the n rows that enter a metric: statistics that are all zero (for AP, an image without foreground) change no sum."""
     return np.asarray(statistics.any(axis=-1))
 
 

@@ -116,7 +116,7 @@ def summed_by(statistics: Statistics, clusters: Sequence[str] | None) -> Statist
 def resampled(
     tables: Sequence[tuple[Definition, Statistics]], resamples: int, seed: int
 ) -> list[Float[np.ndarray, " resamples"]]:
-    """Values of every table under the same draws: tables of one length are resampled together, image by image."""
+    """Return the values of every table under the same draws: tables of one length are resampled together, image by image."""
     if resamples < 1:
         raise ConfigError(f"Cannot bootstrap with resamples={resamples}; wanted 1 or more.")
     found: dict[int, list[np.ndarray]] = {place: [] for place in range(len(tables))}
@@ -160,7 +160,7 @@ def _drawn(n: int, chunk: int, generator: np.random.Generator) -> Float[np.ndarr
 def interval_of(
     value: float, values: Float[np.ndarray, " resamples"], n: int, level: float, units: int | None = None
 ) -> Interval:
-    """Percentile interval of resampled values; `units` is what was drawn where that is not the n images."""
+    """Return the percentile interval of resampled values. units: the number of drawn units if those are not the n images."""
     if not 0 < level < 1:
         raise ConfigError(f"Cannot take a level={level} interval; wanted a share between 0 and 1, such as 0.95.")
     if (n if units is None else units) < 2:
@@ -170,7 +170,7 @@ def interval_of(
 
 
 def two_sided(differences: Float[np.ndarray, " resamples"]) -> float:
-    """Twice the smaller tail beyond zero, the observed value counted in, so that p is never 0; NaN for undefined values."""
+    """Return p in 0..1: twice the smaller tail beyond zero, with the observed value counted, so never 0; NaN if undefined."""
     if np.isnan(differences).any():
         return float("nan")
     tail = min(int((differences <= 0).sum()), int((differences >= 0).sum()))

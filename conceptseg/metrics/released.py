@@ -1,4 +1,4 @@
-"""What released code computes where it differs from the usual definition, so that quoted numbers can be met exactly."""
+"""Metrics as released code computes them, where that differs from the usual definition, to reproduce quoted numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BACKGROUND = 0  # conceptseg.types has it too, but imports torch
 
 
 def iou_from_accuracy(accuracy: Float[np.ndarray, "*batch"]) -> Float[np.ndarray, "*batch"]:
-    """ConceptAttention's ImageNet-Segmentation "mIoU": a / (2 - a), a function of pixel accuracy a alone.
+    """Return ConceptAttention's ImageNet-Segmentation "mIoU", 0..1: a / (2 - a), a function of pixel accuracy a alone.
 
     The script takes the two-class IoU of the stack (1 - m, m) against (1 - t, t) without an argmax. Of N pixels, R are
     right; the stack has 2N. Every right pixel gives one match of value 0 and one of value 1, so both classes have
@@ -26,7 +26,7 @@ def iou_from_accuracy(accuracy: Float[np.ndarray, "*batch"]) -> Float[np.ndarray
 
 
 def f1_over_rows(found: Bool[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"]) -> float:
-    """Mean over the rows of an image of each row's F1, 0 where a row has nothing and nothing was found in it.
+    """Return the mean over the H pixel rows of each row's F1, 0..1; 0 for a row with neither truth nor prediction.
 
     A coding accident of the reference, which takes the first axis for a batch; the ordinary F1 is f1_image.
 
@@ -39,7 +39,7 @@ def f1_over_rows(found: Bool[np.ndarray, "H W"], truth: Bool[np.ndarray, "H W"])
 def relabel(
     indices: Integer[np.ndarray, "H W"], background_count: int, class_indices: Sequence[int]
 ) -> Integer[np.ndarray, "H W"]:
-    """Winning channel -> class: the first `background_count` channels are background, channel b + i is class_indices[i]."""
+    """Map winning channels to classes: the first `background_count` (b) are background, channel b + i is class_indices[i]."""
     _check_channels(indices, background_count, class_indices)
     classes = np.array([BACKGROUND] * background_count + list(class_indices), indices.dtype)
     return np.asarray(classes[indices])
@@ -48,7 +48,7 @@ def relabel(
 def colliding_relabel(
     indices: Integer[np.ndarray, "H W"], background_count: int, class_indices: Sequence[int]
 ) -> Integer[np.ndarray, "H W"]:
-    """`relabel` as the released VOC multi-class script does it: in place, one class after another.
+    """Map winning channels to classes like the released VOC multi-class script: in place, one class after another.
 
     A class whose index equals the channel of a later one is moved again: with 5 background words, `bus` (6) becomes
     whatever class comes second. 14 of the 190 pairs of VOC classes and 234 of the 1140 triples are damaged.

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -39,7 +40,8 @@ class CountMetric(Metric):
         self.sums += torch.from_numpy(statistics.sum(axis=0)).to(self.sums.device)
         self.n += int(entering(statistics).sum())
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Float[Tensor, ""]:
+        """Return the metric over all records so far, a scalar; a share in 0..1 for the usual metrics, NaN without records."""
         return torch.as_tensor(self.definition.finish(self.sums.cpu().numpy()))
 
 

@@ -11,7 +11,7 @@ from conceptseg.metrics.definitions import Rows, definition_of
 from conceptseg.metrics.intervals import Interval, bootstrap_all
 
 DRAWN = ("images", "words")
-"""What a bootstrap may draw."""
+"""Units that a bootstrap can draw."""
 
 
 def summarise(

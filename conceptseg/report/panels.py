@@ -39,7 +39,7 @@ _CLASS_TINTS = ((245, 210, 40), (140, 85, 195), (110, 205, 235), (150, 100, 55),
 
 @dataclass(frozen=True, slots=True)
 class PanelCell:
-    """What one method says about one sample."""
+    """Answer of one method for one sample."""
 
     map: Pixels
     """uint8 [h w], 255 where the method sees most of the concept; drawn on its own grid."""
@@ -131,7 +131,7 @@ def _content(columns: Sequence[str], rows: Sequence[PanelRow], cell: int) -> str
 
 
 def _content_of(path: Path) -> str | None:
-    """What a sheet says that it was drawn from; None for a file that says nothing."""
+    """Return the sources recorded in a picture sheet; None for a file without a record."""
     try:
         with Image.open(path) as sheet:
             return sheet.info.get("content")

@@ -13,7 +13,7 @@ from conceptseg.metrics.definitions import DEFINITIONS
 from conceptseg.reading import read_yaml
 
 ELSEWHERE = ("unknown", "iou_of_nouns", "iod", "ioh", "iou", "miou_21", "miou_20")
-"""What a quoted number may obey beside our own definitions."""
+"""Definitions that a quoted number may obey beside the package's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Source:
     cite: str
     """Paper with its version and table."""
     read_in: str
-    """What was read; third-party notes and memory are said."""
+    """Text that was read; third-party notes and memory are named as such."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class QuotedColumn:
 
     label: str
     text: str
-    """What it means, in one sentence."""
+    """Meaning, in one sentence."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,7 +141,7 @@ class TableRow:
     """One method or control, on one data set under one protocol."""
 
     name: str
-    """What readers call it; unique in its block."""
+    """Name of the row for readers; unique in its block."""
     group: Group
     """Controls are printed first and never win a column."""
     extractor: str
@@ -149,7 +149,7 @@ class TableRow:
     backbone: str | None
     """Name of the backbone's sheet; None for a control that has no model."""
     provenance: Provenance
-    """What weights stand behind the numbers."""
+    """Kind of weights behind the numbers."""
     run_id: str
     """Run folder that holds the counts; empty only where nothing was run."""
     view: str
@@ -169,9 +169,9 @@ class TableRow:
     note: str
     """Anything a reader must know beside the number."""
     told: str = ""
-    """What the method is told of an image; empty in tables of older versions."""
+    """Information about the image that is shown to the model; empty in tables of older versions."""
     trained_on: str = ""
-    """What supervision stands behind its model."""
+    """Supervision of the model."""
     argmax: str = ""
     """Whether its channels may be compared by argmax: "yes" or "no"."""
     also: tuple[Behind, ...] = ()
@@ -218,11 +218,11 @@ class Block:
     protocol: str
     """Name and version of the protocol."""
     text: str
-    """What is asked of a method, in a sentence."""
+    """Task of the methods, in one sentence."""
     rows: tuple[TableRow, ...]
     """In printing order within each group."""
     axis: str = ""
-    """What a curve's x is, such as "layer"; empty where rows are no points."""
+    """Label of a curve's x axis, such as "layer"; empty if rows are not points of a curve."""
 
     @property
     def ordered_rows(self) -> tuple[TableRow, ...]:
@@ -235,7 +235,7 @@ class Block:
         return tuple((heading, name) for heading, name in headings if any(getattr(row, name) for row in self.rows))
 
     def cell(self, row: TableRow, column: Column) -> Cell | None:
-        """What stands in a printed table; None where the row has no such number."""
+        """Return the printed form of a value; None if the row has no such number."""
         if column.name not in row.values:
             return None
         value = row.values[column.name]
@@ -270,7 +270,7 @@ class Results:
     notes: tuple[str, ...] = ()
     """Sentences printed under the table."""
     interval: str = ""
-    """What the intervals are, such as "95 % bootstrap interval over images, 1000 draws"."""
+    """Description of the intervals, such as "95 % bootstrap interval over images, 1000 draws"."""
     sheet: str | None = None
     """Picture sheet, as a path relative to the folder of RESULTS.md."""
 
@@ -293,7 +293,7 @@ class Results:
 
     @property
     def needs(self) -> dict[tuple[str, ...], list[str]]:
-        """What rows that were not run need -> names of those rows."""
+        """Map the requirements of rows that were not run to the names of those rows."""
         grouped: dict[tuple[str, ...], list[str]] = {}
         for row in self.unrun:
             grouped.setdefault(row.needs, []).append(row.name)

@@ -274,7 +274,7 @@ def _command(table: Results) -> str:
 
 
 def _needs_in_brief(table: Results) -> str:
-    """What all rows need, and how much else there is."""
+    """Return the requirements that all rows share, and the number of further ones."""
     every = [set(needs) for needs in table.needs]
     if not every:
         return ""

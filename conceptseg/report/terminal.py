@@ -25,7 +25,7 @@ _CODES = {
         "nothing": "none", "images": "img", "class labels": "label", "images and captions": "text", "masks or boxes": "mask"
     },
 }  # fmt: skip
-"""What a method declares, where the words don't fit; a legend explains each."""
+"""Abbreviations of what a method declares, for narrow terminals; a legend explains each."""
 _KINDS = {"standard": "", "released": " (released code)", "quoted": " (quoted)", "difference": "", "cost": " (cost)"}
 
 
@@ -193,7 +193,7 @@ def _n(row: TableRow) -> Text:
 
 
 def _legend(block: Block, columns: Sequence[Column], layouts: Sequence[_Layout]) -> list[str]:
-    """What was abbreviated or left out for want of room."""
+    """Return the legend of abbreviations and omitted columns."""
     printed = [column for layout in layouts for column in layout.columns]
     dropped = [f"{column.heading}{_KINDS[column.kind]}" for column in columns if column not in printed]
     lines = [f"No row has a number in: {'; '.join(dropped)}."] if dropped else []

@@ -21,6 +21,7 @@ class CellStore:
         self._cells: dict[tuple[CellKind, int, float, int], Float[Tensor, "B C L"]] = {}
 
     def put(self, kind: CellKind, layer: int, timestep: float, draw: int, scores: Float[Tensor, "B C L"]) -> None:
+        """Store the scores of C concepts at L image tokens. A second call with the same key replaces the first."""
         self._cells[kind, layer, timestep, draw] = scores
 
     def __len__(self) -> int:
@@ -29,7 +30,9 @@ class CellStore:
     def read(
         self, view: View, grid: tuple[int, ...], background: Bool[Tensor, "B C"] | None = None
     ) -> Float[Tensor, "B C *grid"]:
-        """Fold the view's cells: per-cell steps were done in the hook; then mean or sum, softmax of the fold, blur.
+        """Fold the view's cells into maps: mean or sum, then softmax of the fold, then blur.
+
+        Steps within a cell were done in the hook.
 
         grid: (h, w), or (f, h, w) for video, whose frames are blurred each for itself. background: True for background words,
         which belong to every coalition of softmax "shapley"; None for none.

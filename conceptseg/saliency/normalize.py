@@ -12,7 +12,7 @@ from torch.nn.functional import conv2d, normalize, pad
 
 
 def linear_over_concepts(vectors: Float[Tensor, "*R C d"]) -> Float[Tensor, "*R C d"]:
-    """Per feature: subtract the least value over concepts, divide by the sum that is left (by 1 where nothing is left).
+    """Subtract the least value over the C concepts from each feature, and divide by the sum that is left (by 1 if it is 0).
 
     Every feature then sums to 1 over the concepts, or is 0 where all concepts agree. A single concept gives zeros.
     Source: released evaluation code of Helbling et al. 2025 (arXiv:2502.04320); the paper does not mention it.
@@ -28,17 +28,20 @@ def linear_over_concepts(vectors: Float[Tensor, "*R C d"]) -> Float[Tensor, "*R 
 
 
 def unit_length(vectors: Float[Tensor, "*R C d"]) -> Float[Tensor, "*R C d"]:
-    """Each concept vector divided by its Euclidean length, as the released SD3 wrapper does."""
+    """Divide each concept vector by its Euclidean length, as the released SD3 wrapper does."""
     return normalize(vectors, dim=-1)
 
 
 def softmax_over_concepts(scores: Float[Tensor, "*R C L"], temperature: float = 1.0) -> Float[Tensor, "*R C L"]:
-    """Concepts compete for each image token. temperature multiplies the scores (1000 in the released FLUX.2 code)."""
+    """Take the softmax over the C concepts at each image token; shares in 0..1.
+
+    temperature: factor of the scores (1000 in the released FLUX.2 code).
+    """
     return torch.softmax(scores if temperature == 1 else scores * temperature, dim=-2)
 
 
 def softmax_over_tokens(scores: Float[Tensor, "*R C L"], temperature: float = 1.0) -> Float[Tensor, "*R C L"]:
-    """Image tokens compete for each concept: what the reference's diffusers port does, and not the paper's method."""
+    """Take the softmax over the L image tokens for each concept, like the reference's diffusers port, unlike the paper."""
     return torch.softmax(scores * temperature, dim=-1)
 
 
@@ -95,7 +98,7 @@ def shapley_over_concepts(
 
 
 def gaussian_blur(maps: Float[Tensor, "B C h w"], sigma: float) -> Float[Tensor, "B C h w"]:
-    """3 x 3 Gaussian with reflected border; at sigma 1 the taps are 0.27407, 0.45186, 0.27407."""
+    """Blur each map with a 3 x 3 Gaussian, border reflected. sigma: in map cells; the taps at 1 are 0.27407, 0.45186, 0.27407."""
     at = torch.arange(-1, 2, dtype=maps.dtype, device=maps.device)
     taps = torch.exp(-0.5 * (at / sigma) ** 2)
     taps = taps / taps.sum()

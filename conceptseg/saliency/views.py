@@ -11,7 +11,7 @@ from conceptseg.errors import ConfigError, ViewError, did_you_mean, one_of, real
 
 
 class Normalize(StrEnum):
-    """What is done to a cell's concept vectors before the dot product."""
+    """Normalisation of a cell's concept vectors before the dot product."""
 
     NONE = "none"
     LINEAR = "linear"
@@ -46,7 +46,7 @@ class Fold(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CellKind:
-    """What one cell holds; two views that differ only in layers, timesteps or draws share cells."""
+    """Contents of one cell. Two views that differ only in layers, timesteps or draws share cells."""
 
     space: str
     normalize: Normalize
@@ -101,7 +101,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """What an extractor offers to views. layers and timesteps are () where the method has no such axis."""
+    """Axes that an extractor offers to views. layers and timesteps are () if the method has no such axis."""
 
     spaces: tuple[str, ...]
     layers: tuple[int, ...] = ()

@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 
 
 def nearest_floor(array: Shaped[np.ndarray, "*C H W"], size: tuple[int, int]) -> Shaped[np.ndarray, "*C h w"]:
-    """torch's "nearest" for float32 and uint8: output pixel i reads input floor(i · H / h), the ratio in float32."""
+    """Resize to (h, w) like torch's "nearest" for float32 and uint8: pixel i reads input floor(i · H / h), H / h in float32."""
     rows = _floor_index(array.shape[-2], size[0])
     columns = _floor_index(array.shape[-1], size[1])
     return array[..., rows[:, None], columns]
@@ -22,12 +22,12 @@ def _floor_index(old: int, new: int) -> np.ndarray:
 
 
 def nearest_centre(array: Shaped[np.ndarray, "H W"], size: tuple[int, int]) -> Shaped[np.ndarray, "h w"]:
-    """Pillow's NEAREST: output pixel i reads input floor((i + 0.5) · H / h); for uint8 label maps."""
+    """Resize a uint8 label map to (h, w) like Pillow's NEAREST: output pixel i reads input floor((i + 0.5) · H / h)."""
     return np.asarray(Image.fromarray(array).resize((size[1], size[0]), Image.Resampling.NEAREST))
 
 
 def bilinear(maps: Float[np.ndarray, "C H W"], size: tuple[int, int]) -> Float[np.ndarray, "C h w"]:
-    """Bilinear between pixel centres, antialiased when shrinking.
+    """Resize C maps to (h, w), bilinear between pixel centres, antialiased when shrinking.
 
     Formed in float64 and then rounded to float32: equal scores stay equal, and every processor breaks ties alike.
     """
@@ -37,5 +37,5 @@ def bilinear(maps: Float[np.ndarray, "C H W"], size: tuple[int, int]) -> Float[n
 
 
 def resize_image(image: Shaped[np.ndarray, "H W 3"], size: tuple[int, int], resample: str) -> Shaped[np.ndarray, "h w 3"]:
-    """An RGB image, uint8, through Pillow: "bicubic" or "bilinear" (antialiased), or "nearest" (pixel centres)."""
+    """Resize a uint8 RGB image to (h, w) with Pillow. resample: "bicubic" or "bilinear" (antialiased), or "nearest"."""
     return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling[resample.upper()]))

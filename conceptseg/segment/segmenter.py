@@ -61,7 +61,7 @@ class Segmenter:
         return f"{decision}@{self.cut}/{self.enlarge}" + ("/colliding" if self.relabel == "colliding" else "") + coarse
 
     def scores(self, maps: Float[np.ndarray, "C h w"], size: tuple[int, int]) -> Float[np.ndarray, "C H W"]:
-        """Scores at the size of the truth, for ranking."""
+        """Enlarge the maps of C concepts to the ground truth's (H, W), for ranking pixels."""
         resize = nearest_floor if self.enlarge == "nearest" else bilinear
         return resize(resize(maps, (self.score_grid, self.score_grid)) if self.score_grid else maps, size)
 

@@ -1,4 +1,4 @@
-"""What a run cost: seconds, by stage too, peak memory and forward passes, summed over every process. Never part of a row."""
+"""Cost of a run: seconds, also by stage, peak memory and forward passes, summed over all processes. Never part of a row."""
 
 from __future__ import annotations
 

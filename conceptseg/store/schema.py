@@ -1,4 +1,4 @@
-"""What a row and a manifest hold, one sentence a field."""
+"""Fields of a row and a manifest, one sentence each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Status = Literal["ok", "failed", "excluded"]
 
 
 class RowKey(NamedTuple):
-    """What was read off: a row is written once for each."""
+    """View and segmenter of a row: one row is written for each pair."""
 
     sample: str
     view: str
@@ -75,9 +75,9 @@ class Manifest(TypedDict):
     config: dict[str, Any]
     """The resolved configuration that opened the run first."""
     provenance: str
-    """What the numbers rest on: control, lab, weights, local or random."""
+    """Basis of the numbers: control, lab, weights, local or random."""
     weights: NotRequired[dict[str, dict[str, str | None]]]
-    """What is known of each model's weights: provenance, and repository with revision, or the digest of a local folder."""
+    """Origin of each model's weights: provenance, and repository with revision, or the digest of a local folder."""
     source: dict[str, str]
     """Digest of every file that the run's numbers come from."""
     source_form: NotRequired[int]

@@ -24,7 +24,7 @@ from conceptseg.tables.row import COSTS, Compose, Done, Evaluations, chosen, cos
 from conceptseg.tables.sheet import PaperBlock, PaperRow, PaperTable, PerProtocol, Protocol
 
 MARKS = {"released_miou_from_accuracy": "†", "unknown": "?"}
-"""What a quoted number is marked with when it does not obey the definition that its heading promises."""
+"""Marks of quoted numbers that do not obey the definition in their column heading."""
 NOT_VERIFIED = "*"
 LEGEND = (
     "Quoted numbers: † is acc/(2-acc), never below the mean IoU; ? obeys no definition that is known; * was not seen in its "
@@ -34,7 +34,7 @@ LEGEND = (
 
 @dataclass(frozen=True, slots=True)
 class _Filling:
-    """What all rows of a table share while they are computed."""
+    """State that all rows of a table share while they are computed."""
 
     table: PaperTable
     claim: Claim
@@ -131,7 +131,7 @@ def _rows_of(
 
 
 def overrides_of(row: PaperRow, block: PaperBlock, table: PaperTable, kind: Protocol) -> list[str]:
-    """What is written on the command line for one row under one protocol; of two settings of one key the later stays."""
+    """Return the command-line overrides of one row under one protocol. The later of two settings of one key wins."""
     listed = [*block.overrides, *table.parts[kind].overrides, *(row.overrides or ()), *row.of(kind)]
     if table.on_lab:
         listed += [*table.lab, *(row.lab.under(kind) if row.lab else ())]
@@ -181,7 +181,7 @@ def _notes(row: PaperRow, first: str = "") -> str:
 
 
 def _quoted_notes(table: PaperTable, claim: Claim) -> list[str]:
-    """What is said of quoted rows, once for all rows of which it is said."""
+    """Return the notes on quoted rows. Rows that share a note are listed together."""
     shown = {row.quoted for block in table.blocks for row in block.rows}
     grouped: dict[str, list[str]] = {}
     for row in claim.rows:
@@ -243,7 +243,7 @@ def _backbone(evaluation: Evaluation) -> str | None:
 
 
 def _needs(config: Mapping[str, Any], row: PaperRow, overrides: Sequence[str], extra: Sequence[str]) -> tuple[list[str], str]:
-    """What this machine lacks for a row, nothing where it can be run, and the command that runs the row or has what it lacks."""
+    """Return the requirements of a row that this machine lacks (empty if it can run), and the command that fills it."""
     missing = lacking(config, row.memory)
     models = [one.removeprefix("lab:") for one in missing if one.startswith("lab:")]
     if models:

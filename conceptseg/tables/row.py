@@ -86,7 +86,7 @@ def chosen(finished: Done, view: str | None, segmenter: str, row: str) -> Readin
 
 
 def declared(extractor: Extractor) -> dict[str, Any]:
-    """What a method says of itself, as columns of its row."""
+    """Return the columns that a method declares about itself."""
     return {"told": extractor.told, "trained_on": extractor.trained_on, "argmax": "yes" if extractor.comparable else "no"}
 
 
@@ -107,7 +107,7 @@ COSTS = (
 
 
 def costs_of(evaluation: Evaluation) -> dict[str, Value]:
-    """What the run recorded of its cost, where report.costs asks for it; all views of a run share it."""
+    """Return the recorded cost of the run if report.costs is set. All views of a run share it."""
     cost = read_cost(evaluation.store.folder) if evaluation.config["report"]["costs"] else None
     if cost is None or not cost.images:
         return {}

@@ -120,9 +120,9 @@ class PaperRow:
     picture: bool = False
     note: str = ""
     memory: str = ""
-    """What the weights take, where their own sheets do not say it."""
+    """Size of the weights, for rows whose backbone sheets do not state it."""
     needs: str = ""
-    """What the row takes that no setting names; with it the row runs on the lab alone."""
+    """Requirement of the row that no setting names. A row with one runs only on the lab."""
 
     def of(self, protocol: Protocol) -> tuple[str, ...]:
         """The row's own overrides under one protocol."""
@@ -143,7 +143,7 @@ class PaperBlock:
     rows: tuple[PaperRow, ...]
     overrides: tuple[str, ...] = ()
     axis: str = ""
-    """What a curve's x is; empty where rows are no points."""
+    """Label of a curve's x axis; empty if rows are not points of a curve."""
 
 
 @dataclass(frozen=True, slots=True)

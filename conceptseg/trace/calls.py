@@ -1,4 +1,4 @@
-"""What a pipeline is asked, learnt by shadowing two of its methods: which rows of the U-Net's batch hold which prompt."""
+"""Find which rows of the U-Net's batch hold which prompt, by shadowing two methods of the pipeline."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class EncodedText:
 
 @dataclass(frozen=True)
 class Call:
-    """What is known of one call of the pipeline."""
+    """Prompts and settings of one call of the pipeline, as far as they are known."""
 
     prompts: tuple[str, ...] | None
     rows: int
@@ -36,7 +36,7 @@ class Call:
     tokens: int | None
     """Token positions worth holding: start token, the longest prompt's and one end token; all if the prompts are not known."""
     encoded: tuple[EncodedText, ...] | None = None
-    """What was encoded for each prompt."""
+    """Text that was encoded for each prompt."""
 
     def check(self, rows: int, pipeline: str) -> None:
         """Raises TapError if the U-Net runs with other rows than this call's images, once or (under guidance) twice."""
@@ -129,7 +129,7 @@ class PipelineCalls:
         return result
 
     def encoded(self, prompt: str) -> EncodedText:
-        """What the pipeline encodes for a prompt.
+        """Return the text that the pipeline encodes for a prompt.
 
         Raises TapError if its two tokenizers would make two texts of it, whose tokens have no common positions.
         """

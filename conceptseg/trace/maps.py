@@ -1,4 +1,4 @@
-"""What a trace gives: heat maps of a prompt's tokens and words, as masks, overlays and overlaps."""
+"""Results of a trace: heat maps of a prompt's tokens and words, as masks, overlays and overlaps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WordMap:
     values: Float[Tensor, "X Y"]
 
     def expanded(self, size: tuple[int, int], absolute: bool = False, threshold: float | None = None) -> Float[Tensor, "H W"]:
-        """The map at another size (rows, columns), bicubic and not cut at 0; scaled to 0..1 unless `absolute`; 0 or 1 with a cut.
+        """Resize the map to (rows, columns), bicubic and not cut at 0; scaled to 0..1 unless `absolute`; 0 or 1 with a threshold.
 
         Source: castorini/daam at 09564e0, daam/heatmap.py, which hands (width, height) to (rows, columns);
         a cut of 0 is no cut there.
@@ -38,8 +38,10 @@ class WordMap:
         return (wide > threshold).float() if threshold else wide
 
     def mask(self, size: tuple[int, int], threshold: float = 0.4, rule: MaskRule = "paper") -> Float[Tensor, "H W"]:
-        """Where the word is, 0 or 1. "paper": at least threshold · greatest value; "released": above it after min-max scaling;
-        "mean": above the map's own mean.
+        """Return the word's mask at (rows, columns), 0 or 1.
+
+        rule: "paper": at least threshold · greatest value; "released": above the threshold after min-max scaling; "mean": above
+        the map's own mean.
         """
         wide = self.expanded(size, absolute=True)
         if rule == "released":
@@ -47,7 +49,10 @@ class WordMap:
         return (wide > wide.mean() if rule == "mean" else wide >= threshold * wide.max()).float()
 
     def overlay(self, image: Image.Image | np.ndarray) -> Image.Image:
-        """The map in colours, the picture over it, the more opaque the less the word is there."""
+        """Draw the map in colours under the picture, which is the more opaque the less the word is there.
+
+        image: a picture, or an array [H W 3] in 0..255.
+        """
         from matplotlib import colormaps
 
         photo = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image, dtype=np.float32)
@@ -69,7 +74,7 @@ class PromptMaps:
     tokenizer: Any
     token_match: str = "exact"
     converted: Callable[[str], str] = str
-    """What is encoded for a text, where that is not the text itself: a textual inversion of several vectors is written out."""
+    """Map a text to the text that is encoded for it. The two differ for a textual inversion of several vectors."""
 
     def token_map(self, positions: Sequence[int], name: str = "") -> WordMap:
         """Mean of the maps of some token positions (0 is the start token). Raises ViewError for a position without a map."""

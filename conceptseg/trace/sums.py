@@ -1,4 +1,4 @@
-"""What a trace holds while the pipeline runs: sums of the maps of every (layer, head), or one map of all of them."""
+"""State of a trace while the pipeline runs: a sum of maps per (layer, head), or one running map over all of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RunningSums:
         self.layers: dict[int, Float[Tensor, "I A K h w"]] = {}
 
     def add(self, layer: int, maps: Float[Tensor, "I A K h w"], heads: slice, count: int) -> None:
-        """Add the maps of some of a layer's `count` heads."""
+        """Add the maps of some of a layer's `count` heads: I images, A heads, K tokens, a grid of h x w cells."""
         if layer not in self.layers:
             images, _, tokens, height, width = maps.shape
             self.layers[layer] = maps.new_zeros((images, count, tokens, height, width))
@@ -42,7 +42,7 @@ class RunningSums:
         upsampling: str = "bicubic_clamped",
         space_reduce: SpaceReduce = "pairs",
     ) -> Float[Tensor, "K X Y"]:
-        """Every chosen pair's map at one size, averaged over the pairs, or over each grid's pairs and then over grids.
+        """Average the maps of the chosen (layer, head) pairs of one image at one size, or of each grid's pairs and then of grids.
 
         One pair is enlarged at a time. Raises ViewError if none is chosen. Source: castorini/daam at 09564e0, daam/trace.py.
         """
@@ -92,7 +92,7 @@ class RunningMap:
         self._pairs = 0
 
     def add(self, maps: Float[Tensor, "I a K h w"], size: tuple[int, int], upsampling: str) -> None:
-        """Add the maps of some pairs in the step under way."""
+        """Add the maps of some (layer, head) pairs in the current step: I images, a heads, K tokens."""
         if not (self.holds_sum or self.holds_steps):
             return
         one = upsample(maps, size, upsampling).sum(1)

@@ -1,4 +1,4 @@
-"""What a tower's blocks hold during one forward pass of the host, kept for methods that walk back through all of it."""
+"""Activations of a tower's blocks in one forward pass of the host, kept for methods that propagate back through it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the vision transformers share: single-file weights, images at one size, and outputs that can be explained."""
+"""Base class of vision transformers: single-file weights, images at one size, and outputs that can be explained."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class ImageEncoder(Backbone):
         self.forward_passes = 0
 
     def identity(self) -> dict[str, Any]:
-        """What of this backbone changes the numbers, for the run id; the device does not belong to it."""
+        """Return the settings of this backbone that change numbers, for the run id. The device is not one of them."""
         return {
             "class": self.family, **self.checkpoint.identity(), "dtype": str(self.dtype), "image_size": self._image_size,
             "resize": self.resize, "position_resize": self.position_resize, "mean": self._mean, "std": self._std,
@@ -158,7 +158,7 @@ class ImageEncoder(Backbone):
 
     @abstractmethod
     def predicted(self, output: Float[Tensor, "B k"]) -> Explained:
-        """The model's own most probable label, from its output."""
+        """Return the most probable label of each image from the model's outputs, [B k]."""
 
     @abstractmethod
     def named(self, names: Sequence[str]) -> Explained:
@@ -166,7 +166,7 @@ class ImageEncoder(Backbone):
 
     @abstractmethod
     def score(self, output: Float[Tensor, "B k"], explained: Explained) -> Float[Tensor, " B"]:
-        """The explained output itself: a logit before softmax, or the cosine of image and text."""
+        """Return the explained output of each image, [B]: a logit before softmax, or the cosine of image and text."""
 
     def images(self, tasks: Sequence[Task]) -> Float[Tensor, "B 3 H W"]:
         """Return the images shown to the model, normalised; resized in float64, so that every machine shows the same bits."""
@@ -175,8 +175,11 @@ class ImageEncoder(Backbone):
         mean, std = (torch.tensor(v)[:, None, None] for v in (self._mean or native_mean, self._std or native_std))
         return ((stacked - mean) / std).to(self.device, self.dtype)
 
-    def run(self, images: Float[Tensor, "B 3 H W"], taps: TapSet | None = None) -> Tensor:
-        """One forward pass. With taps that stop it early, the last thing it gave is lost and an empty tensor comes back."""
+    def run(self, images: Float[Tensor, "B 3 H W"], taps: TapSet | None = None) -> Float[Tensor, "B ..."]:
+        """Run one forward pass on normalised images and return the model's output, [B k].
+
+        Taps that stop the pass early lose the output; [B 0] comes back.
+        """
         self.forward_passes += 1
         if taps is None:
             return self.model(images)
@@ -214,8 +217,9 @@ def checkpoint_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 
 
 def checkpoint_weights(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
-    """A state dict: safetensors, or a pickled one (.pth, .bin) read without running code.
+    """Read a state dict: safetensors, or a pickled one (.pth, .bin) without running code.
 
+    Returns tensors [...] by parameter name, each shaped like its parameter. Raises ConfigError for a file that can't be read.
     Of a pickled checkpoint, the teacher of a self-distilled pair is taken, and the prefixes of wrappers are dropped.
     """
     path = checkpoint_file(checkpoint, name)
@@ -238,7 +242,7 @@ def checkpoint_weights(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], checkpoint: Checkpoint, config: str) -> None:
-    """Raises ConfigError when weights and model are not of one kind."""
+    """Load tensors [...] by parameter name, each shaped like its parameter. Raises ConfigError if names or shapes differ."""
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

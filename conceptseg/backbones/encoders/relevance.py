@@ -30,8 +30,11 @@ from conceptseg.errors import ConfigError, TapError, did_you_mean
 RULES = ("new", "orig")
 
 
-def safe_divide(top: Tensor, bottom: Tensor) -> Tensor:
-    """top / (bottom + 1e-9), and 0 where bottom is 0. The offset does not follow the sign of bottom: it is the reference's."""
+def safe_divide(top: Float[Tensor, "*n"], bottom: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """Return top / (bottom + 1e-9), entry by entry, and 0 where bottom is 0.
+
+    The offset does not follow the sign of bottom, as in the reference.
+    """
     shifted = bottom + 1e-9
     # Choosing entry by entry costs more than dividing, and few calls hold a zero: look for one first.
     if int(torch.count_nonzero(bottom * shifted)) == shifted.numel():
@@ -48,13 +51,17 @@ class LinearRelevance(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Weights, value: Tensor, joint: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Float[Tensor, "*n i"], weights: Weights, value: Float[Tensor, "*n o"], joint: bool
+    ) -> Float[Tensor, "*n o"]:
+        """Return the known output, value = x W^T + b."""
         ctx.save_for_backward(x, value)
         ctx.weights, ctx.joint = weights, joint
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, *relevances: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *relevances: Float[Tensor, "*n o"]) -> tuple[Float[Tensor, "*n i"] | None, ...]:
+        """Return the relevance of x from that of the output, and None for the other arguments."""
         (relevance,) = relevances
         x, value = ctx.saved_tensors
         weight, above, below = ctx.weights.weight, x.clamp(min=0), x.clamp(max=0)
@@ -89,13 +96,15 @@ class AddRelevance(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, rescale: bool) -> Tensor:
+    def forward(ctx: Any, a: Float[Tensor, "B ..."], b: Float[Tensor, "B ..."], rescale: bool) -> Float[Tensor, "B ..."]:
+        """Return a + b."""
         ctx.save_for_backward(a, b)
         ctx.rescale = rescale
         return a + b
 
     @staticmethod
-    def backward(ctx: Any, *relevances: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *relevances: Float[Tensor, "B ..."]) -> tuple[Float[Tensor, "B ..."] | None, ...]:
+        """Return the relevance of a and of b from that of the sum, and None for `rescale`."""
         (relevance,) = relevances
         a, b = ctx.saved_tensors
         share = safe_divide(relevance, a + b)
@@ -112,13 +121,15 @@ class MatmulRelevance(torch.autograd.Function):
     """a @ b; each factor gets itself times the gradient of R / (a @ b), halved."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Any, a: Float[Tensor, "*n i k"], b: Float[Tensor, "*n k j"]) -> Float[Tensor, "*n i j"]:
+        """Return a @ b."""
         product = a @ b
         ctx.save_for_backward(a, b, product)
         return product
 
     @staticmethod
-    def backward(ctx: Any, *relevances: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *relevances: Float[Tensor, "*n i j"]) -> tuple[Float[Tensor, "*n _ _"] | None, ...]:
+        """Return the relevance of a, [*n i k], and of b, [*n k j], from that of the product."""
         (relevance,) = relevances
         a, b, product = ctx.saved_tensors
         share = safe_divide(relevance, product).mul_(0.5)
@@ -131,12 +142,14 @@ class CloneRelevance(torch.autograd.Function):
     """A tensor read `times` over: x times the sum of R / x, so that an activation of exactly 0 loses its relevance."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, times: int) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Float[Tensor, "*n"], times: int) -> tuple[Float[Tensor, "*n"], ...]:
+        """Return x `times` over."""
         ctx.save_for_backward(x)
         return tuple(x.detach() for _ in range(times))
 
     @staticmethod
-    def backward(ctx: Any, *relevances: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *relevances: Float[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"] | None, ...]:
+        """Return the relevance of x from those of its copies, and None for `times`."""
         (x,) = ctx.saved_tensors
         return safe_divide(sum(relevances), x).mul_(x), None  # type: ignore[arg-type]
 
@@ -145,20 +158,22 @@ class PassedRelevance(torch.autograd.Function):
     """Any function of a known value whose relevance passes unchanged: layer norm, GELU, softmax of the scaled scores."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Float[Tensor, "*n"], value: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Return the known value of the function at x."""
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, *relevances: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *relevances: Float[Tensor, "*n"]) -> tuple[Float[Tensor, "*n"] | None, ...]:
+        """Return the relevance of the value as that of x, and None for the value."""
         return relevances[0], None
 
 
 def patch_relevance(
     image: Float[Tensor, "B 3 H W"], relevance: Float[Tensor, "B L d"], patch: Weights, grid: tuple[int, int]
 ) -> Float[Tensor, "B H W"]:
-    """Relevance of the pixels, summed over colours: the z^B rule with bounds at each image's least and greatest value.
+    """Return the relevance of the pixels, summed over colours: the z^B rule, bounded by each image's least and greatest value.
 
-    Signed, not clamped; the bias takes no part.
+    image: normalised. relevance: that of the L = h·w patch tokens. Signed, not clamped; the bias takes no part.
     """
     weight = patch.weight
     positive, negative = weight.clamp(min=0), weight.clamp(max=0)
@@ -178,7 +193,7 @@ def patch_relevance(
 def token_relevance(
     tower: Tower, images: Float[Tensor, "B 3 H W"], relevance: Float[Tensor, "B T d"], rules: str
 ) -> Float[Tensor, "B T d"]:
-    """What is left of the first block's input's relevance for class token and patches beside the position embedding."""
+    """Return the share of the first block's input relevance that belongs to tokens rather than to the position embedding."""
     patches = conv2d(images, tower.patch.weight, tower.patch.bias, stride=tower.patch.weight.shape[-2:])
     patches = rearrange(patches, "B d h w -> B (h w) d")
     tokens = torch.cat([tower.class_token.expand(len(images), 1, -1), patches], dim=1).requires_grad_()
@@ -197,18 +212,21 @@ class RelevanceGraph:
     inputs: tuple[Float[Tensor, "B _ d"], ...]
     """Residual stream before each block, then the class token's after the last."""
 
-    def relevance_of(self, *tensors: Tensor, keep: bool = False) -> tuple[Tensor, ...]:
-        """Relevance that starts as 1 at the score; keep: the graph is used again."""
+    def relevance_of(self, *tensors: Float[Tensor, "B ..."], keep: bool = False) -> tuple[Float[Tensor, "B ..."], ...]:
+        """Return the relevance of tensors of this graph, each in its own shape; it starts as 1 at the score.
+
+        keep: keep the graph for another call.
+        """
         return torch.autograd.grad(self.score, tensors, torch.ones_like(self.score), retain_graph=keep)
 
 
 def relevance_graph(tower: Tower, activations: Activations, rows: Float[Tensor, "B r"], rules: str) -> RelevanceGraph:
-    """A second graph over what the host computed, from its first kept block on, whose way back hands down relevance.
+    """Build a second graph over the host's activations, from its first kept block on, whose backward pass is relevance.
 
-    Nothing is computed again but attention, which hosts don't show, and sums. rows: weights of the last linear map that end in
-    the explained output. The start is 1 at that output and 0 at the others, which then get nothing; so one row a sample is
-    enough. The division by an embedding's length (CLIP) passes relevance unchanged, as the norms do. Nor does anything reach
-    the last block's other tokens behind its attention, so they are left out there.
+    Only attention, which hosts don't expose, and sums are computed again. rows: for each image, the weights of the last linear
+    map that lead to the explained output. Relevance starts as 1 at that output and 0 at the others, so one row per image is
+    enough. The division by an embedding's length (CLIP) passes relevance unchanged, as the norms do. No relevance reaches the
+    last block's other tokens behind its attention, so they are left out there. Raises ConfigError for unknown rules.
     """
     if rules not in RULES:
         raise ConfigError(f'relevance rules: unknown "{rules}". {did_you_mean(rules, RULES)}')

@@ -21,7 +21,7 @@ from torch.nn.functional import interpolate, linear
 from conceptseg.backbones.taps import TapSet
 
 See = Callable[[Tensor], None]
-"""What a tap hands tokens [B T d] to."""
+"""Receiver of the tokens [B T d] that a tap reads."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +97,7 @@ class Tower:
         return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
 
     def class_attention(self, layer: int, normed: Float[Tensor, "B T d"]) -> Float[Tensor, "B A T"]:
-        """The class token's row of `attention`: what the other rows would cost is not paid."""
+        """Return the class token's row of `attention`, [batch, head, key], without computing the other rows."""
         q, k, _ = self.query_key_value(layer, normed)
         return torch.softmax(q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5, dim=-1)[:, :, 0]
 
@@ -112,7 +112,7 @@ class Tower:
         return into_heads @ values.mT
 
     def maps(self, tokens: Float[Tensor, "B L"]) -> Float[Tensor, "B h w"]:
-        """A number a patch as a picture."""
+        """Lay out one number per patch as a map; L = h·w, row-major."""
         return rearrange(tokens, "B (h w) -> B h w", h=self.grid[0], w=self.grid[1])
 
 

@@ -56,7 +56,7 @@ class TransformersBackbone(Backbone):
         self.forward_passes = 0
 
     def identity(self) -> dict[str, Any]:
-        """What of this backbone changes the numbers, for the run id; the device does not belong to it."""
+        """Return the settings of this backbone that change numbers, for the run id. The device is not one of them."""
         return {
             "class": self.architecture, **self.checkpoint.identity(), "dtype": str(self.dtype), "image_size": self.image_size,
             "resize": self.resize, "mean": list(self.mean), "std": list(self.std), "text_tokens": self.text_tokens,
@@ -97,7 +97,7 @@ class TransformersBackbone(Backbone):
         return found.input_ids.to(self.device), found.attention_mask.to(self.device)
 
     def images(self, tasks: Sequence[Task]) -> Float[Tensor, "B 3 H W"]:
-        """What the model is shown, normalised."""
+        """Return the images shown to the model, normalised."""
         stacked = stack_images([task.image for task in tasks], (self.image_size, self.image_size), self.resize)
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
         return ((stacked - mean) / std).to(self.device, self.dtype)

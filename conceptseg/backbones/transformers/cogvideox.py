@@ -141,8 +141,14 @@ class CogVideoXBackbone(MultiModalBackbone):
         return [(int(t) + 1) / 1000 for t in self.scheduler.timesteps] + [0.0]
 
     def stepped(
-        self, latents: Tensor, answer: Tensor, levels: Sequence[float], step: int, generators: Sequence[torch.Generator]
-    ) -> Tensor:
+        self,
+        latents: Float[Tensor, "R f c h w"],
+        answer: Float[Tensor, "R f c h w"],
+        levels: Sequence[float],
+        step: int,
+        generators: Sequence[torch.Generator],
+    ) -> Float[Tensor, "R f c h w"]:
+        """Take one step of the checkpoint's own solver from the model's velocity `answer`; levels are its timesteps / 1000."""
         times, scheduler = self.scheduler.timesteps, self.scheduler
         stepped: Tensor
         if type(scheduler).__name__ == "CogVideoXDDIMScheduler":
@@ -167,16 +173,18 @@ class CogVideoXBackbone(MultiModalBackbone):
         """Latent frames put before a video that is made, where tokens are several frames deep."""
         return -self._latent_frames % int(self.config.get("patch_size_t") or 1)
 
-    def images(self, latents: Tensor) -> Tensor:
+    def images(self, latents: Float[Tensor, "B f c h w"]) -> Float[Tensor, "B F 3 H W"]:
         with torch.inference_mode():
             z = latents[:, self._filling :].transpose(1, 2).to(self.vae_dtype) / self.vae.config["scaling_factor"]
             frames: Tensor = self.vae.decode(z, return_dict=False)[0].float().transpose(1, 2)
             return (frames / 2 + 0.5).clamp(0, 1)
 
-    def latents(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Videos [B 3 F H W] in 0..1 -> scaled latents [B f c h w]: the posterior's mean, or a sample with its generator.
+    def latents(
+        self, images: Float[Tensor, "B 3 *F H W"], generators: Sequence[torch.Generator] | None = None
+    ) -> Float[Tensor, "B f c h w"]:
+        """Encode videos in 0..1 as scaled latents: the posterior's mean, or one sample per video with its generator.
 
-        Images [B 3 H W] are videos of one frame.
+        Images without a frame axis F are videos of one frame.
         """
         self.check_size(images.shape[-2], images.shape[-1])
         images = images[:, :, None] if images.ndim == 4 else images
@@ -184,15 +192,19 @@ class CogVideoXBackbone(MultiModalBackbone):
             z = spread_out(self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)).latent_dist, generators)
         return z.transpose(1, 2) * self.vae.config["scaling_factor"]
 
-    def mix(self, noise: Tensor, latents: Tensor, level: float) -> Tensor:
+    def mix(
+        self, noise: Float[Tensor, "*#R c H W"], latents: Float[Tensor, "*#R c H W"], level: float
+    ) -> Float[Tensor, "*#R c H W"]:
         share = self.scheduler.alphas_cumprod[round(1000 * level) - 1].to(latents)
         return share.sqrt() * latents + (1 - share).sqrt() * noise
 
-    def grid(self, latents: Tensor) -> tuple[int, ...]:
+    def grid(self, latents: Float[Tensor, "R *c H W"]) -> tuple[int, ...]:
         patch, deep = int(self.config["patch_size"]), self.config.get("patch_size_t") or 1
         return latents.shape[1] // int(deep), latents.shape[-2] // patch, latents.shape[-1] // patch
 
-    def call(self, noisy: Tensor, level: Float[Tensor, " R"], prompts: Prompts, guidance: float) -> Tensor:
+    def call(
+        self, noisy: Float[Tensor, "R *c H W"], level: Float[Tensor, " R"], prompts: Prompts, guidance: float
+    ) -> Float[Tensor, "R ..."]:
         return self.transformer(
             hidden_states=noisy, encoder_hidden_states=prompts.hidden.to(self.dtype),
             timestep=(1000 * level).round().long() - 1, image_rotary_emb=self._rotary(self.grid(noisy)), return_dict=False,

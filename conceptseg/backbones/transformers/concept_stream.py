@@ -27,7 +27,7 @@ Vectors = tuple[Tensor, Tensor]
 
 @dataclass
 class StreamActivations:
-    """What one block yields for scoring, all before any output projection and before rotary embedding.
+    """Activations of one block for scoring, all before any output projection and before rotary embedding.
 
     R rows, A heads, C concept tokens, L image tokens, N text tokens; concept_* are [R C A d] or [R C A·d], image_* [R L A d] or
     [R L A·d], text_* [R N A d].
@@ -45,7 +45,7 @@ class StreamActivations:
     text_queries: Tensor
     text_keys: Tensor
     image_outputs_beside_concepts: Callable[[], Tensor]
-    """What image tokens would read if they attended to image and concepts instead of text; [R L A·d], computed when asked for."""
+    """Attention outputs of image tokens that attend to image and concepts instead of text, [R L A·d]; computed on demand."""
     project_concepts: Callable[[Tensor], Tensor]
     project_image: Callable[[Tensor], Tensor]
 
@@ -125,7 +125,7 @@ class ConceptTokens(TensorRows):
     present: Bool[Tensor, "B T"] | None = None
 
     def by_word(self, vectors: Float[Tensor, "R *A T d"]) -> Float[Tensor, "R *A C d"]:
-        """Vectors of words from vectors of tokens."""
+        """Return word vectors from vectors of the T tokens that travel; C words."""
         if self.words is None:
             return vectors
         shares = self.words.to(vectors)
@@ -165,7 +165,7 @@ class Heads:
     keys: Tensor
     values: Tensor
     rotate: Callable[[Tensor], Tensor] = lambda x: x
-    """What attention does to queries and keys before it multiplies them."""
+    """Rotary embedding that attention applies to queries and keys, [R n A d] -> [R n A d]."""
 
 
 class ConceptCarrier(ABC):
@@ -183,10 +183,10 @@ class ConceptCarrier(ABC):
 
     @abstractmethod
     def advance(self, layer: int, block: Any, image_outputs: Float[Tensor, "R L D"]) -> None:
-        """One block for the concepts: attention, scoring, residual update."""
+        """Run one block for the concepts: attention, scoring, residual update. image_outputs: before the output projection."""
 
     def image_rows(self, outputs: Float[Tensor, "R n D"]) -> Float[Tensor, "R L D"]:
-        """The image's own tokens among those that attention gave outputs for."""
+        """Select the L image tokens among the n tokens that attention gave outputs for."""
         return outputs
 
     def at_output(self, layer: int, block: Any) -> Callable[..., None]:
@@ -216,7 +216,7 @@ class ConceptCarrier(ABC):
             )
 
     def keep(self, name: str, change: Callable[[Tensor], Tensor] = lambda x: x) -> Callable[..., None]:
-        """A tap that remembers the concepts' rows of a module's output."""
+        """Return a tap that stores the concept rows of a module's output [B n ...] under `name`, after `change`."""
 
         def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             self.state[name] = change(output[self.stream.rows])
@@ -233,9 +233,10 @@ class ConceptCarrier(ABC):
         project_concepts: Callable[[Tensor], Tensor],
         project_image: Callable[[Tensor], Tensor],
     ) -> Float[Tensor, "R T D"]:
-        """Attention of the concepts in one block, handed to `on_block`; ends the forward pass after the last layer.
+        """Compute the concepts' attention outputs in one block, pass them to `on_block`, and stop after the last layer.
 
-        text: the prompt's own queries and keys, before rotation, for whoever scores those.
+        text: the prompt's own queries and keys, before rotation, for methods that score them. project_concepts, project_image:
+        output projections, [R n D] -> [R n D]. Raises TapError if the image has other tokens than its grid.
         """
         stream = self.stream
         if self.image_tokens and image_outputs.shape[1] != self.image_tokens:
@@ -270,7 +271,7 @@ class ConceptCarrier(ABC):
 
 
 def by_heads(x: Float[Tensor, "R n D"], attention: Any) -> Float[Tensor, "R n A d"]:
-    """Tokens' vectors split into the heads of a stock attention module."""
+    """Split token vectors into the heads of a stock attention module; D = A·d."""
     return x.unflatten(-1, (attention.heads, -1))
 
 

@@ -23,7 +23,7 @@ from conceptseg.backbones.transformers.quantized_weights import is_rounded, stor
 from conceptseg.errors import ConfigError
 
 Conditions = tuple[float, float, int]
-"""What a modulation depends on: noise level, embedded guidance, and, to the last bit, how many rows are multiplied together."""
+"""Inputs of a modulation: noise level, embedded guidance, and (for bit equality) the number of rows multiplied together."""
 
 
 class FoldedModulation(nn.Module):
@@ -35,6 +35,7 @@ class FoldedModulation(nn.Module):
         self.conditions: Conditions = (0.0, 0.0, 0)
 
     def forward(self, activated: Float[Tensor, "R d"]) -> Float[Tensor, "R D"]:
+        """Return the modulation for the current conditions; the input is not read."""
         return self.constants[self.conditions]
 
 
@@ -69,7 +70,7 @@ class WeightFiles:
         return self._places
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of each, one in memory at a time, file by file. Raises ConfigError for a name that no file has."""
+        """Yield (name, tensor [...]) of each, one in memory at a time, file by file. Raises ConfigError for an unknown name."""
         by_file: dict[str, list[str]] = {}
         for name in names:
             if name not in self.places:

@@ -45,7 +45,7 @@ class FluxCarrier(DoubleBlockCarrier):
         text = kwargs["encoder_hidden_states"].shape[1]
         self.state["rotary"] = tuple(part[text:] for part in kwargs["image_rotary_emb"])
 
-    def rotate_image(self, x: Tensor) -> Tensor:
+    def rotate_image(self, x: Float[Tensor, "R n A d"]) -> Float[Tensor, "R n A d"]:
         from diffusers.models.embeddings import apply_rotary_emb
 
         return apply_rotary_emb(x, self.state["rotary"], sequence_dim=1)
@@ -138,7 +138,7 @@ class FluxBackbone(MultiModalBackbone):
             yield {"pooled": vector}
 
     def caption_vectors(self, captions: Sequence[str]) -> Float[Tensor, "B p"]:
-        """The captions' pooled CLIP vectors; each string is encoded once."""
+        """Return the captions' pooled CLIP vectors of width p; each string is encoded once."""
         for caption in captions:
             longest = int(self.clip_tokenizer.model_max_length)
             if (count := token_count(self.clip_tokenizer, caption)) > longest:
@@ -180,7 +180,7 @@ class FluxBackbone(MultiModalBackbone):
         prompts: Prompts,
         stream: ConceptStream | None = None,
         guidance: float = 0.0,
-    ) -> Tensor | None:
+    ) -> Float[Tensor, "R ..."] | None:
         if self.load == "encode_only":
             if stream is None or not stream.stop or isinstance(level, Tensor):
                 raise ConfigError(
@@ -193,7 +193,7 @@ class FluxBackbone(MultiModalBackbone):
 
     @torch.inference_mode()
     def _conditioning(self, model: Any, level: float, guidance: float, rows: int) -> Float[Tensor, "R d"]:
-        """What every modulation of one forward pass is made of, as the stock model forms it."""
+        """Return the vector that every modulation of one forward pass is made of, as the stock model computes it."""
         told = [level, guidance] if self.config.get("guidance_embeds") else [level]
         scaled = [torch.full((rows,), value, dtype=torch.float64, device=self.device).to(self.dtype) * 1000 for value in told]
         return model.time_text_embed(*scaled, self.zero_pooled(rows))
@@ -202,7 +202,9 @@ class FluxBackbone(MultiModalBackbone):
     def latent_channels(self) -> int:
         return int(self.config["in_channels"]) // 4
 
-    def call(self, noisy: Tensor, level: Float[Tensor, " R"], prompts: Prompts, guidance: float) -> Tensor:
+    def call(
+        self, noisy: Float[Tensor, "R *c H W"], level: Float[Tensor, " R"], prompts: Prompts, guidance: float
+    ) -> Float[Tensor, "R ..."]:
         rows, (h, w) = len(noisy), self.grid(noisy)
         pooled = self.zero_pooled(rows) if prompts.pooled is None else prompts.pooled.to(self.dtype)
         return self.transformer(
@@ -213,5 +215,5 @@ class FluxBackbone(MultiModalBackbone):
             return_dict=False,
         )[0]  # fmt: skip
 
-    def as_latents(self, velocity: Tensor, grid: tuple[int, ...]) -> Tensor:
+    def as_latents(self, velocity: Float[Tensor, "R ..."], grid: tuple[int, ...]) -> Float[Tensor, "R *c H W"]:
         return unpack(velocity, (grid[0], grid[1]))

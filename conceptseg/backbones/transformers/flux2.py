@@ -55,10 +55,10 @@ class Flux2Carrier(DoubleBlockCarrier):
         cosine, sine = (part.expand(x.shape[1], -1) for part in self.state[rotary])
         return apply_rotary_emb(x, (cosine, sine), sequence_dim=1)
 
-    def rotate_image(self, x: Tensor) -> Tensor:
+    def rotate_image(self, x: Float[Tensor, "R n A d"]) -> Float[Tensor, "R n A d"]:
         return self._rotate(x, "rotary")
 
-    def rotate_concepts(self, x: Tensor) -> Tensor:
+    def rotate_concepts(self, x: Float[Tensor, "R n A d"]) -> Float[Tensor, "R n A d"]:
         return self._rotate(x, "own_rotary")
 
     def modulation(self, block: Any) -> tuple[Tensor, ...]:
@@ -146,15 +146,17 @@ class Flux2Backbone(MultiModalBackbone):
         rows = [torch.stack([self.texts[word]["tokens"][self.concept_token] for word in row]) for row in names]
         return ConceptTokens(torch.stack(rows).to(self.device))
 
-    def latents(self, images: Float[Tensor, "B 3 H W"], generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Images in 0..1 -> latents [B 4c h w], a token a pixel, whitened by the autoencoder's running statistics."""
+    def latents(
+        self, images: Float[Tensor, "B 3 H W"], generators: Sequence[torch.Generator] | None = None
+    ) -> Float[Tensor, "B c h w"]:
+        """Encode images in 0..1 as latents, one token per latent pixel, whitened by the autoencoder's running statistics."""
         self.check_size(images.shape[-2], images.shape[-1])
         with torch.inference_mode():
             z = spread_out(self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)).latent_dist, generators)
         mean, spread = self._whitening(z)
         return (rearrange(z, "B c (h a) (w b) -> B (c a b) h w", a=2, b=2) - mean) / spread
 
-    def images(self, latents: Tensor) -> Tensor:
+    def images(self, latents: Float[Tensor, "B c h w"]) -> Float[Tensor, "B 3 H W"]:
         mean, spread = self._whitening(latents)
         z = rearrange(latents.float() * spread + mean, "B (c a b) h w -> B c (h a) (w b)", a=2, b=2)
         with torch.inference_mode():
@@ -169,7 +171,7 @@ class Flux2Backbone(MultiModalBackbone):
         self.check_size(height, width)
         return int(self.config["in_channels"]), height // self.pixels_per_token, width // self.pixels_per_token
 
-    def grid(self, latents: Tensor) -> tuple[int, ...]:
+    def grid(self, latents: Float[Tensor, "R *c H W"]) -> tuple[int, ...]:
         return latents.shape[-2], latents.shape[-1]
 
     def levels(self, steps: int, tokens: int) -> list[float]:
@@ -178,7 +180,9 @@ class Flux2Backbone(MultiModalBackbone):
         self.scheduler.set_timesteps(**self.sigmas(steps), mu=compute_empirical_mu(image_seq_len=tokens, num_steps=steps))
         return [float(sigma) for sigma in self.scheduler.sigmas]
 
-    def call(self, noisy: Tensor, level: Float[Tensor, " R"], prompts: Prompts, guidance: float) -> Tensor:
+    def call(
+        self, noisy: Float[Tensor, "R *c H W"], level: Float[Tensor, " R"], prompts: Prompts, guidance: float
+    ) -> Float[Tensor, "R ..."]:
         rows, (h, w) = len(noisy), self.grid(noisy)
         steps = [torch.arange(1), torch.arange(h), torch.arange(w), torch.arange(1)]
         text = [torch.arange(1)] * 3 + [torch.arange(prompts.hidden.shape[1])]
@@ -190,5 +194,5 @@ class Flux2Backbone(MultiModalBackbone):
             return_dict=False,
         )[0]  # fmt: skip
 
-    def as_latents(self, velocity: Tensor, grid: tuple[int, ...]) -> Tensor:
+    def as_latents(self, velocity: Float[Tensor, "R ..."], grid: tuple[int, ...]) -> Float[Tensor, "R *c H W"]:
         return rearrange(velocity, "B (h w) c -> B c h w", h=grid[0], w=grid[1])

@@ -18,7 +18,7 @@ from conceptseg.errors import ConfigError, one_of
 
 
 class LatentModel(LatentCheckpoint, ABC):
-    """What does not depend on text.
+    """Parts of a latent diffusion transformer that do not depend on text.
 
     image_size: multiples of `pixels_per_token`. weights: "full", in dtype, or "int8": the blocks' matrices rounded to eight
     bits (torchao), a variant with rows of its own.
@@ -67,15 +67,20 @@ class LatentModel(LatentCheckpoint, ABC):
 
     # ------------------------------------------------------------ images
 
-    def latents(self, images: Float[Tensor, "B 3 H W"], generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Images in 0..1 -> scaled latents [B c 2h 2w]: the posterior's mean, or a sample per image with its generator."""
+    def latents(
+        self, images: Float[Tensor, "B 3 H W"], generators: Sequence[torch.Generator] | None = None
+    ) -> Float[Tensor, "B *c h w"]:
+        """Encode images in 0..1 as scaled latents: the posterior's mean, or one sample per image with its generator.
+
+        h and w are latent pixels, two per token. Raises ConfigError for a size that tokens do not tile.
+        """
         self.check_size(images.shape[-2], images.shape[-1])
         with torch.inference_mode():
             z = spread_out(self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)).latent_dist, generators)
         return (z - (self.vae.config["shift_factor"] or 0.0)) * self.vae.config["scaling_factor"]
 
     def images(self, latents: Float[Tensor, "B *c h w"]) -> Float[Tensor, "B *f 3 H W"]:
-        """Scaled latents -> images in 0..1."""
+        """Decode scaled latents to images in 0..1; h and w are latent pixels, *f the frames of a video."""
         with torch.inference_mode():
             z = latents.to(self.vae_dtype) / self.vae.config["scaling_factor"] + (self.vae.config["shift_factor"] or 0.0)
             return (self.vae.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
@@ -109,8 +114,8 @@ class LatentModel(LatentCheckpoint, ABC):
     def latent_channels(self) -> int:
         return int(self.config["in_channels"])
 
-    def grid(self, latents: Tensor) -> tuple[int, ...]:
-        """Image tokens as the maps lay them out: (h, w), or (f, h, w) for video."""
+    def grid(self, latents: Float[Tensor, "R *c H W"]) -> tuple[int, ...]:
+        """Return the shape of the maps of these latents, in image tokens: (h, w), or (f, h, w) for video."""
         return latents.shape[-2] // 2, latents.shape[-1] // 2
 
     def fitting_size(self, height: int, width: int) -> tuple[int, int]:
@@ -136,24 +141,33 @@ class LatentModel(LatentCheckpoint, ABC):
         return [float(sigma) for sigma in scheduler.sigmas]
 
     def sigmas(self, steps: int) -> dict[str, Any]:
-        """What the family's pipeline asks of its scheduler beyond the number of steps: levels evenly spaced before any shift."""
+        """Return the family's scheduler arguments beside the number of steps: levels evenly spaced before any shift."""
         return {"sigmas": torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()}
 
-    def guided(self, without: Tensor, with_caption: Tensor, guidance: float) -> Tensor:
-        """The answer that classifier-free guidance of this strength makes of the model's two."""
+    def guided(
+        self, without: Float[Tensor, "R ..."], with_caption: Float[Tensor, "R ..."], guidance: float
+    ) -> Float[Tensor, "R ..."]:
+        """Combine the outputs without and with the caption by classifier-free guidance of this strength, all of one shape."""
         return without + guidance * (with_caption - without)
 
     def stepped(
-        self, latents: Tensor, answer: Tensor, levels: Sequence[float], step: int, generators: Sequence[torch.Generator]
-    ) -> Tensor:
-        """Latents one step nearer to the image: Euler's step along the velocity of flow matching.
+        self,
+        latents: Float[Tensor, "R *c H W"],
+        answer: Float[Tensor, "R *c H W"],
+        levels: Sequence[float],
+        step: int,
+        generators: Sequence[torch.Generator],
+    ) -> Float[Tensor, "R *c H W"]:
+        """Take one denoising step: Euler's step along the velocity `answer` of flow matching, levels[step] -> levels[step + 1].
 
-        generators: each image's own, for solvers that draw noise on the way.
+        generators: one per image, for solvers that draw noise in each step.
         """
         return latents + (levels[step + 1] - levels[step]) * answer
 
-    def mix(self, noise: Tensor, latents: Tensor, level: float) -> Tensor:
-        """Latents at a noise level in 0..1, on the straight line from image to noise that flow matching takes."""
+    def mix(
+        self, noise: Float[Tensor, "*#R c H W"], latents: Float[Tensor, "*#R c H W"], level: float
+    ) -> Float[Tensor, "*#R c H W"]:
+        """Return noisy latents at a level in 0..1, on the straight line from image to noise that flow matching takes."""
         return level * noise + (1 - level) * latents
 
 

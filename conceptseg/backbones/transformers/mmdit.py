@@ -1,4 +1,4 @@
-"""What the multi-modal diffusion transformers share beside latents: text once a string, and one denoiser call."""
+"""Base class of multi-modal diffusion transformers: text encoded once per string, and one denoiser call."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class MultiModalBackbone(LatentModel):
         return sorted(names - {"self", "model", "settings"})
 
     def identity(self) -> dict[str, Any]:
-        """What of this backbone changes the numbers, for the run id; the device does not belong to it."""
+        """Return the settings of this backbone that change numbers, for the run id. The device is not one of them."""
         return {
             "class": self.kind, **self.settings_identity(),
             "text_tokens": self.text_tokens, "concept_pooling": self.concept_pooling,
@@ -88,7 +88,7 @@ class MultiModalBackbone(LatentModel):
         }  # fmt: skip
 
     def text_identity(self) -> dict[str, Any]:
-        """What embedded texts depend on."""
+        """Return the settings that embedded texts depend on."""
         return {
             "class": self.kind, **self.checkpoint.identity(), "dtype": str(self.dtype), "text_tokens": self.text_tokens,
         }  # fmt: skip
@@ -137,7 +137,7 @@ class MultiModalBackbone(LatentModel):
         check_length(self.tokenizer, [string], self.text_tokens, "extractor.backbone.text_tokens")
 
     def texts_of(self, caption: str, words: Sequence[str]) -> set[str]:
-        """What is encoded for one image that is said to show the caption and is asked for the words."""
+        """Return the strings that are encoded for one image with this caption and these words."""
         return {caption, *words}
 
     def encode_all(self, strings: Iterable[str]) -> None:
@@ -188,7 +188,7 @@ class MultiModalBackbone(LatentModel):
         return pooled_tokens([[self._word_tokens(word) for word in row] for row in names], self.concept_pooling)
 
     def concept_pooled(self, rows: int) -> Float[Tensor, "R p"] | None:
-        """The pooled vector that modulates concepts, in families that make a modulation of their own for them."""
+        """Return the pooled vector that modulates concepts; None in families where the prompt's modulation does."""
         return None
 
     def word_places(self, words: Sequence[str]) -> list[range]:
@@ -235,11 +235,13 @@ class MultiModalBackbone(LatentModel):
     # ------------------------------------------------------------ one denoiser call
 
     @abstractmethod
-    def call(self, noisy: Tensor, level: Float[Tensor, " R"], prompts: Prompts, guidance: float) -> Tensor:
-        """The stock model's answer to noisy latents [R c H W] at levels in 0..1, as it gives it."""
+    def call(
+        self, noisy: Float[Tensor, "R *c H W"], level: Float[Tensor, " R"], prompts: Prompts, guidance: float
+    ) -> Float[Tensor, "R ..."]:
+        """Return the stock model's output, in its own layout, for noisy latents at levels in 0..1."""
 
-    def as_latents(self, velocity: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """The answer in the shape of the latents."""
+    def as_latents(self, velocity: Float[Tensor, "R ..."], grid: tuple[int, ...]) -> Float[Tensor, "R *c H W"]:
+        """Return the output of `call` in the layout of the latents; grid: the map's shape in tokens."""
         return velocity
 
     def denoise(
@@ -249,8 +251,11 @@ class MultiModalBackbone(LatentModel):
         prompts: Prompts,
         stream: ConceptStream | None = None,
         guidance: float = 0.0,
-    ) -> Tensor | None:
-        """One forward pass at noise level t in 0..1. Returns the velocity, or None if the stream stopped it early."""
+    ) -> Float[Tensor, "R ..."] | None:
+        """Run one forward pass on noisy latents at noise level t in 0..1.
+
+        Returns the velocity in the model's own layout (see `as_latents`), or None if the stream stopped the pass early.
+        """
         levels = torch.as_tensor(level, dtype=torch.float64, device=self.device).expand(len(noisy))
         self.forward_passes += 1
         with torch.inference_mode():

@@ -45,7 +45,7 @@ class Prompts(TensorRows):
 
 
 def padded(texts: Sequence[Float[Tensor, "_ d"]]) -> Prompts:
-    """Texts of several lengths as one batch, with a mask where they differ."""
+    """Stack texts, [N d] each, as one batch padded to the longest, with a mask if lengths differ."""
     lengths = torch.tensor([len(text) for text in texts])
     hidden = pad_sequence(list(texts), batch_first=True)
     present = torch.arange(hidden.shape[1]) < lengths[:, None]

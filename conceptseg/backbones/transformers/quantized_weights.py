@@ -43,7 +43,7 @@ def is_rounded(module: nn.Module, path: str) -> bool:
 
 
 def stored_bytes(tensor: Tensor) -> int:
-    """Bytes that a weight takes, of a rounded one those of its integers and scales."""
+    """Return the bytes of a weight of any shape, [...]; for a rounded one, those of its integers and scales."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return tensor.numel() * tensor.dtype.itemsize
     whole: Any = tensor

@@ -52,10 +52,10 @@ class QwenImageCarrier(DoubleBlockCarrier):
 
         return apply_rotary_emb_qwen(x, self.state[rotary].expand(x.shape[1], -1), use_real=False)
 
-    def rotate_image(self, x: Tensor) -> Tensor:
+    def rotate_image(self, x: Float[Tensor, "R n A d"]) -> Float[Tensor, "R n A d"]:
         return self._rotate(x, "image_rotary")
 
-    def rotate_concepts(self, x: Tensor) -> Tensor:
+    def rotate_concepts(self, x: Float[Tensor, "R n A d"]) -> Float[Tensor, "R n A d"]:
         return self._rotate(x, "concept_rotary")
 
     def modulation(self, block: Any) -> tuple[Tensor, ...]:
@@ -89,8 +89,10 @@ class QwenImageBackbone(MultiModalBackbone):
         self.encode_text(captions)
         return padded([self.texts[caption]["tokens"].to(self.device) for caption in captions])
 
-    def latents(self, images: Float[Tensor, "B 3 H W"], generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Images in 0..1 -> latents [B c 2h 2w], whitened by the autoencoder's published statistics."""
+    def latents(
+        self, images: Float[Tensor, "B 3 H W"], generators: Sequence[torch.Generator] | None = None
+    ) -> Float[Tensor, "B c h w"]:
+        """Encode images in 0..1 as latents, whitened by the autoencoder's published statistics."""
         self.check_size(images.shape[-2], images.shape[-1])
         with torch.inference_mode():
             given = (2 * images - 1).to(self.device, self.vae_dtype)[:, :, None]
@@ -98,7 +100,7 @@ class QwenImageBackbone(MultiModalBackbone):
         mean, spread = self._whitening(z)
         return (z[:, :, 0] - mean) / spread
 
-    def images(self, latents: Tensor) -> Tensor:
+    def images(self, latents: Float[Tensor, "B c h w"]) -> Float[Tensor, "B 3 H W"]:
         mean, spread = self._whitening(latents)
         with torch.inference_mode():
             z = (latents.float() * spread + mean).to(self.vae_dtype)[:, :, None]
@@ -117,12 +119,16 @@ class QwenImageBackbone(MultiModalBackbone):
     def latent_channels(self) -> int:
         return int(self.config["in_channels"]) // 4
 
-    def guided(self, without: Tensor, with_caption: Tensor, guidance: float) -> Tensor:
-        """As its pipeline does: every token of the mixture as long as it is with the caption."""
+    def guided(
+        self, without: Float[Tensor, "R ..."], with_caption: Float[Tensor, "R ..."], guidance: float
+    ) -> Float[Tensor, "R ..."]:
+        """Combine the two outputs [R L d] as the pipeline does: rescale every token to its length with the caption."""
         mixed = super().guided(without, with_caption, guidance)
         return mixed * (with_caption.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True))
 
-    def call(self, noisy: Tensor, level: Float[Tensor, " R"], prompts: Prompts, guidance: float) -> Tensor:
+    def call(
+        self, noisy: Float[Tensor, "R *c H W"], level: Float[Tensor, " R"], prompts: Prompts, guidance: float
+    ) -> Float[Tensor, "R ..."]:
         h, w = self.grid(noisy)
         return self.transformer(
             hidden_states=pack(noisy), encoder_hidden_states=prompts.hidden.to(self.dtype),
@@ -130,5 +136,5 @@ class QwenImageBackbone(MultiModalBackbone):
             img_shapes=[[(1, h, w)]] * len(noisy), return_dict=False,
         )[0]  # fmt: skip
 
-    def as_latents(self, velocity: Tensor, grid: tuple[int, ...]) -> Tensor:
+    def as_latents(self, velocity: Float[Tensor, "R ..."], grid: tuple[int, ...]) -> Float[Tensor, "R *c H W"]:
         return unpack(velocity, (grid[0], grid[1]))

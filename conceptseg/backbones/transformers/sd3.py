@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -98,8 +98,8 @@ def encode_prompts(
     return torch.cat([pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5], 1), torch.cat(pooled, -1)
 
 
-def token_ids(tokenizer: Any, prompts: Sequence[str], length: int, encoder: nn.Module) -> Tensor:
-    """Padded token ids [B length] on the encoder's device."""
+def token_ids(tokenizer: Any, prompts: Sequence[str], length: int, encoder: nn.Module) -> Int[Tensor, "B N"]:
+    """Return token ids, padded to N = length, on the encoder's device."""
     found = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
     return found.to(next(encoder.parameters()).device)
 
@@ -251,14 +251,16 @@ class SD3Backbone(MultiModalBackbone):
     def largest_grid(self) -> int | None:
         return int(self.config["pos_embed_max_size"])
 
-    def grid(self, latents: Tensor) -> tuple[int, ...]:
+    def grid(self, latents: Float[Tensor, "R *c H W"]) -> tuple[int, ...]:
         patch = int(self.config["patch_size"])
         return latents.shape[-2] // patch, latents.shape[-1] // patch
 
     def sigmas(self, steps: int) -> dict[str, Any]:
         return {}
 
-    def call(self, noisy: Tensor, level: Float[Tensor, " R"], prompts: Prompts, guidance: float) -> Tensor:
+    def call(
+        self, noisy: Float[Tensor, "R *c H W"], level: Float[Tensor, " R"], prompts: Prompts, guidance: float
+    ) -> Float[Tensor, "R ..."]:
         assert prompts.pooled is not None
         return self.transformer(
             hidden_states=noisy, encoder_hidden_states=prompts.hidden.to(self.dtype),

@@ -118,7 +118,7 @@ class ZImageBackbone(MultiModalBackbone):
             yield {"tokens": tokens, "start": torch.tensor(len(before)), "length": torch.tensor(len(own))}
 
     def _before_content(self) -> str:
-        """What a chat message says before its content."""
+        """Return the part of a chat message before its content."""
         mark = "\0"
         message: str = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True, enable_thinking=True
@@ -129,7 +129,9 @@ class ZImageBackbone(MultiModalBackbone):
         self.encode_text(captions)
         return padded([self.texts[caption]["tokens"].to(self.device) for caption in captions])
 
-    def call(self, noisy: Tensor, level: Float[Tensor, " R"], prompts: Prompts, guidance: float) -> Tensor:
+    def call(
+        self, noisy: Float[Tensor, "R *c H W"], level: Float[Tensor, " R"], prompts: Prompts, guidance: float
+    ) -> Float[Tensor, "R ..."]:
         texts = list(prompts.hidden.to(self.dtype))
         if prompts.present is not None:
             texts = [text[here] for text, here in zip(texts, prompts.present, strict=True)]

@@ -81,7 +81,7 @@ def cross_attentions(config: Mapping[str, Any]) -> tuple[CrossAttention, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """What one layer yields in one forward pass: queries and keys split into heads, before any scaling."""
+    """Queries and keys of one layer in one forward pass, split into heads, before any scaling."""
 
     layer: CrossAttention
     attention: nn.Module
@@ -92,7 +92,7 @@ class Attended:
 
     @property
     def scale(self) -> float:
-        """What logits are multiplied with."""
+        """Factor of the attention logits."""
         return float(getattr(self.attention, "scale", self.queries.shape[-1] ** -0.5))
 
     def probabilities(

@@ -39,5 +39,5 @@ def write_tokens(file: Path, tokens: Mapping[str, Float[Tensor, "2 d"]], model: 
 
 
 def digest_of(file: Path) -> str:
-    """What names a file of tokens in a run id."""
+    """Return the digest that names a file of tokens in a run id."""
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from conceptseg.backbones.latent_checkpoint import LatentCheckpoint
@@ -47,7 +47,7 @@ class UNetBackbone(LatentCheckpoint):
     # ------------------------------------------------------------ what it is
 
     def identity(self) -> dict[str, Any]:
-        """What of this backbone changes the numbers, for the run id; the device does not belong to it."""
+        """Return the settings of this backbone that change numbers, for the run id. The device is not one of them."""
         return {"class": "unet", **self.settings_identity()}
 
     @cached_property
@@ -110,7 +110,7 @@ class UNetBackbone(LatentCheckpoint):
 
     @cached_property
     def signal_shares(self) -> Float[Tensor, " steps"]:
-        """ᾱ of every training step: the share of an image's variance that is left."""
+        """Return ᾱ of every training step, in 0..1: the share of an image's variance that is left."""
         from diffusers import DDIMScheduler
 
         # Any diffusion scheduler's config holds the betas.
@@ -156,7 +156,10 @@ class UNetBackbone(LatentCheckpoint):
         return self.texts[string]["tokens"][: len(tokens)].to(self.device)
 
     def conditions(self, strings: Sequence[str], pixels: tuple[int, int]) -> dict[str, Tensor] | None:
-        """SDXL's further conditioning for images of this size without a crop; None for other models."""
+        """Return SDXL's further conditioning for images of (height, width) pixels without a crop; None for other models.
+
+        "text_embeds" [B p] is the pooled text, "time_ids" [B 6] the size, the crop's corner and the size again.
+        """
         if not self.is_xl:
             return None
         self.encode_text(strings)
@@ -165,7 +168,10 @@ class UNetBackbone(LatentCheckpoint):
         return {"text_embeds": pooled, "time_ids": ids.expand(len(strings), 6)}
 
     def unconditional(self, rows: int, pixels: tuple[int, int]) -> tuple[Float[Tensor, "R T d"], dict[str, Tensor] | None]:
-        """What guidance compares with: the empty text, which SDXL replaces by zeros."""
+        """Return text and conditions (see `conditions`) of the unconditional pass: the empty text, which SDXL replaces by zeros.
+
+        "text_embeds" has shape [R p], "time_ids" [R 6].
+        """
         text, conditions = self.text([""] * rows), self.conditions([""] * rows, pixels)
         if conditions is None:
             return text, None
@@ -176,7 +182,10 @@ class UNetBackbone(LatentCheckpoint):
     def latents(
         self, images: Float[Tensor, "B 3 H W"], generators: Sequence[torch.Generator] | None = None
     ) -> Float[Tensor, "B c h w"]:
-        """Images in 0..1 -> scaled latents, float32: the posterior's mean, or a sample per image with its generator."""
+        """Encode images in 0..1 as scaled latents, float32: the posterior's mean, or one sample per image with its generator.
+
+        Raises ConfigError for a size that the coarsest grid does not tile.
+        """
         step = self.pixels_per_latent * 2 ** (len(self.config["block_out_channels"]) - 1)
         if images.shape[-2] % step or images.shape[-1] % step:
             near = max(step, round(images.shape[-1] / step) * step)
@@ -195,9 +204,9 @@ class UNetBackbone(LatentCheckpoint):
     def noised(
         self, latents: Float[Tensor, "*B c h w"], noise: Float[Tensor, "*B c h w"], step: int
     ) -> Float[Tensor, "*B c h w"]:
-        """sqrt(ᾱ) · latents + sqrt(1 - ᾱ) · noise at a training step.
+        """Return sqrt(ᾱ) · latents + sqrt(1 - ᾱ) · noise at a training step, 0..999.
 
-        What schedulers of sigma type (SDXL's Euler) give after scale_model_input, by another route.
+        Schedulers of sigma type (SDXL's Euler) give the same after scale_model_input.
         """
         share = self.signal_shares[step].to(latents.device)
         return share.sqrt() * latents + (1 - share).sqrt() * noise.to(latents)
@@ -207,12 +216,15 @@ class UNetBackbone(LatentCheckpoint):
     def denoise(
         self,
         noisy: Float[Tensor, "R c h w"],
-        step: int | Tensor,
+        step: int | Int[Tensor, "*n"],
         text: Float[Tensor, "R T d"],
         conditions: Mapping[str, Tensor] | None = None,
         *taps: CrossAttentionTap,
     ) -> Float[Tensor, "R c h w"] | None:
-        """One forward pass at a training step. Returns the U-Net's output, or None if a tap stopped it early."""
+        """Run one forward pass at a training step, 0..999. Returns the U-Net's output, or None if a tap stopped it early.
+
+        conditions: "text_embeds" [R p] and "time_ids" [R 6] of SDXL.
+        """
         model, added = self.unet, None
         if conditions is not None:
             added = {name: value.to(self.device, self.dtype) for name, value in conditions.items()}
