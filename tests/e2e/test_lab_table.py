@@ -53,9 +53,9 @@ def rows(computed):
 
 
 def tolerances():
-    """Column -> points that a machine may move it by, as docs/lab.md states them."""
+    """Column -> tolerance between machines in points, as docs/lab.md states it."""
     said = (REPO / "docs" / "lab.md").read_text(encoding="utf-8")
-    section = said[said.index("## What a machine may change") :].split("\n## ")[0]
+    section = said[said.index("## Tolerance between machines") :].split("\n## ")[0]
     return {name: float(points) for name, points in re.findall(r"^\| `([^`]+)` \|.*\| ([\d.]+) \|$", section, re.MULTILINE)}
 
 
