@@ -1,4 +1,4 @@
-"""How sharply the golden tensors judge: wrong rules, put into the package one at a time, against what correct ones may differ by.
+"""Sensitivity of the golden tests: faults, put into the package one at a time, against the allowed difference.
 
 Every row perturbs the package's own code (or the view, where the rule is one) and names the golden tensors that must notice. Each
 of them must be off by more than `WIDE` times what is allowed. `pytest -s` prints the table; docs/golden.md holds it.
@@ -284,12 +284,12 @@ ROWS = [
         lambda m: attention(m, lambda original, q, seen: original(q * q.shape[-1] ** 0.5, seen))),
     Row("concepts do not see each other", flux(), CONCEPTS,
         lambda m: attention(m, lambda original, q, seen: original(q, seen[1:]))),
-    Row("concepts told the caption's pooled vector", flux(), CONCEPTS,
+    Row("concepts modulated by the caption's pooled vector", flux(), CONCEPTS,
         lambda m: replaced(m, FluxCarrier, "_condition", told_the_captions_vector)),
-    Row("concepts of the port told zeros", lambda j: j.flux("port.gen_t0"), "*.concept_out_proj *.scores",
+    Row("concepts of the port modulated by zeros", lambda j: j.flux("port.gen_t0"), "*.concept_out_proj *.scores",
         lambda m: replaced(m, FluxCarrier, "_condition", lambda self, module, args, kwargs, output: self.state.update(
             temb=module.forward(*args[:-1], torch.zeros_like(args[-1]))))),
-    Row("image told a zero pooled vector", flux(), "*.velocity *.image_* *.scores_output",
+    Row("image modulated by a zero pooled vector", flux(), "*.velocity *.image_* *.scores_output",
         lambda m: replaced(m, FluxBackbone, "denoise", zeros_for_the_image)),
     Row("guidance left out for concepts", lambda j: j.guided_oracle(), "guided*",
         lambda m: replaced(m, FluxCarrier, "_condition", told_no_guidance)),
@@ -371,6 +371,6 @@ def test_what_is_wrong_is_far_outside(judges, row, monkeypatch):
 
 
 def test_the_documented_table_is_of_these_perturbations():
-    written = (Path(__file__).parents[2] / "docs" / "golden.md").read_text().split("## How sharp the judgement is")[1]
+    written = (Path(__file__).parents[2] / "docs" / "golden.md").read_text().split("## Sensitivity of the golden tests")[1]
     named = [line.split(" | ")[0].removeprefix("| ") for line in written.splitlines() if line.startswith("| ")]
-    assert [n for n in named if n not in ("what is wrong", "tensors")] == [*(row.name for row in ROWS), *RIGHT]
+    assert [n for n in named if n not in ("fault", "tensors")] == [*(row.name for row in ROWS), *RIGHT]
