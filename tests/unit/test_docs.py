@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -46,7 +47,14 @@ def test_the_tests_that_findings_name_exist():
     assert named and all(f"def {name}(" in source or (REPO / name).exists() or (REPO / "tests" / name).exists() for name in named)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="pip install -e '.[docs]'")
+def test_the_modules_of_the_api_reference_exist():
+    """A page of docs/reference names them by `::: module`."""
+    pages = sorted((DOCS / "reference").glob("*.md"))
+    named = [name for page in pages for name in re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.MULTILINE)]
+    assert len(named) > 70 and [name for name in named if not (REPO / name.replace(".", "/")).with_suffix(".py").exists()] == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocstrings") is None, reason="pip install -e '.[docs]'")
 def test_the_site_builds_without_a_warning(tmp_path):
     said = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
