@@ -231,7 +231,7 @@ class Block:
     @property
     def declared(self) -> tuple[tuple[str, str], ...]:
         """(heading, field of TableRow) of the declared properties that some row has: columns of the printed table."""
-        headings = (("told", "told"), ("trained on", "trained_on"), ("argmax", "argmax"))
+        headings = (("shown to the model", "told"), ("trained on", "trained_on"), ("argmax", "argmax"))
         return tuple((heading, name) for heading, name in headings if any(getattr(row, name) for row in self.rows))
 
     def cell(self, row: TableRow, column: Column) -> Cell | None:

@@ -18,7 +18,7 @@ from conceptseg.report.results import ABSENT, Block, Column, Results, TableRow, 
 
 WIDTH_OF_A_FILE = 120  # columns where output is no terminal
 _NAME_WIDTH = 18  # the least; names wrap
-_SHORT = {"told": "told", "trained_on": "data"}
+_SHORT = {"told": "shown", "trained_on": "data"}
 _CODES = {
     "told": {"nothing": "none", "own prediction": "own", "true name": "name", "name and prompt": "name+"},
     "trained_on": {

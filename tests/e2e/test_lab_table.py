@@ -85,8 +85,8 @@ READS = [
     "NACLIP", "ProxyCLIP, proxy the supervised ViT",
 ]  # fmt: skip
 READS_ONE = [
-    "output space, no softmax", "OVAM", "CLIP TextSpan", "CLIP TextSpan, told the class", "CLIP: LRP", "CLIP: partial LRP",
-    "CLIP: TransInterp", "LRP", "raw attention", "rollout", "TransInterp", "TransInterp, told the class",
+    "output space, no softmax", "OVAM", "CLIP TextSpan", "CLIP TextSpan, given the class", "CLIP: LRP", "CLIP: partial LRP",
+    "CLIP: TransInterp", "LRP", "raw attention", "rollout", "TransInterp", "TransInterp, given the class",
 ]  # fmt: skip
 READS_MANY = ["MaskCLIP"]
 NO_BETTER_THAN_THE_MIDDLE = {"ConceptAttention, value space", "attention GradCAM"}

@@ -101,10 +101,10 @@ def test_the_first_screen_has_the_headline_rows_under_the_headline_columns(tmp_p
     assert "[The lab](#the-lab), 5 rows, 1 of them not run: `conceptseg table=lab`" in first
 
 
-def test_what_methods_are_told_and_trained_on_are_columns_where_a_row_says_so(lab):
+def test_what_is_shown_to_methods_and_trained_on_are_columns_if_a_row_has_them(lab):
     assert "trained on" not in render(lab)
     text = render(made(row={"told": "true name", "trained_on": "images and captions", "argmax": "no"}))
-    assert "| row | provenance | told | trained on | argmax | n |" in text
+    assert "| row | provenance | shown to the model | trained on | argmax | n |" in text
     assert "| ConceptAttention | lab | true name | images and captions | no | 64 |" in text
     assert "| *centre prior* | control | \u2013 | \u2013 | \u2013 | 64 |" in text
 

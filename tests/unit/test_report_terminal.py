@@ -55,10 +55,10 @@ def test_what_methods_declare_is_abbreviated_before_a_table_is_broken_up_and_a_l
         row |= {"told": "name and prompt", "trained_on": "images and captions", "argmax": "yes"}
     data["blocks"][0]["rows"][0]["argmax"] = "no"
     wide, narrow = printed(data, 160), printed(data, 80)
-    assert re.search(r"ConceptAttention +lab +name and prompt +images and captions +yes", wide) and "told:" not in wide
+    assert re.search(r"ConceptAttention +lab +name and prompt +images and captions +yes", wide) and "shown:" not in wide
     assert re.search(r"ConceptAttention +lab +name\+ +text +64", narrow)
-    for line in ("told: name+ = name and prompt", "data (trained on): text = images and captions", "argmax: no (DAAM), else yes"):
-        assert line in narrow
+    shown, data = "shown (shown to the model): name+ = name and prompt", "data (trained on): text = images and captions"
+    assert shown in narrow and data in narrow and "argmax: no (DAAM), else yes" in narrow
 
 
 def test_a_failed_row_says_so():
@@ -68,11 +68,11 @@ def test_a_failed_row_says_so():
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 160])
-def test_what_methods_are_told_and_trained_on_is_printed_at_any_width(width):
+def test_what_is_shown_to_methods_and_trained_on_is_printed_at_any_width(width):
     data = plain_table()
     data["blocks"][0]["rows"][1] |= {"told": "name and prompt", "trained_on": "images and captions", "argmax": "yes"}
     text = printed(data, width)
-    assert all(word in text for word in ("told", "prompt", "trained on", "captions", "argmax"))
+    assert all(word in text for word in ("shown", "prompt", "trained on", "captions", "argmax"))
     assert max(len(line) for line in text.splitlines()) <= width and "56.1" in text
 
 
