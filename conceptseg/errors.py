@@ -10,7 +10,7 @@ from typing import Any
 
 
 class ConceptSegError(Exception):
-    """Base of all errors that a user can mend; the command line prints them without a traceback."""
+    """Base of all errors that a user can fix; the command line prints them without a traceback."""
 
 
 class ConfigError(ConceptSegError):

@@ -33,7 +33,7 @@ def digest(value: Any, length: int = 12) -> str:
 
 
 def run_id(identity: Mapping[str, Any]) -> str:
-    """Names what the model did: method, weights, data, what it was shown and told, seed. Read-outs are not part of it."""
+    """Name a run by everything that affects the model's output: method, weights, data, input, seed; not by read-outs."""
     return digest(dict(identity))
 
 

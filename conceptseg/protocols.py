@@ -1,4 +1,4 @@
-"""Protocols: named, versioned agreements on what a model is shown, what it is told, and how its answer is scored."""
+"""Protocols: named, versioned definitions of what is shown to the model and how its answer is scored."""
 
 from __future__ import annotations
 
@@ -167,13 +167,13 @@ class SegmentationProtocol:
             return Task(sample.key, image, truth, concepts, caption, (BACKGROUND, *classes))
         if self.select == "any" and len(present) > 1:
             named = ", ".join(words[v] for v in present)
-            return Excluded(sample.key, f"{len(present)} foreground classes ({named}), wanted at most one: only one is asked for")
+            return Excluded(sample.key, f"{len(present)} foreground classes ({named}), wanted at most one")
         if self.select == "one_class" and len(present) != 1:
             return Excluded(sample.key, f"{len(present)} foreground classes, wanted exactly one")
         if self.select == "two_labels" and (len(labels) > 2 or not present):
             return Excluded(sample.key, f"{len(labels)} labels after resizing, wanted at most two with one foreground class")
         if not present and not sample.words:
-            return Excluded(sample.key, "no foreground class is present, and the data set names no word to ask for")
+            return Excluded(sample.key, "no foreground class is present, and the data set names no word")
         word = words[present[-1]] if present else next(iter(words.values()))
         truth = np.where((truth != BACKGROUND) & (truth != VOID), 1, truth).astype(np.uint8)
         given = self.names.of(replace(sample, words={1: word}), {1: word})
@@ -195,7 +195,7 @@ class SegmentationProtocol:
         return resized[top : top + side, left : left + side]
 
     def _concepts(self, given: Sequence[tuple[str, int]], present: Sequence[int], key: str) -> Concepts:
-        # A class word that is also a background word (VOC's multi-class grounds, ImageNet's "person") is asked for once.
+        # A class word that is also a background word (VOC's multi-class grounds, ImageNet's "person") is used once.
         classes = {folded(word) for word, _ in given}
         backgrounds = [(w, BACKGROUND) for w in self.background if folded(w) not in classes]
         check_distinct([word for word, _ in given], f"{key}: its data set")

@@ -141,7 +141,7 @@ def read_rows(path: Path, columns: Sequence[str], where: str = "") -> Iterator[t
             yield reader.line_num, dict(zip(names, cells, strict=True))
     except csv.Error as error:
         raise DataError(
-            f"{where}, line {reader.line_num}: this is no CSV: {error}.\n  Mend the line, or save it anew."
+            f"{where}, line {reader.line_num}: this is not CSV: {error}.\n  Fix the line, or save the file again."
         ) from error
 
 

@@ -57,7 +57,7 @@ def checked_word(word: Any, key: str, error: type[ConceptSegError] = ConfigError
             f'values, nothing and numbers: put the word in quotes, such as "no" (on the command line "key=[\'no\',cat]").'
         )
     if not folded(word):
-        raise error(f"{key}: the word {word!r} is empty. Remove it, or write the word to ask for.")
+        raise error(f"{key}: the word {word!r} is empty. Remove it, or write a word.")
     return " ".join(word.split())
 
 
@@ -68,13 +68,13 @@ def check_distinct(words: Iterable[str], key: str, error: type[ConceptSegError] 
         before = seen.get(folded(word))
         if before is not None:
             both = f'"{word}" twice' if before == word else f'"{before}" and "{word}", which are one word but for case and blanks'
-            raise error(f"{key} names {both}: every concept is asked for once. Remove one of them.")
+            raise error(f"{key} names {both}: every concept must be distinct. Remove one of them.")
         seen[folded(word)] = word
 
 
 @dataclass(frozen=True, slots=True)
 class Concepts:
-    """The words asked for in one image, in channel order. labels[c] is the class that channel c votes for, 0 = background.
+    """The words of one image, in channel order. labels[c] is the class that channel c votes for, 0 = background.
 
     Raises DataError for no word, an empty word, or a word given twice (see `folded`): its maps would compete with themselves.
     """
@@ -117,7 +117,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A sample under a protocol: what the model is shown and told, and what its answer is held against."""
+    """A sample under a protocol: the image and text shown to the model, and the ground truth."""
 
     key: str
     image: Float[np.ndarray, "h w 3"]

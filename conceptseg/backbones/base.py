@@ -147,7 +147,7 @@ class Checkpoint:
         if not COMMIT.fullmatch(self.revision or ""):
             raise ConfigError(
                 f'extractor.backbone.revision is {self.revision or "empty"}, but "{self.path}" is a hub repository: pin the '
-                f"commit to be read, so that the numbers can be had again:\n"
+                f"commit to be read, so that the numbers can be reproduced:\n"
                 f"  conceptseg ... extractor.backbone.revision=<40 hex digits>  "
                 f"(of a second model extractor.proxy.revision, .judge.revision or .masks.revision)"
             )

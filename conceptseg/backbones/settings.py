@@ -60,5 +60,5 @@ def too_long(text: str, count: int, longest: int, setting: str) -> DataError:
     shown = text if len(text) <= 80 else f"{text[:80]}..."
     return DataError(
         f'encoding the text "{shown}": it has {count} tokens, begin and end marks included, and the text encoder reads {longest} '
-        f"({setting}); what follows would be cut off. Use a shorter word or caption, or ask for fewer words at a time."
+        f"({setting}); what follows would be cut off. Use a shorter word or caption, or use fewer words at a time."
     )

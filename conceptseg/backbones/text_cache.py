@@ -46,7 +46,7 @@ class TextCache:
             return False
         try:
             self._memory[string] = load_file(file)
-        except SafetensorError:  # a disk that was full leaves half a file: it is written anew
+        except SafetensorError:  # a disk that was full leaves half a file: it is written again
             return False
         return True
 

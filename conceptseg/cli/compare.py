@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="conceptseg-compare", description=__doc__)
     found.add_argument("runs", nargs="+", metavar="run", help="run id or folder, with ::view and ::segmenter if it has several")
     found.add_argument("--folder", type=Path, default=Path("runs"), help="where run ids are looked for (runtime.runs)")
-    found.add_argument("--baseline", help="the run that others are tested against; the first one unless said")
+    found.add_argument("--baseline", help="the run that others are tested against; by default the first")
     found.add_argument(
         "--metric",
         action="append",
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 
 @guarded
 def main() -> int:
-    """Print tests against the baseline, spreads of seeds, and the breakdowns that were asked for."""
+    """Print tests against the baseline, spreads of seeds, and the selected breakdowns."""
     said = parser().parse_args()
     definitions = [definition_of(name, "--metric") for name in said.metric or METRICS]
     specs = list(dict.fromkeys([*([said.baseline] if said.baseline else []), *said.runs]))

@@ -150,7 +150,7 @@ def task_overrides() -> list[str]:
 
 
 def _explained(overrides: Sequence[str]) -> str | None:
-    """The first override that does not fit, if it can be told apart."""
+    """Return the first override that does not fit, if it can be identified."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

@@ -21,7 +21,7 @@ def report() -> int:
     parser.add_argument("--write", action="store_true", help="bring RESULTS.md and benchmarks/*/README.md up to date")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write each table as CSV, LaTeX and an HTML page")
     parser.add_argument("--table", action="append", help="only this one, or a results.json anywhere; may be given several times")
-    parser.add_argument("--pictures", type=int, help="at most so many samples of a block in a page; all unless said")
+    parser.add_argument("--pictures", type=int, help="samples per block in a page, at most; all by default")
     parser.add_argument("--runs", default="runs", type=Path, help="folder of the run folders that pages show")
     parser.add_argument("--results", default="RESULTS.md", type=Path)
     parser.add_argument("--benchmarks", default="benchmarks", type=Path)

@@ -38,7 +38,7 @@ class CLIPasRNN(ImageModelMethod):
     """The class words' refined GradCAM after a dense CRF; words that fail the judge stay at 0, background words have no map.
 
     backbone: proposes (ViT-B/16 in the paper); judge: scores what is inside a red ellipse (ViT-L/14).
-    background: words that compete in the proposal, those asked for beside them.
+    background: words that compete in the proposal, beside the task's own.
     mask_level (η), keep (θ), box_level (λ): the paper's 0.4, 0.6 and 0.4 on VOC.
     prompts: of proposal and judge; the lab's tokenizer does not know the paper's.
     crf_iterations: of the dense CRF at the proposer's image size, 10 in the paper, against a background of 1 - the greatest

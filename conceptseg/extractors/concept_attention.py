@@ -131,7 +131,7 @@ class ConceptAttention(Extractor):
         background: Bool[Tensor, "B C"] | None = None,
         **options: Any,
     ) -> ConceptStream:
-        """The stream of one forward pass, which puts every cell of this level that the views ask for into the store."""
+        """The stream of one forward pass, which puts every cell of this level that the views read into the store."""
         wanted = kinds_by_layer(asked)
         always = None if background is None else background.to(concepts.tokens.device).repeat_interleave(draws, 0)
 
@@ -231,7 +231,7 @@ class ConceptAttention(Extractor):
         chosen = {"space": "output", "layers": "last half", "timesteps": [0.5], "softmax": softmax, **view}
         views = list(expand_views({"view": chosen}, self.axes()).values())
         if len(views) != 1:
-            raise ConfigError(f"explain: {len(views)} views were asked for; name one space, and leave out each.")
+            raise ConfigError(f"explain: {len(views)} views are selected, one is wanted; name one space, and leave out each.")
         (one,) = views
         if len(names) == 1 and (
             one.softmax in (Softmax.PER_CELL, Softmax.OF_MEAN, Softmax.SHAPLEY) or one.normalize is Normalize.LINEAR

@@ -27,7 +27,7 @@ SPACES = {
 
 
 class PromptCrossAttention(ConceptAttention):
-    """The words asked for are the prompt, joined by blanks; a word's score is the mean over its tokens.
+    """The prompt is the task's words, joined by blanks; a word's score is the mean over its tokens.
 
     noise, posterior, guidance, seed: as for ConceptAttention, with which it shares everything but what is scored.
     Source: the baseline "cross attention" on SD3.5 of Helbling et al. 2025, arXiv:2502.04320;

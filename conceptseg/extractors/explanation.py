@@ -44,7 +44,7 @@ class Explanation(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
-            raise ConfigError(f'no map of "{name}" was asked for. {did_you_mean(name, self.names)}')
+            raise ConfigError(f'there is no map of "{name}". {did_you_mean(name, self.names)}')
         return self.maps[self.names.index(name)]
 
     def __iter__(self) -> Iterator[str]:
@@ -60,7 +60,7 @@ class Explanation(Mapping[str, Tensor]):
     def overlay(self, name: str, opacity: float = 0.6, colours: str = "plasma") -> Image.Image:
         """The image with one concept's map over it; the colour scale spans all concepts, so that overlays can be compared.
 
-        Raises ConfigError for a name that was not asked for and DataError for video: take `frame(f).overlay(name)`.
+        Raises ConfigError for a name without a map and DataError for video: take `frame(f).overlay(name)`.
         """
         shown = self._coloured(name, colours)
         picture = np.asarray(Image.fromarray(shown).resize(self._size(), Image.Resampling.BILINEAR))

@@ -45,8 +45,8 @@ def on_every_channel(batch: Batch, maps: Float[Tensor, "B h w"]) -> Float[Tensor
 class ClassMethod(ImageModelMethod):
     """A method that explains one class score, and says of which class.
 
-    explained_class: "predicted" explains the model's own most probable label, whatever was asked for, and shows that map on
-        every channel; "given" explains each class word that was asked for and leaves background channels at 0. Maps of two
+    explained_class: "predicted" explains the model's own most probable label, independent of the words, and shows that map on
+        every channel; "given" explains each class word and leaves background channels at 0. Maps of two
         classes have no common scale, so channels are not compared.
     """
 

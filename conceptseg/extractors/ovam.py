@@ -1,6 +1,6 @@
 """OVAM on real images: attention of a diffusion U-Net's queries to a text of its own (Marcos-Manchón et al., arXiv:2403.14291).
 
-The U-Net is told the caption; the words asked for are in an attribution text, which need not be it. Attention of the image's
+The U-Net's prompt is the caption. The words are in an attribution text, which may differ. Attention of the image's
 queries to that text's keys, with a softmax over its few tokens (or none), is enlarged bilinearly and summed. Tokens may be
 optimised beforehand (`conceptseg-study optimise-token`), maps may be refined by self-attention and cut out by a dense CRF.
 """
@@ -89,13 +89,13 @@ class Attribution:
 
 
 class OVAM(UNetMaps):
-    """Reads real images noised to a level t, in as many forward passes as there are timesteps, whatever is asked for.
+    """Reads real images noised to a level t, with one forward pass per timestep for any number of words.
 
-    prompt: what the U-Net is told, with {caption}; "" is the unconditional pass, which the released code reads by default.
+    prompt: the U-Net's prompt, with {caption}; "" is the unconditional pass, which the released code reads by default.
     attribution, concept, join: the text whose tokens compete, with {caption} and {concepts}.
     attribute: "joint" lets all words compete in one text, "separate" gives every word a text of its own.
     context: whether the text's other words compete too, or were only read by the text encoder; start_token, end_token: likewise.
-    The start token stands for everything that is not asked for: without it and alone in its text, a word is everywhere.
+    The start token stands for everything that is not named: without it and alone in its text, a word is everywhere.
     activation: done to the scores of every head before they are averaged (see ACTIVATIONS; for the linear variant).
     self_attention_floor: maps are multiplied by the image's self-attention, scaled to this floor .. 1 (see `refined`); null: not.
     crf_level: a word's mask, where its map is above this share of its maximum before self-attention (paper: 0.4, 0.75 with
@@ -168,7 +168,7 @@ class OVAM(UNetMaps):
         return [Asked(self.prompt.format(caption=task.caption), names, PlacedText(task.caption, names, ((),) * len(names)))]
 
     def attributions(self, asked: Asked) -> list[PlacedText]:
-        """Attribution texts of one task, each with the words it is asked for."""
+        """Attribution texts of one task, each with its words."""
         words = [word for word in asked.words if word is not None]
         groups = [words] if self.attribute == "joint" else [[word] for word in words]
         return [placed(self.attribution, asked.indexed, group, self.concept, self.join, words) for group in groups]
@@ -258,7 +258,7 @@ def refined(maps: Float[Tensor, "B C X Y"], self_attention: Float[Tensor, "B X Y
 
     self_attention: attention that each position receives, mean over heads and layers, bilinear. arXiv:2403.14291 names an
     aggregate self-attention map without saying which; the released code sums each query's softmax over keys, which is 1
-    everywhere but for rounding, so its numbers can't be had again.
+    everywhere but for rounding, so its numbers can't be reproduced.
     """
     low, high = self_attention.amin((-2, -1), keepdim=True), self_attention.amax((-2, -1), keepdim=True)
     scaled = (self_attention - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)

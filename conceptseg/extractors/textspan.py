@@ -1,7 +1,7 @@
 """TextSpan's segmentation: what each patch adds directly to CLIP's image vector (Gandelsman et al. 2024, arXiv:2310.05916).
 
 The class token's image vector is a sum over (layer, head, source token) of attention times value through the output projection,
-plus the MLPs and the embedding; patches are held against text by their parts of that sum. The search for text directions that
+plus the MLPs and the embedding; patches are compared with text by their parts of that sum. The search for text directions that
 the paper is named after is not used for segmentation.
 Source: yossigandelsman/clip_text_span at 49f70f3, compute_segmentations.py.
 """
@@ -32,7 +32,7 @@ class TextSpan(ClassMethod):
 
     explained_class: "predicted" takes the most probable of the backbone's labels, as the paper does; "given" each word asked
         for, whose maps then share a scale and may be compared.
-    reference: what is subtracted: the mean over "labels" (the paper's: over all classes), over the "concepts" asked for, or
+    reference: what is subtracted: the mean over "labels" (the paper's: over all classes), over the task's "concepts", or
         "none" (ConceptAttention's).
     clip_at_zero: enlarge to the size of the image and cut below 0, as the paper does before it looks for the mean.
     """

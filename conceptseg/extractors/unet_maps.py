@@ -1,6 +1,6 @@
 """Base class of methods that read a diffusion U-Net's cross-attention on real images: noising, forward passes, folding.
 
-A method says what the U-Net is told (`asked`) and how maps are read off a layer's attention (`reader`); see `daam` and `ovam`.
+A method defines the U-Net's prompts (`asked`) and how maps are read from a layer's attention (`reader`); see `daam` and `ovam`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NORMALIZE_FLOOR = 1e-6  # of the reference's normalize
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One encoded prompt: its text, the words (None: no map is asked for), and the text in which they are looked up."""
+    """One encoded prompt: its text, the words (None: no map is needed), and the text in which they are looked up."""
 
     prompt: str
     words: tuple[str | None, ...]

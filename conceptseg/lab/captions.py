@@ -29,7 +29,7 @@ def describe(scene: Scene, rng: np.random.Generator, lone: float = 0.22, tint: f
     """A true caption, often incomplete: lone words must be familiar, because a concept is encoded alone.
 
     lone: share of captions that are the name of one object, with or without an article; tint: how often a whole caption's
-    nouns carry the word of their colour. A colour is what a picture's noisiest state still needs to be told.
+    nouns carry the word of their colour. At high noise, the colour is what the model needs most.
     """
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
     kind = rng.random()
@@ -53,7 +53,7 @@ def describe(scene: Scene, rng: np.random.Generator, lone: float = 0.22, tint: f
 
 
 def list_names(scene: Scene, rng: np.random.Generator) -> Caption:
-    """A shuffled list of names, as a method that is told all its words in one prompt writes them: every object of the scene, and
+    """A shuffled list of names, as methods with all words in one prompt write them: every object of the scene, and
     none of the grounds, the true one or all of them. Of two of a kind each carries its tint, of others two in five.
     """
     kinds = [o.word for o in scene.objects]

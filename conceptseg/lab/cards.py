@@ -112,7 +112,7 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def add_to_card(folder: Path, key: str, finding: Any) -> None:
-    """Put a finding into card.json and write the readme anew."""
+    """Put a finding into card.json and rewrite the readme."""
     card = {**read_card(folder), key: finding}
     write_atomically(folder / "card.json", (json.dumps(card, indent=1) + "\n").encode())
     write_atomically(folder / "README.md", _readme(card).encode())

@@ -17,7 +17,7 @@ from conceptseg.lab.train import Trainer
 
 
 class ViTTrainer(Trainer):
-    """A ViT told which kinds of object a scene holds, never where; of several, each is as right as the others."""
+    """A ViT trained on which kinds of object a scene holds, never where; of several, each is equally correct."""
 
     caveat: ClassVar[str] = (
         "Trained with class labels of drawn scenes: lab numbers rank code paths and settings, never the papers' claims."

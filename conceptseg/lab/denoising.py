@@ -58,7 +58,7 @@ class UNetTrainer(Trainer):
     def predicted_velocity(
         self, noisy: Float[Tensor, "B c H W"], levels: Int[Tensor, " B"], captions: list[str]
     ) -> Float[Tensor, "B c H W"]:
-        """The U-Net's velocity at training steps `levels` (0..999), told the captions."""
+        """Return the U-Net's velocity at training steps `levels` (0..999), conditioned on the captions."""
         text, added = self.embedded(captions)
         noisy, unet = noisy.contiguous(memory_format=torch.channels_last), self.parts["unet"]
         middle = unet.mid_block

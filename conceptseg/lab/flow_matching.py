@@ -96,7 +96,7 @@ class FlowMatchingTrainer(Trainer):
 
 
 class FluxTrainer(FlowMatchingTrainer):
-    """FLUX.1 in miniature: T5 tokens, zeros for the pooled vector, as the benchmark's Flux is told nothing else."""
+    """FLUX.1 in miniature: T5 tokens, zeros for the pooled vector, like the benchmark's Flux."""
 
     last_text_block = -1
 

@@ -310,25 +310,25 @@ def read_checkpoint(path: Path, recipe: dict[str, Any]) -> tuple[dict[str, Tenso
     """
     if not path.exists():
         return None
-    anew = f"Choose another folder with --work, or delete {path.parent} to train anew."
+    remedy = f"Choose another folder with --work, or delete {path.parent} to train from the start."
     try:
         with safe_open(path, "pt") as file:
             about = dict(file.metadata() or {})
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
         if "check" not in about:
-            raise ConfigError(f"conceptseg-lab train: {path} does not say which recipe it is of. {anew}")
+            raise ConfigError(f"conceptseg-lab train: {path} does not name its recipe. {remedy}")
         check = about.pop("check")
         if check != _state_digest(state, about):
             raise ValueError("its digest disagrees")
         held, progress = json.loads(about["recipe"]), Progress(**json.loads(about["progress"]))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s is damaged (%s): training starts anew.", path, error)
+        log.warning("%s is damaged (%s): training starts from the beginning.", path, error)
         return None
     asked = json.loads(json.dumps(recipe))
     differing = [k for k in sorted({*held, *asked}) if k not in HOW_FAR and held.get(k) != asked.get(k)]
     if differing:
         said = "; ".join(f"{k} is {held.get(k)!r} there and {asked.get(k)!r} here" for k in differing)
-        raise ConfigError(f"conceptseg-lab train: {path} is of another recipe: {said}. {anew}")
+        raise ConfigError(f"conceptseg-lab train: {path} is of another recipe: {said}. {remedy}")
     return state, progress
 
 

@@ -25,7 +25,7 @@ def average_precision(scores: Float[np.ndarray, "*batch P"], truth: Bool[np.ndar
         raise DataError(f"Cannot rank: the truth is {truth.dtype}; wanted bool (void pixels dropped, positives True).")
     if np.isnan(scores).any():
         raise DataError(
-            f"Cannot rank: {int(np.isnan(scores).sum())} of {scores.size} scores are NaN; mend the map, not the metric."
+            f"Cannot rank: {int(np.isnan(scores).sum())} of {scores.size} scores are NaN; fix the map, not the metric."
         )
     values = np.empty(scores.shape[:-1], np.float64)
     for at in np.ndindex(values.shape):

@@ -14,7 +14,7 @@ from conceptseg.metrics.intervals import Interval, bootstrap_all
 from conceptseg.metrics.released import BACKGROUND
 
 SIZE_EDGES = (0.0, 0.05, 0.15, 0.3, 1.0)
-"""Foreground share of the pixels that are not void, at which objects are told small, medium, large and huge."""
+"""Foreground share of the pixels that are not void, that separate small, medium, large and huge objects."""
 SIZE_NAMES = ("small", "medium", "large", "huge")
 
 

@@ -106,7 +106,7 @@ def _wins(definition: Definition, rows: Rows, baseline: Rows) -> tuple[int, int,
 
 
 def _sign_flip_ps(tables: Sequence[tuple[Definition, Statistics, Statistics]], resamples: int, seed: int) -> list[float]:
-    """For pooled statistics: a's and b's images change places with chance 1/2, and both statistics are formed anew.
+    """For pooled statistics: a's and b's images change places with chance 1/2, and both statistics are recomputed.
 
     With m the sum of the halves and d the half differences, a side is m + sum(s d) and the other m - sum(s d), s = ±1.
     """

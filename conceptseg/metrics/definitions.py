@@ -38,7 +38,7 @@ class Rows:
     """Numbers of each image that counts can't give, under `PER_IMAGE` (the stored field `ap`, in 0..1) and under the names of
     installed metrics (`measured`); NaN where undefined or not measured."""
     words: tuple[tuple[str, ...], ...]
-    """Class words asked for in each image, in the order of its foreground classes; () where a row does not say."""
+    """Class words of each image, in the order of its foreground classes; () if a row does not have them."""
     present: Bool[np.ndarray, "n C"]
     """Whether the row offers the class."""
     seconds: Float[np.ndarray, " n"]
@@ -393,9 +393,9 @@ def current_name(name: str) -> str:
 
 
 def definition_of(name: str, where: str) -> Definition:
-    """The metric of that name, an old one or one of an installed package included.
+    """Return the metric of a current or former name, or the one that an installed package offers under it.
 
-    Raises ConfigError, which names the setting `where` it was asked for.
+    Raises ConfigError, which names the setting `where`.
     """
     name = current_name(name)
     if name in DEFINITIONS:

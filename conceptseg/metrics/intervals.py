@@ -43,7 +43,7 @@ def bootstrap(
     level: float = 0.95,
     clusters: Sequence[str] | None = None,
 ) -> Interval:
-    """Images are drawn with replacement; the whole statistic, not a mean of per-image values, is formed anew each time.
+    """Images are drawn with replacement; the whole statistic, not a mean of per-image values, is recomputed each time.
 
     clusters: one label an image; then whole clusters are drawn, which is wider where images of a cluster are alike.
 

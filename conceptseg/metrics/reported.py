@@ -1,4 +1,4 @@
-"""The definitions as torchmetrics, for Lightning users and whoever else has rows; reports read the definitions themselves."""
+"""The definitions as torchmetrics, for Lightning and other users of rows; reports read the definitions themselves."""
 
 from __future__ import annotations
 

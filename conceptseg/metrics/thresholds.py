@@ -39,7 +39,7 @@ def quantile_of(segmenter: str) -> float | None:
 def sensitivity(
     definition: Definition, by_cut: Mapping[str, Rows], resamples: int = 10_000, seed: int = 0, level: float = 0.95
 ) -> list[Sensitivity]:
-    """Every fixed rule, then the best quantile of the data set (chosen anew in each resample), then of each image.
+    """Every fixed rule, then the best quantile of the data set (chosen again in each resample), then of each image.
 
     by_cut: segmenter -> rows of one view, all of the same images. The two best rules see the truth: they are bounds, not methods.
     Raises DataError where the cuts do not share their images.

@@ -22,7 +22,7 @@ class Line:
     band: str
     """The interval as a closed polygon; empty where there is none."""
     dots: tuple[tuple[float, float, str], ...]
-    """x, y and what a reader who points at it is told."""
+    """x, y and the tooltip of each point."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +135,12 @@ def _chart(rows: Sequence[TableRow], column: Column) -> Chart:
         at = [across(row.x or 0.0) for row in mine]
         upper = [f"{x},{up(v.high)}" for x, v in zip(at, values, strict=True) if v.high is not None]
         lower = [f"{x},{up(v.low)}" for x, v in zip(at, values, strict=True) if v.low is not None]
-        told = [" ".join((row.name, *column.written(v))) for v, row in zip(values, mine, strict=True)]
+        tooltips = [" ".join((row.name, *column.written(v))) for v, row in zip(values, mine, strict=True)]
         lines.append(
             Line(
                 name, COLOURS[place % len(COLOURS)], " ".join(f"{x},{up(v.value)}" for x, v in zip(at, values, strict=True)),
                 " ".join([*upper, *reversed(lower)]),
-                tuple((x, up(v.value), text) for x, v, text in zip(at, values, told, strict=True)),
+                tuple((x, up(v.value), text) for x, v, text in zip(at, values, tooltips, strict=True)),
             )
         )  # fmt: skip
     ticks = xs if len(xs) <= 12 else xs[:: -(-len(xs) // 10)]

@@ -151,7 +151,7 @@ def colour_map() -> Pixels:
 
 def _check(columns: Sequence[str], rows: Sequence[PanelRow]) -> None:
     if not rows:
-        raise ReportError("a picture sheet was asked for without rows. Choose at least one sample.")
+        raise ReportError("a picture sheet was requested without rows. Choose at least one sample.")
     for row in rows:
         name = row.label.replace("\n", " ")
         if len(row.methods) != len(columns):

@@ -86,7 +86,7 @@ class Column:
         return 3 if largest < 10 else 1 if largest < 1000 else 0
 
     def tolerance(self, value: Value) -> float:
-        """How far another machine's rounding may move a number before it is published anew: one unit of the last printed digit.
+        """How far another machine's rounding may move a number before it is published again: one unit of the last printed digit.
 
         >>> Column("miou", "mIoU", True, "", "", "standard").tolerance(Value(0.561, 0.503, 0.612, 64))
         0.001

@@ -229,7 +229,7 @@ def _spans(text: str, path: Path) -> dict[str, tuple[int, int, int, int]]:
         if (word == "begin") != (opened is None) or (opened and opened[2] != name) or (word == "begin" and name in spans):
             raise ReportError(
                 f'{path}, line {line}: mark "{word} {name}" does not pair with the marks before it.\n'
-                "  Each table wants one begin mark and then its end mark; mend the marks by hand, or delete the section."
+                "  Each table needs one begin mark and then its end mark; fix the marks, or delete the section."
             )
         if opened is None:
             opened = mark
@@ -299,7 +299,7 @@ def _anchor(title: str) -> str:
 
 
 def _needs(results: Results) -> list[str]:
-    """A paragraph for what rows that were not run need, said once for all rows of which it is true."""
+    """Return a paragraph with the requirements of rows that were not run; rows with the same ones are listed together."""
     if len(results.needs) == 1 and not results.computed:
         (needs,) = results.needs
         return [f"Not run. Needs {_text('; '.join(needs))}."]

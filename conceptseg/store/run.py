@@ -62,7 +62,7 @@ class RunStore:
                 if rows and on_code_change == "refuse":
                     raise ResumeError(
                         f"{self.folder} holds rows, but no manifest.json that says which code wrote them.\n  Keep them all the "
-                        "same (runtime.on_code_change=accept), start anew beside them (=fork), or delete the folder."
+                        "same (runtime.on_code_change=accept), start again beside them (=fork), or delete the folder."
                     )
                 self._write_manifest(path, {**manifest, "checked_rows": not rows})
                 return
@@ -72,7 +72,7 @@ class RunStore:
         if reason := _other_code(held, manifest):
             if on_code_change == "refuse":
                 raise ResumeError(
-                    f"{self.folder} was written {reason}.\n  Keep adding to it (runtime.on_code_change=accept), start anew "
+                    f"{self.folder} was written {reason}.\n  Keep adding to it (runtime.on_code_change=accept), start again "
                     f"beside it (runtime.on_code_change=fork), or delete the folder. Its rows can be read as they are."
                 )
             self._write_manifest(path, {**manifest, "checked_rows": held.get("checked_rows", False)})
@@ -93,7 +93,7 @@ class RunStore:
                 raise ValueError(fault)
             return cast(Manifest, found)
         except (OSError, ValueError, RecursionError) as error:
-            raise ResumeError(f"reading {path}: {error}. Delete the folder to start the run anew.") from error
+            raise ResumeError(f"reading {path}: {error}. Delete the folder to start the run again.") from error
 
     # ------------------------------------------------------------ writing
 
@@ -290,7 +290,7 @@ def _content(row: Row) -> dict[str, Any]:
 def _other_code(held: Manifest, now: Manifest) -> str:
     """How the code that wrote a folder differs from that which would go on; empty if it does not."""
     if held.get("source_form") != now.get("source_form"):
-        return "by a version that noted its code in another form, so whether what makes its numbers changed can't be told"
+        return "by a version that recorded its code in another form, so a change of its numbers can't be ruled out"
     names = sorted(held["source"].keys() | now["source"].keys())
     changed = [name for name in names if held["source"].get(name) != now["source"].get(name)]
     more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""

@@ -33,7 +33,7 @@ class Row(TypedDict, total=False):
     error: str
     """Why, for "failed" and "excluded"."""
     words: list[str]
-    """The class words asked for."""
+    """The class words of the task."""
     classes: list[int]
     """Class indices that the following lists are aligned to; 0 is background."""
     inter: list[int]

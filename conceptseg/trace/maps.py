@@ -101,7 +101,7 @@ class PromptMaps:
         return self.token_map(sorted({p for span in chosen for p in span}), word)
 
     def cut_to(self, prompt: str) -> PromptMaps:
-        """Only as many rows as a (shorter) prompt has tokens, and two: what the reference does when told another prompt."""
+        """Keep as many rows as a (shorter) prompt has tokens, plus two, as the reference does for another prompt."""
         return replace(self, maps=self.maps[: prompt_length(self.tokenizer, self.converted(prompt)) + 2], prompt=prompt)
 
     def normalized(self) -> PromptMaps:

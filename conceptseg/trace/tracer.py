@@ -125,7 +125,7 @@ class Trace:
         sample = args[0] if args else kwargs["sample"]
         if self.call is None:
             raise TapError(
-                "tracing the U-Net: it runs, but the pipeline encoded no prompt before, so its rows can't be told apart. Call "
+                "tracing the U-Net: it runs, but the pipeline encoded no prompt before, so its rows have no prompts. Call "
                 "the pipeline, not the U-Net."
             )
         self.call.check(len(sample), type(self.pipe).__name__)

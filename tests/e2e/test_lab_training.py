@@ -155,7 +155,7 @@ def test_the_checkpoint_of_another_recipe_is_refused_with_what_differs(change, b
 def test_a_checkpoint_that_names_no_recipe_is_refused(begun):
     state = load_file(begun / "checkpoint.safetensors")
     save_file(state, begun / "checkpoint.safetensors")
-    with pytest.raises(ConfigError, match="does not say which recipe"):
+    with pytest.raises(ConfigError, match="does not name its recipe"):
         train(load_recipe("vit", TOYS["vit"]), begun)
 
 

@@ -49,7 +49,7 @@ def test_maps_have_names_and_the_images_proportions(method, photo):
     assert found["boat"].shape == (6, 11) and torch.equal(found["boat"], found.maps[1])  # 24 x 44 px: 50 x 90 at 32 x 32's area
     torch.testing.assert_close(found.maps.sum(0), torch.ones(6, 11))  # shares of 1
     assert found.winner().shape == (6, 11) and found.about["provenance"] == "random"
-    with pytest.raises(ConfigError, match=r'no map of "bat" was asked for\. Did you mean "boat"'):
+    with pytest.raises(ConfigError, match=r'there is no map of "bat"\. Did you mean "boat"'):
         found["bat"]
 
 

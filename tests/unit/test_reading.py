@@ -83,8 +83,8 @@ def test_rows_are_read_whatever_separates_their_cells(tmp_path, mark):
         ("id,word,word\n1,a,b\n", 'line 1: the column "word" is named twice'),
         ("id,word\n1,cat\n2\n", "line 3: 1 cells, but the first line names 2 columns"),
         ("id,word\n1,red, blue\n", "line 2: 3 cells"),
-        ('id,word\n1,"cat\n', "line 2: this is no CSV: unexpected end of data"),
-        ("id,word\n1," + "x" * 200_000 + "\n", r"line 2: this is no CSV: field larger than field limit"),
+        ('id,word\n1,"cat\n', "line 2: this is not CSV: unexpected end of data"),
+        ("id,word\n1," + "x" * 200_000 + "\n", r"line 2: this is not CSV: field larger than field limit"),
     ],
     ids=["a column misspelt", "empty", "a column twice", "too short", "too long", "an open quote", "a huge field"],
 )

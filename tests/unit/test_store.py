@@ -379,7 +379,7 @@ def test_a_new_or_removed_source_file_is_a_change(tmp_path, source):
 
 def test_a_folder_of_an_earlier_form_is_read_and_not_gone_on_with(tmp_path):
     store = store_in(tmp_path)
-    with pytest.raises(ResumeError, match=r"noted its code in another form(.|\n)*=accept(.|\n)*=fork"):
+    with pytest.raises(ResumeError, match=r"recorded its code in another form(.|\n)*=accept(.|\n)*=fork"):
         store.open({**manifest(), "source_form": SOURCE_FORM})
     assert store.manifest()["source"] == {"x.py": "1"} and store.rows() == {}
     store.open({**manifest(), "source_form": SOURCE_FORM}, "accept")

@@ -1,4 +1,4 @@
-"""A vision transformer of pre-norm blocks, whoever built it: where its weights are and where taps read its tokens.
+"""A vision transformer of pre-norm blocks from any library: where its weights are and where taps read its tokens.
 
 timm's VisionTransformer and open_clip's visual tower differ in names only. What methods need is computed from two taps a block,
 the normed input and the attention's output, so fused attention need not be switched off: the matrices are formed again from the

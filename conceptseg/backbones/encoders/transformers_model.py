@@ -1,4 +1,4 @@
-"""Models of transformers that find what a text names: GroupViT, CLIPSeg, Grounding DINO, and SAM 2, which is told boxes."""
+"""Models of transformers that segment a named object: GroupViT, CLIPSeg, Grounding DINO, and SAM 2, which takes boxes."""
 
 from __future__ import annotations
 

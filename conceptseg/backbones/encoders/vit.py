@@ -165,7 +165,7 @@ class ViTBackbone(ImageEncoder):
             if folded(name) not in places:
                 raise DataError(
                     f'the word "{name}" is none of the {len(self.labels)} classes of "{self.checkpoint.path}", so it has no '
-                    f"score to explain. {did_you_mean(name, self.labels)} Or ask for extractor.explained_class=predicted."
+                    f"score to explain. {did_you_mean(name, self.labels)} Or set extractor.explained_class=predicted."
                 )
         index = torch.tensor([places[folded(name)] for name in names], device=self.device)
         return Explained(self._classifier().weight[index], index)

@@ -144,7 +144,7 @@ class FluxBackbone(MultiModalBackbone):
             if (count := token_count(self.clip_tokenizer, caption)) > longest:
                 self.warn_once(
                     "pooled", 'the caption "%s..." has %d CLIP tokens, of which the CLIP reads %d: the rest is in no pooled '
-                    "vector, but the T5 reads it (said once)", caption[:80], count, longest,
+                    "vector, but the T5 reads it (reported once)", caption[:80], count, longest,
                 )  # fmt: skip
         self.fill({f"pooled: {c}": c for c in captions}, self.encode_pooled)
         return self._stacked("pooled", [f"pooled: {c}" for c in captions])
@@ -194,8 +194,8 @@ class FluxBackbone(MultiModalBackbone):
     @torch.inference_mode()
     def _conditioning(self, model: Any, level: float, guidance: float, rows: int) -> Float[Tensor, "R d"]:
         """Return the vector that every modulation of one forward pass is made of, as the stock model computes it."""
-        told = [level, guidance] if self.config.get("guidance_embeds") else [level]
-        scaled = [torch.full((rows,), value, dtype=torch.float64, device=self.device).to(self.dtype) * 1000 for value in told]
+        scalars = [level, guidance] if self.config.get("guidance_embeds") else [level]
+        scaled = [torch.full((rows,), value, dtype=torch.float64, device=self.device).to(self.dtype) * 1000 for value in scalars]
         return model.time_text_embed(*scaled, self.zero_pooled(rows))
 
     @property

@@ -27,7 +27,7 @@ class LatentModel(LatentCheckpoint, ABC):
     transformer_class: ClassVar[str]
     """The stock diffusers class."""
     classifier_free: ClassVar[bool] = False
-    """Whether the family is guided by a second pass without a caption, rather than told a strength."""
+    """Whether the family is guided by a second pass without a caption, rather than by an input for the strength."""
 
     def __init__(
         self,

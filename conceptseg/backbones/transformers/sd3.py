@@ -179,7 +179,7 @@ class SD3Backbone(MultiModalBackbone):
             if (count := token_count(self.tokenizers[0], caption)) > self.clip_tokens:
                 self.warn_once(
                     "clip", 'the caption "%s..." has %d CLIP tokens, of which the CLIPs read %d (backbone.clip_tokens): '
-                    "the rest is read by the T5 alone (said once)", caption[:80], count, self.clip_tokens,
+                    "the rest is read by the T5 alone (reported once)", caption[:80], count, self.clip_tokens,
                 )  # fmt: skip
         return Prompts(self._stacked("tokens", captions), self._stacked("pooled", captions))
 
@@ -240,7 +240,7 @@ class SD3Backbone(MultiModalBackbone):
             )
         if own_tokens(tokenizer, joined) != marks + sum(counts):
             raise DataError(
-                f'the concepts "{joined}" have other CLIP tokens in one prompt than each alone, so they can\'t be told apart. '
+                f'the concepts "{joined}" have other CLIP tokens in one prompt than each alone, so they can\'t be separated. '
                 f"Set extractor.backbone.concept_text=t5, which reads every word alone."
             )
         return marks, counts

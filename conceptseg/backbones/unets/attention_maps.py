@@ -19,7 +19,7 @@ from conceptseg.errors import TapError
 CFG_ROWS = ("conditional", "all", "legacy_half_of_heads")
 UPSAMPLINGS = ("bicubic_clamped", "bilinear")
 RELEASED_FACTORS = (0, 1, 2, 4, 8, 16, 32, 64)
-"""Factors that the reference aggregates unless told otherwise; others are collected and left out."""
+"""Factors that the reference aggregates by default; others are collected and left out."""
 
 
 @dataclass(frozen=True, slots=True)

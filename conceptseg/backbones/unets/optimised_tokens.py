@@ -25,7 +25,7 @@ def read_tokens(file: Path, model: Mapping[str, Any]) -> dict[str, Float[Tensor,
         if made_for != dict(model):
             raise ConfigError(
                 f'extractor.tokens "{file}": its tokens were optimised for {made_for}, this model is {dict(model)}. Tokens serve '
-                f"the model they were made for: change extractor.backbone, or optimise them anew."
+                f"the model they were made for: change extractor.backbone, or optimise them again."
             )
         return {word: opened.get_tensor(word) for word in opened.keys()}  # noqa: SIM118  (no mapping: it can't be iterated)
 
