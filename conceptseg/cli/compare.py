@@ -35,7 +35,7 @@ METRICS = ("accuracy", "miou_dataset", "miou_image", "ap_image")
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="conceptseg-compare", description=__doc__)
     found.add_argument("runs", nargs="+", metavar="run", help="run id or folder, with ::view and ::segmenter if it has several")
-    found.add_argument("--folder", type=Path, default=Path("runs"), help="where run ids are looked for (runtime.runs)")
+    found.add_argument("--folder", type=Path, default=Path("runs"), help="folder that holds the run ids (runtime.runs)")
     found.add_argument("--baseline", help="the run that others are tested against; by default the first")
     found.add_argument(
         "--metric",
@@ -44,13 +44,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="METRIC",
         help=f"one of {', '.join(sorted([*DEFINITIONS, *names()]))}; may be given several times",
     )
-    found.add_argument("--by", choices=("word", "class", "size"), help="numbers of parts of the data, for each run")
+    found.add_argument("--by", choices=("word", "class", "size"), help="numbers for parts of the data, per run")
     found.add_argument("--worst", type=float, metavar="PERCENT", help="mean over the worst images of each run")
     found.add_argument("--thresholds", action="store_true", help="fixed, best and quantile cuts (experiment=thresholds)")
-    found.add_argument("--draw", choices=("images", "words"), default="images", help="what bootstrap and tests draw")
+    found.add_argument("--draw", choices=("images", "words"), default="images", help="unit of the bootstrap and the tests")
     found.add_argument("--resamples", type=int, default=10_000)
     found.add_argument("--level", type=float, default=0.95)
-    found.add_argument("--json", type=Path, metavar="FILE", help="write everything that was printed")
+    found.add_argument("--json", type=Path, metavar="FILE", help="write the output as JSON")
     return found
 
 

@@ -18,13 +18,13 @@ def lab() -> int:
 
     parser = argparse.ArgumentParser(prog="conceptseg-lab", description=lab.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train", help="train, or go on from the last checkpoint, then write the model")
+    training = commands.add_parser("train", help="train, or continue from the last checkpoint, then write the model")
     training.add_argument("name", help="a recipe of conf/lab, for example flux")
     training.add_argument("overrides", nargs="*", help="recipe settings, for example steps=500")
     training.add_argument("--work", type=Path, default=Path("lab_runs"), help="folder of checkpoints and the loss curve")
     training.add_argument("--device", default="cpu")
     training.add_argument("--ship", action="store_true", help="copy the finished model into the package")
-    training.add_argument("--stop-after", type=int, default=None, help="stop at this step, to go on another time")
+    training.add_argument("--stop-after", type=int, default=None, help="stop at this step, to continue later")
     checking = commands.add_parser("check", help="measure what a model can do, against chance and drawn scenes")
     sweeping = commands.add_parser(
         "sweep", help="layer x timestep x space of a diffusion model, on scenes of unseen combinations"

@@ -98,7 +98,7 @@ def _generate(commands: Any) -> None:
     command = _command(commands, "generate", run)
     command.add_argument("captions", type=Path, help='text file: a caption a line, or "id<tab>caption"')
     command.add_argument("root", type=Path, help="folder of the generations")
-    command.add_argument("--nouns", type=Path, default=None, help="words to keep maps of, one a line (default: COCO's 80)")
+    command.add_argument("--nouns", type=Path, default=None, help="words to keep maps of, one per line (default: COCO's 80)")
     _generation(command)
 
 
@@ -114,8 +114,8 @@ def _nouns(commands: Any) -> None:
     command = _command(commands, "nouns", run)
     command.add_argument("root", type=Path, help="folder of generations with <word>.gt.png masks")
     command.add_argument("--taus", type=float, nargs="+", default=[0.3, 0.4, 0.5])
-    command.add_argument("--missing", choices=["zero", "skip"], default="zero", help="what a noun without a prediction scores")
-    command.add_argument("--nouns", type=Path, default=None, help="closed vocabulary of mIoU80, one a line (default: COCO's 80)")
+    command.add_argument("--missing", choices=["zero", "skip"], default="zero", help="IoU of a noun without a prediction")
+    command.add_argument("--nouns", type=Path, default=None, help="vocabulary of mIoU80, one per line (default: COCO's 80)")
 
 
 def _annotate(commands: Any) -> None:
@@ -131,9 +131,9 @@ def _annotate(commands: Any) -> None:
     command = _command(commands, "annotate", run)
     command.add_argument("root", type=Path)
     command.add_argument("file", type=Path, help="COCO JSON")
-    command.add_argument("--back", action="store_true", help="read the file and write truth masks")
+    command.add_argument("--back", action="store_true", help="read the file and write ground-truth masks")
     command.add_argument("--threshold", type=float, default=0.4)
-    command.add_argument("--bare", action="store_true", help="without proposals, which may lead the hand that corrects them")
+    command.add_argument("--bare", action="store_true", help="without proposals, which may bias annotators")
 
 
 # ---------------------------------------------------------------- word attribution
@@ -164,7 +164,7 @@ def _sheets(commands: Any) -> None:
     command.add_argument("out", type=Path)
     command.add_argument("--per-tag", type=int, default=200)
     command.add_argument("--raters", type=int, default=3)
-    command.add_argument("--per-item", type=int, default=3, help="raters an item")
+    command.add_argument("--per-item", type=int, default=3, help="raters per item")
     command.add_argument("--seed", type=int, default=0)
 
 
@@ -228,8 +228,8 @@ def _interactions(commands: Any) -> None:
     command.add_argument("--threshold", type=float, default=0.4, help="share of a map's greatest value")
     command.add_argument("--absolute", action="store_true", help="threshold is a value (the original's notebook: 0.15)")
     command.add_argument("--soft", action="store_true", help="products of maps in 0..1 instead of sets")
-    command.add_argument("--least", type=int, default=1, help="pairs that a relation needs to be shown")
-    command.add_argument("--top", type=int, default=10, help="relations shown, by frequency")
+    command.add_argument("--least", type=int, default=1, help="least number of pairs of a printed relation")
+    command.add_argument("--top", type=int, default=10, help="number of printed relations, most frequent first")
     _generation(command)
 
 
@@ -343,10 +343,10 @@ def _optimise_token(commands: Any) -> None:
     command = _command(commands, "optimise-token", run)
     command.add_argument("root", type=Path, help="folder of generations with <word>.gt.png masks")
     command.add_argument("id", help="the annotated generation; its prompt and seed are used again")
-    command.add_argument("word", help="the word whose token is optimised")
+    command.add_argument("word", help="word whose token is optimised")
     command.add_argument("file", type=Path, help="safetensors file; other words in it stay")
     command.add_argument("--epochs", type=int, default=800)
-    command.add_argument("--rate", type=float, default=100.0, help="of gradient descent; times 0.7 every 120 epochs")
+    command.add_argument("--rate", type=float, default=100.0, help="learning rate; times 0.7 every 120 epochs")
     command.add_argument(
         "--row", choices=["unconditional", "conditional"], default="unconditional", help="whose queries are read"
     )

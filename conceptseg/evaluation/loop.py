@@ -272,7 +272,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Failures:
-    """Tracebacks of what went wrong, a file a sample."""
+    """Tracebacks of failed samples, one file per sample."""
 
     folder: Path
 

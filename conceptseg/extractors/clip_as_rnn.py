@@ -115,7 +115,7 @@ class CLIPasRNN(ImageModelMethod):
 
 
 class _Proposals:
-    """CLIP-ES: GradCAM of a text at the last block, spread by the last blocks' attention; one forward pass a batch."""
+    """CLIP-ES: GradCAM of a text at the last block, spread by the last blocks' attention; one forward pass per batch."""
 
     def __init__(self, backbone: CLIPBackbone, batch: Batch) -> None:
         tower = backbone.tower

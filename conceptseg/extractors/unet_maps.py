@@ -62,7 +62,7 @@ class Kind:
 
 @runtime_checkable
 class Reader(Protocol):
-    """Reads S maps a row off a layer's attention: those of the words, and last the sum over the prompt's tokens."""
+    """Reads S maps per row from a layer's attention: those of the words, and last the sum over the prompt's tokens."""
 
     def repeated(self, times: int) -> Reader:
         """For the same rows, over and over."""

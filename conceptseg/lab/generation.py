@@ -47,7 +47,7 @@ def load_trained(card: dict[str, Any], folder: Path) -> Trainer:
 def generate(
     trainer: Trainer, captions: Sequence[str], seed: int = 0, steps: int = STEPS, guidance: float = GUIDANCE
 ) -> UInt8[np.ndarray, "B H W 3"]:
-    """One image a caption, with classifier-free guidance against the empty caption."""
+    """Make one image per caption, with classifier-free guidance against the empty caption."""
     if not isinstance(trainer, FlowMatchingTrainer | UNetTrainer):
         raise ConfigError(
             f'conceptseg-lab: the lab\'s "{trainer.recipe["name"]}" makes no images. Choices: {", ".join(GENERATING)}.'

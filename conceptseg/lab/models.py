@@ -35,7 +35,7 @@ PAD, END, UNKNOWN, BEGIN = "<pad>", "</s>", "<unk>", "<s>"
 
 
 def word_tokenizer(length: int, begin: bool = False) -> PreTrainedTokenizerFast:
-    """One token a word, an end token after them and, as CLIP wants it, one before.
+    """One token per word, an end token after them and, as CLIP wants it, one before.
 
     The drawn world's words come first in the vocabulary; words of the real data sets follow (never trained).
     """

@@ -15,7 +15,7 @@ _TEX = {
 
 
 def to_csv(table: Results) -> str:
-    """One line a row and block, every number as a share or as it is, with interval, n and mark in columns of their own."""
+    """Return one line per row and block: every number at full precision, with interval, n and mark in separate columns."""
     columns = [
         name for c in table.columns for name in (c.name, f"{c.name} low", f"{c.name} high", f"{c.name} n", f"{c.name} mark")
     ]

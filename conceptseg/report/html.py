@@ -50,7 +50,7 @@ class Gallery:
     """Places in `methods` of those with a map and a prediction in each strip."""
     words: tuple[str, ...] = ()
     samples: tuple[Mapping[str, Any], ...] = ()
-    """key, words, scores (one a method, or None), size [width height] and the address of the strip of tiles."""
+    """key, words, scores (one per method, or None), size [width height] and the address of the strip of tiles."""
 
     @property
     def tiles(self) -> int:

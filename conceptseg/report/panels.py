@@ -1,4 +1,4 @@
-"""A sheet of pictures: image, truth, and each method's map and prediction, one row a sample. Needs no model."""
+"""A sheet of pictures: image, truth, and each method's map and prediction, one row per sample. Needs no model."""
 
 from __future__ import annotations
 

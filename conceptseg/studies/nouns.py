@@ -78,7 +78,7 @@ def build(
 
 
 def read_captions(file: Path) -> list[tuple[str, str]]:
-    """Captions by id: one a line, "id<tab>caption" or the caption alone, which then is numbered."""
+    """Return captions by id: one per line, "id<tab>caption" or the caption alone, which then is numbered."""
     lines = [line for line in read_lines(file) if line]
     pairs = [line.split("\t", 1) if "\t" in line else [f"{number:06d}", line] for number, line in enumerate(lines)]
     if strange := [name for name, _ in pairs if name in (".", "..") or set(name) & {"/", "\\"}]:

@@ -36,7 +36,7 @@ class Trace:
 
     keep: "pairs" holds raw sums of every (layer, head), exact as in the reference and open to any selection afterwards; "map"
         holds one map of the chosen layers and cuts at 0 in every step instead of once (not the reference's order).
-    steps: also hold one map a step. layers: indices as in `cross_attentions`, those of up and down blocks unless given;
+    steps: also hold one map per step. layers: indices as in `cross_attentions`, those of up and down blocks unless given;
         include_mid: the mid block as well. prompt: the text behind given embeddings. The rest as in `extractors.daam.DAAM`.
     """
 

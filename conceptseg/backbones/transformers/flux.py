@@ -131,7 +131,7 @@ class FluxBackbone(MultiModalBackbone):
             yield {"tokens": one, "length": torch.tensor(ids.index(end) if end in ids else len(ids))}
 
     def encode_pooled(self, strings: Sequence[str]) -> Iterable[TextRecord]:
-        """One record a string with its CLIP vector, "pooled" [p]."""
+        """Yield one record per string with its CLIP vector, "pooled" [p]."""
         length = self.clip.config.max_position_embeddings
         ids = self.clip_tokenizer(list(strings), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         for vector in self.clip(input_ids=ids.input_ids.to(self.device)).pooler_output:

@@ -102,8 +102,9 @@ class MultiModalBackbone(LatentModel):
 
     @abstractmethod
     def encode(self, strings: Sequence[str]) -> Iterable[TextRecord]:
-        """One record a string: "tokens" [N d], and where its own are among them: "length" [] of them, up to the end mark, from
-        "start" [] on (from the first, where a record has none); "pooled" [p] if the family has it.
+        """Yield one record per string: "tokens" [N d], and "pooled" [p] if the family has it.
+
+        The string's own tokens are "length" [] tokens, with the end mark left out, from position "start" [] (0 if it is absent).
         """
 
     @cached_property
