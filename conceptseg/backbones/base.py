@@ -223,7 +223,7 @@ def sample_seed(*parts: object) -> int:
 
 
 def sample_noise(shape: Sequence[int], seed: int, keys: Sequence[str], draw: int) -> Float[Tensor, "B *c H W"]:
-    """Standard normal noise [B *shape], float32, that depends on (seed, sample key, draw) and not on batch or rank."""
+    """Return standard normal noise [B *shape], float32, that depends on (seed, sample key, draw) and not on batch or rank."""
     return torch.stack(
         [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(sample_seed(seed, key, draw))) for key in keys]
     )
@@ -232,7 +232,7 @@ def sample_noise(shape: Sequence[int], seed: int, keys: Sequence[str], draw: int
 def shared_noise(
     shape: Sequence[int], seed: int, draw: int, device: torch.device | str, dtype: torch.dtype
 ) -> Float[Tensor, "1 ..."]:
-    """The reference's noise: one for all images, drawn in the model's dtype on its device from seed + draw."""
+    """Return the reference's noise: one for all images, drawn in the model's dtype on its device from seed + draw."""
     generator = torch.Generator(device).manual_seed(seed + draw)
     return torch.randn((1, *shape), generator=generator, device=device, dtype=dtype)
 

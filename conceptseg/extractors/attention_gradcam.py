@@ -16,7 +16,7 @@ from conceptseg.types import Batch
 
 
 def weighted_heads(gradient: Float[Tensor, "B A L"], attention: Float[Tensor, "B A L"]) -> Float[Tensor, "B L"]:
-    """max(mean over heads of (mean over patches of the gradient) · attention, 0). May be 0 everywhere: then all is background."""
+    """Return max(mean over heads of (mean over patches of the gradient) · attention, 0). All 0 means all background."""
     return (gradient.mean(-1, keepdim=True) * attention).mean(1).clamp(min=0)
 
 

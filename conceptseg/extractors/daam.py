@@ -44,7 +44,7 @@ class TokenShares:
     def maps(
         self, attended: Attended, heads: slice, size: tuple[int, int], how: str, softmax: bool
     ) -> Float[Tensor, "R a S X Y"]:
-        """Maps of some heads at the common size. Tokens are enlarged one by one: the cut at 0 does not commute with means."""
+        """Return maps of some heads at one size. Tokens are enlarged one by one: the cut at 0 does not commute with means."""
         probabilities = attended.probabilities(slice(None), heads, softmax=softmax)
         at = repeat(self.positions, "R K -> R a N K", a=probabilities.shape[1], N=probabilities.shape[2])
         tokens = rearrange(probabilities.gather(-1, at), "R a (h w) K -> R a K h w", h=attended.grid[0])

@@ -56,13 +56,13 @@ Summed = Callable[[Float[Tensor, "n C h w"]], Float[Tensor, "n C h w"]]
 
 
 def alike_in_place(image: Float[Tensor, "3 h w"], deviation: float) -> Summed:
-    """Pixels are the more alike the nearer they are: a product of a kernel on rows and one on columns."""
+    """Return a kernel by which near pixels are alike: a product of a kernel on rows and one on columns. deviation: in pixels."""
     rows, columns = (_gaussian(torch.arange(side).to(image)[:, None] / deviation) for side in image.shape[1:])
     return lambda values: rows @ values @ columns
 
 
 def alike_in_place_and_colour(image: Float[Tensor, "3 h w"], deviation: float, rgb_deviation: float) -> Summed:
-    """Pixels are the more alike the nearer they are and the more their colours agree."""
+    """Return a kernel by which near pixels of similar colour are alike. deviation: in pixels; rgb_deviation: in colour units."""
     height, width = image.shape[1:]
     at = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")).to(image)
     features = rearrange(torch.cat([at / deviation, 255 * image / rgb_deviation]), "f h w -> (h w) f")

@@ -152,7 +152,7 @@ def checked_place(path: str | Path, endings: Sequence[str], key: str) -> Path:
 
 
 def checked_maps(names: Sequence[str], maps: Float[Tensor, "C *f h w"]) -> Float[Tensor, "C *f h w"]:
-    """The maps themselves. Raises DataError for values that are not finite, or if every map is the same number everywhere.
+    """Return the maps unchanged. Raises DataError for values that are not finite, or if every map is the same number everywhere.
 
     Warns of single maps that are.
     """
@@ -174,7 +174,7 @@ def checked_maps(names: Sequence[str], maps: Float[Tensor, "C *f h w"]) -> Float
 
 
 def as_pixels(image: Float[Tensor, "*F 3 H W"]) -> UInt8[np.ndarray, "*F H W 3"]:
-    """An image, or frames, in 0..1 as bytes."""
+    """Convert an image, or F frames, in 0..1 to bytes."""
     found: np.ndarray = (255 * image).round().clamp(0, 255).byte().movedim(-3, -1).cpu().numpy()
     return found
 

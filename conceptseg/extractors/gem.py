@@ -18,7 +18,7 @@ from conceptseg.types import Batch
 
 
 def self_self_attention(tower: Tower, layer: int, normed: Float[Tensor, "B T d"], iterations: int) -> Float[Tensor, "B T d"]:
-    """Mean over queries, keys and values of what each, attending to its own kind, gathers from the values; projected.
+    """Let queries, keys and values attend to their own kind; return the projected mean of the values that each gathers.
 
     Vectors have unit length; scores are multiplied by the mean length of the block's normed tokens over √(head width). Every
     iteration replaces the vectors by what they attend to.

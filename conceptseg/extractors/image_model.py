@@ -38,7 +38,7 @@ class ImageModelMethod(ModelMethod):
 
 
 def on_every_channel(batch: Batch, maps: Float[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
-    """A map without words, once for each of them."""
+    """Repeat a map that depends on no word for each of the C words."""
     return repeat(maps, "B h w -> B C h w", C=len(batch.concepts[0]))
 
 
@@ -93,7 +93,7 @@ class PatchTextMethod(ImageModelMethod):
     def last_query_key_value(
         self, batch: Batch
     ) -> tuple[Float[Tensor, "B A T k"], Float[Tensor, "B A T k"], Float[Tensor, "B A T k"]]:
-        """Queries, keys and values of every head in the last block."""
+        """Return queries, keys and values of every head in the last block."""
         tower, last = self.backbone.tower, len(self.backbone.tower.blocks) - 1
         normed: list[Tensor] = []
         with TapSet(self.backbone.model) as taps:
@@ -103,7 +103,7 @@ class PatchTextMethod(ImageModelMethod):
 
     @abstractmethod
     def patch_vectors(self, batch: Batch) -> Float[Tensor, "B h w k"]:
-        """Vectors in the space that image and text share."""
+        """Return one vector per patch in the common space of image and text."""
 
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
         with torch.no_grad():
@@ -113,7 +113,7 @@ class PatchTextMethod(ImageModelMethod):
 
 
 def word_vectors(backbone: CLIPBackbone, batch: Batch) -> Float[Tensor, "B C k"]:
-    """Unit vectors of the words that each image is asked about."""
+    """Return unit vectors of the words of each image."""
     flat = [name for concepts in batch.concepts for name in concepts.names]
     return rearrange(backbone.text_vectors(flat), "(B C) k -> B C k", B=len(batch))
 
@@ -129,7 +129,7 @@ def needs_text(backbone: ImageEncoder) -> CLIPBackbone:
 
 
 def needs_gradient(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
-    """The same images as the root of a graph: the model's own weights take no gradient."""
+    """Return the images as the root of a graph; the model's own weights take no gradient."""
     return images.detach().clone().requires_grad_()
 
 

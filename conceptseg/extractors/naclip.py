@@ -14,7 +14,7 @@ from conceptseg.types import Batch
 
 
 def neighbourhood(grid: tuple[int, int], sigma: float) -> Float[Tensor, "L L"]:
-    """exp(-distance² / 2σ²) between patches, distances in patches; 1 on the diagonal."""
+    """Return exp(-distance² / 2σ²) between patches, distances in patches; 1 on the diagonal."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     at = torch.stack([rows.flatten(), columns.flatten()], dim=1).double()
     return torch.exp(-((at[:, None] - at[None]) ** 2).sum(-1) / (2 * sigma**2))

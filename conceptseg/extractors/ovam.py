@@ -71,7 +71,7 @@ class Attribution:
     def maps(
         self, attended: Attended, heads: slice, size: tuple[int, int], how: str, softmax: bool
     ) -> Float[Tensor, "R a S X Y"]:
-        """Maps of some heads at the common size; the last one, a sum over the prompt's tokens in DAAM, is empty."""
+        """Return maps of some heads at the common size (X, Y); the last one, a sum over the prompt's tokens in DAAM, is empty."""
         found = []
         # forward(), not a call: the hooks on the host's own keys must not run again.
         project = attended.attention.get_submodule("to_k").forward
@@ -254,7 +254,7 @@ class OVAM(UNetMaps):
 
 
 def refined(maps: Float[Tensor, "B C X Y"], self_attention: Float[Tensor, "B X Y"], floor: float) -> Float[Tensor, "B C X Y"]:
-    """Maps times an image's self-attention map, which is scaled to floor .. 1 (paper: 0.85, 0.95 to 0.99 with optimised tokens).
+    """Multiply maps by the self-attention map, scaled to floor .. 1 (paper: 0.85, 0.95 to 0.99 with optimised tokens).
 
     self_attention: attention that each position receives, mean over heads and layers, bilinear. arXiv:2403.14291 names an
     aggregate self-attention map without saying which; the released code sums each query's softmax over keys, which is 1

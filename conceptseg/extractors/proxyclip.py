@@ -17,7 +17,7 @@ from conceptseg.types import Batch
 
 
 def affinity(vectors: Float[Tensor, "B L d"], beta: float, gamma: float) -> Float[Tensor, "B L L"]:
-    """softmax over patches of γ (cosine - β · the image's mean cosine), negative entries left out.
+    """Return the softmax over patches of γ (cosine - β · the image's mean cosine), negative entries left out.
 
     A patch always keeps itself unless β times the mean exceeds 1, in which case nothing would be left.
     """

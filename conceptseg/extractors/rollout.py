@@ -21,7 +21,7 @@ from conceptseg.types import Batch
 
 
 def mixed_in(attention: Float[Tensor, "B T T"], running: Float[Tensor, "B T T"] | None) -> Float[Tensor, "B T T"]:
-    """One more block on the left of the product: attention averaged over heads, plus the residual, rows summing to 1."""
+    """Multiply one more block from the left: attention averaged over heads, plus the residual, rows normalised to 1."""
     with_residual = attention + torch.eye(attention.shape[-1]).to(attention)
     rows = with_residual / with_residual.sum(-1, keepdim=True)
     return rows if running is None else rows @ running

@@ -73,7 +73,7 @@ class TextSpan(ClassMethod):
 def patch_contributions(
     backbone: CLIPBackbone, images: Float[Tensor, "B 3 H W"]
 ) -> tuple[Float[Tensor, "B L k"], Float[Tensor, "B k"]]:
-    """Direct contribution of every patch to the image vector of unit length, and the image vector, not of unit length.
+    """Return each patch's direct contribution to the unit-length image vector, and the image vector, not of unit length.
 
     The last norm is made linear with the class token's own mean and deviation. Only the class token's attention row is formed;
     the output projection's bias, and the norm's mean and bias, are shared out equally over their summands, a constant that the

@@ -19,7 +19,7 @@ from conceptseg.types import Batch
 
 
 def class_row(row: Float[Tensor, "B T"] | None, step: Float[Tensor, "B _ T"]) -> Float[Tensor, "B T"]:
-    """The class token's row of (... I + step): blocks come from the last to the first, and no other row is ever read."""
+    """Return the class token's row of row @ (I + step), from the last block to the first; no other row is read."""
     return step[:, 0] + torch.eye(step.shape[-1])[0].to(step) if row is None else row + (row[:, None] @ step)[:, 0]
 
 

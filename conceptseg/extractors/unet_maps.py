@@ -70,7 +70,7 @@ class Reader(Protocol):
     def maps(
         self, attended: Attended, heads: slice, size: tuple[int, int], how: str, softmax: bool
     ) -> Float[Tensor, "R a S X Y"]:
-        """Maps of some heads at one size."""
+        """Return maps of S words for some heads at the size (X, Y)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,14 +205,14 @@ class UNetMaps(Extractor):
         return sums
 
     def clean_latents(self, images: Float[Tensor, "B 3 H W"], keys: Sequence[str], draw: int) -> Float[Tensor, "B c h w"]:
-        """Latents of one draw."""
+        """Return the clean latents of one draw for images in 0..1."""
         if self.posterior == "mode":
             return self.backbone.latents(images)
         seeds = [sample_seed(self.seed, key, "posterior", draw) for key in keys]
         return self.backbone.latents(images, [torch.Generator().manual_seed(seed) for seed in seeds])
 
     def draw_noise(self, shape: Sequence[int], keys: Sequence[str], draw: int) -> Float[Tensor, "_ c h w"]:
-        """Noise of one draw: for every image its own, or one for all."""
+        """Return the noise of one draw: one per image, or one for all."""
         if self.noise == "per_sample":
             return sample_noise(shape, self.seed, keys, draw)
         return shared_noise(shape, self.seed, draw, self.backbone.device, self.backbone.dtype).float()
@@ -227,7 +227,7 @@ class UNetMaps(Extractor):
         reader: Reader,
         views: Sequence[View],
     ) -> None:
-        """One forward pass: put what the views need of every layer into `sums`."""
+        """Run one forward pass and add the maps that the views need of every layer to `sums`."""
         backbone, rows = self.backbone, len(noisy)
         pixels = noisy.shape[-2] * backbone.pixels_per_latent, noisy.shape[-1] * backbone.pixels_per_latent
         text, conditions = backbone.text(prompts), backbone.conditions(prompts, pixels)
@@ -269,7 +269,7 @@ class UNetMaps(Extractor):
     def fold(
         self, sums: LayerSums, view: View, images: int, prompts: int, background: Bool[Tensor, "B C"] | None = None
     ) -> Float[Tensor, "B C X Y"]:
-        """One view: layers and heads by their mean, then timesteps and draws by the view's fold.
+        """Fold one view: layers and heads by their mean, then timesteps and draws by the view's fold.
 
         Softmax "per_cell" is taken in every layer, timestep and draw (heads averaged), "of_mean" and "shapley" after all folding.
         background: True for background words, which "shapley" treats apart; None for none.

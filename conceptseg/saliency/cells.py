@@ -90,7 +90,7 @@ def cell_scores(
     kind: CellKind,
     background: Bool[Tensor, "R C"] | None = None,
 ) -> Float[Tensor, "R C L"]:
-    """Dot products of concept and image vectors, in float32, with the kind's softmax, heads folded.
+    """Return dot products of C concept and L image vectors, in float32, with the kind's softmax, heads folded.
 
     Vectors arrive normalised (see `CellKind.normalize`); scores are unscaled. With a head axis A, the softmax is taken in
     every head before heads are folded, because the two do not commute. background: True for background words, as in

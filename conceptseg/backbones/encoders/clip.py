@@ -157,7 +157,7 @@ class CLIPBackbone(ImageEncoder):
         )  # fmt: skip
 
     def project(self, tokens: Float[Tensor, "B *L d"]) -> Float[Tensor, "B *L k"]:
-        """Final norm and projection of residual-stream tokens, as the class token gets them; not of unit length."""
+        """Apply the final norm and projection to residual-stream tokens, as to the class token; k wide, not of unit length."""
         model: Any = self.model
         return model.ln_post(tokens) @ model.proj
 
@@ -190,7 +190,7 @@ class CLIPBackbone(ImageEncoder):
             ) from error
 
     def token_ids(self, texts: Sequence[str]) -> Int[Tensor, "n N"]:
-        """Padded to the context length. Raises DataError for a text that is longer, or a word that is unknown."""
+        """Return token ids of n texts, padded to the context length N. Raises DataError for a longer text or unknown word."""
         length = int(self.config["model_cfg"]["text_cfg"].get("context_length", 77))
         if self.tokenizer is None:
             from open_clip import SimpleTokenizer
@@ -212,13 +212,13 @@ class CLIPBackbone(ImageEncoder):
         return ids.to(self.device)
 
     def encode_tokens(self, ids: Int[Tensor, "n N"]) -> Float[Tensor, "n k"]:
-        """Text vectors, not of unit length."""
+        """Encode n texts, given as token ids, as vectors of width k, not of unit length."""
         model: Any = self.clip
         with torch.no_grad():
             return torch.cat([model.encode_text(part) for part in ids.split(TEXTS_AT_ONCE)])
 
     def text_vectors(self, names: Sequence[str], templates: Sequence[str] | None = None) -> Float[Tensor, "n k"]:
-        """A unit vector a name, averaged over the templates; every name is encoded once."""
+        """Return a unit vector per name, averaged over the templates; every name is encoded once."""
         prompts = self.templates if templates is None else tuple(templates)
         new = [name for name in dict.fromkeys(names) if (prompts, name) not in self._vectors]
         for name in new:

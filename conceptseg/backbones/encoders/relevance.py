@@ -75,7 +75,7 @@ class LinearRelevance(torch.autograd.Function):
 
 
 def equal_signs(x: Float[Tensor, "*n i"], weights: Weights, value: Float[Tensor, "*n o"]) -> Float[Tensor, "*n o"]:
-    """x+ W+^T + x- W-^T, not negative, from the known value x W^T + b.
+    """Return x+ W+^T + x- W-^T, not negative, from the known value x W^T + b.
 
     x W^T is the sum of the products of equal sign and of those of unequal sign, |x| |W|^T their difference: half of both
     together takes one matrix product where the definition takes two. Cancellation costs digits: on the lab's models at most

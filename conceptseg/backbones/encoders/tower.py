@@ -77,22 +77,22 @@ class Tower:
     def query_key_value(
         self, layer: int, normed: Float[Tensor, "B T d"]
     ) -> tuple[Float[Tensor, "B A T k"], Float[Tensor, "B A T k"], Float[Tensor, "B A T k"]]:
-        """Queries (not scaled), keys and values of every head from the block's normed input."""
+        """Return queries (not scaled), keys and values of all A heads, k wide, from the block's normed input of T tokens."""
         return self.split_heads(self.mapped(layer, normed))
 
     def mapped(self, layer: int, normed: Float[Tensor, "B T d"]) -> Float[Tensor, "B T n"]:
-        """Queries, keys and values side by side, n = 3 d."""
+        """Return queries, keys and values of the block's normed input side by side, n = 3 d."""
         return linear(normed, self.blocks[layer].qkv.weight, self.blocks[layer].qkv.bias)
 
     def split_heads(
         self, mapped: Float[Tensor, "B T n"]
     ) -> tuple[Float[Tensor, "B A T k"], Float[Tensor, "B A T k"], Float[Tensor, "B A T k"]]:
-        """Queries, keys and values of every head from `mapped`."""
+        """Split the output of `mapped` into queries, keys and values of all A heads, k wide."""
         q, k, v = rearrange(mapped, "B T (n A k) -> n B A T k", n=3, A=self.heads)
         return q, k, v
 
     def attention(self, layer: int, normed: Float[Tensor, "B T d"]) -> Float[Tensor, "B A T T"]:
-        """Attention after softmax, [batch, head, query, key]."""
+        """Return the attention after softmax, [batch, head, query, key], in 0..1."""
         q, k, _ = self.query_key_value(layer, normed)
         return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
 
@@ -104,7 +104,7 @@ class Tower:
     def attention_gradient(
         self, layer: int, values: Float[Tensor, "B A T k"], output_gradient: Float[Tensor, "B Q d"]
     ) -> Float[Tensor, "B A Q T"]:
-        """d score / d attention from d score / d (the attention module's output), for the query rows that are given.
+        """Return d score / d attention from d score / d (the attention module's output), for the query rows that are given.
 
         The output is concat_h(A_h V_h) W_O^T, so dA_h = (g W_O)_h V_h^T: no graph through the matrix itself is needed.
         """
@@ -157,7 +157,7 @@ def _see_input(see: See, module: nn.Module, args: tuple[Any, ...], kwargs: dict[
 def resized_positions(
     positions: Float[Tensor, "T d"], prefix: int, old: tuple[int, int], new: tuple[int, int], rule: str
 ) -> Float[Tensor, "N d"]:
-    """A learnt position embedding for another grid, bicubic; the `prefix` rows are kept.
+    """Resize a learnt position embedding to the grid `new`, (rows, columns) in patches, bicubic; the `prefix` rows are kept.
 
     rule "timm" resamples to the new size, antialiased. "dino" gives the scale factors (rows + 0.1) / side and
     (columns + 0.1) / side to the interpolation, which places its samples by them, without antialiasing, and takes the

@@ -84,7 +84,7 @@ class TransformersBackbone(Backbone):
             return AutoTokenizer.from_pretrained(**self.checkpoint.source())
 
     def token_ids(self, names: Sequence[str]) -> tuple[Int[Tensor, "n N"], Int[Tensor, "n N"]]:
-        """Ids of the prompts, padded to one length, and their masks. Raises DataError for an unknown word or a text cut."""
+        """Return token ids of the prompts, padded to length N, and masks. Raises DataError for an unknown word or a cut text."""
         texts = [self.prompt.replace("{}", name) for name in names]
         check_length(self.tokenizer, texts, self.text_tokens, "extractor.backbone.text_tokens")
         length = {"padding": "max_length", "truncation": True, "max_length": self.text_tokens, "return_tensors": "pt"}

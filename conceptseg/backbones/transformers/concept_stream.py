@@ -276,7 +276,7 @@ def by_heads(x: Float[Tensor, "R n D"], attention: Any) -> Float[Tensor, "R n A 
 
 
 def normed(norm: nn.Module | None, x: Float[Tensor, "R n A d"]) -> Float[Tensor, "R n A d"]:
-    """Queries or keys through a norm that some checkpoints lack."""
+    """Apply a norm to queries or keys; None, as in some checkpoints, leaves them unchanged."""
     # forward(), not a call: what the host's own tokens give is read at these very modules.
     return x if norm is None else norm.forward(x)
 

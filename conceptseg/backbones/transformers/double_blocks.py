@@ -35,18 +35,18 @@ class DoubleBlockCarrier(ConceptCarrier):
 
     @abstractmethod
     def modulation(self, block: Any) -> tuple[Tensor, ...]:
-        """(shift, scale, gate) of the attention and of the MLP, [R 1 D] each."""
+        """Return (shift, scale, gate) of the attention and of the MLP, [R 1 D] each."""
 
     @abstractmethod
     def norms(self, block: Any) -> tuple[Any, Any, Any]:
         """The text's normalisation before attention, that before the MLP, and the MLP."""
 
     def rotate_image(self, x: Float[Tensor, "R L A d"]) -> Float[Tensor, "R L A d"]:
-        """The image's rotary embedding."""
+        """Apply the image's rotary embedding to queries or keys of L tokens."""
         return x
 
     def rotate_concepts(self, x: Float[Tensor, "R C A d"]) -> Float[Tensor, "R C A d"]:
-        """The concepts' rotary embedding: none, unless the family says otherwise."""
+        """Apply the concepts' rotary embedding to queries or keys of C tokens; by default none."""
         return x
 
     def advance(self, layer: int, block: Any, image_outputs: Float[Tensor, "R L D"]) -> None:

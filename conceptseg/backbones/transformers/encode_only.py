@@ -122,7 +122,7 @@ class EncodeOnlyFlux:
         self.model: nn.Module | None = None
 
     def at(self, last_layer: int, conditions: Conditions, conditioning: Callable[[nn.Module], Float[Tensor, "R d"]]) -> nn.Module:
-        """The model that can read up to `last_layer` under these conditions. conditioning: forms from it what SiLU is given."""
+        """Return a model for layers up to `last_layer` under these conditions. conditioning: computes SiLU's input, [R d]."""
         if self.model is None or len(self.model.transformer_blocks) <= last_layer:  # type: ignore[arg-type]
             self.model = self._read(last_layer)
         folded = {name: m for name, m in self.model.named_modules() if isinstance(m, FoldedModulation)}

@@ -165,7 +165,7 @@ class FluxBackbone(MultiModalBackbone):
         return Prompts(super().prompts(captions).hidden, self.caption_vectors(captions) if has_clip else None)
 
     def zero_pooled(self, rows: int) -> Float[Tensor, "R p"]:
-        """The pooled vector of the reference when it encodes a real image: zeros, for image, text and concepts."""
+        """Return the pooled vector that the reference uses for real images: zeros, for image, text and concepts."""
         return torch.zeros(rows, int(self.config["pooled_projection_dim"]), device=self.device, dtype=self.dtype)
 
     def concept_pooled(self, rows: int) -> Float[Tensor, "R p"]:

@@ -59,7 +59,7 @@ def own_tokens(tokenizer: Any, string: str) -> int:
 
 
 def pooled_tokens(rows: Sequence[Sequence[Float[Tensor, "_ d"]]], pooling: str) -> ConceptTokens:
-    """Rows of words, each given by its tokens -> the tokens that travel, and what share each has in its word.
+    """Return the concept tokens of rows of words, each word given by its tokens, and the share of each token in its word.
 
     Source of "first": Helbling et al. 2025 as released (the other poolings are this project's).
     """

@@ -81,7 +81,7 @@ def encode_prompts(
     clip_tokens: int,
     t5_tokens: int,
 ) -> tuple[Float[Tensor, "B N d"], Float[Tensor, "B p"]]:
-    """Prompts as SD3 reads them: (encoder_hidden_states, pooled_projections); gradients flow.
+    """Encode prompts for SD3: (encoder_hidden_states, pooled_projections); gradients flow.
 
     tokenizers, encoders: both CLIPs and the T5, in the pipeline's order; their padded lengths are `clip_tokens` and `t5_tokens`.
     Both CLIPs' last but one hidden states stand side by side, padded with zeros to the T5's width; the T5's tokens follow, so

@@ -98,7 +98,7 @@ class Attended:
     def probabilities(
         self, rows: slice, heads: slice, keys: Float[Tensor, "R A S d"] | None = None, softmax: bool = True
     ) -> Float[Tensor, "r a N S"]:
-        """Softmax over tokens of the scaled dot products, in float32, of some rows and heads; other keys may be given.
+        """Return the softmax over tokens of the scaled dot products, in float32, 0..1, of some rows and heads, or for other keys.
 
         Source: Tang et al. 2023, arXiv:2210.04885; castorini/daam at 09564e0, daam/trace.py.
         """
@@ -108,7 +108,7 @@ class Attended:
         return logits.softmax(-1) if softmax else logits
 
     def received(self) -> Float[Tensor, "R h w"]:
-        """Of a self-attention: how much attention each position receives from all positions, mean over heads; 1 on average."""
+        """Return the attention that each position of a self-attention receives, mean over heads; 1 on average."""
         rows, heads, positions, _ = self.queries.shape
         total = self.queries.new_zeros((rows, positions), dtype=torch.float32)
         keys, some = self.keys.float(), max(1, 2**19 // (rows * heads * positions))
@@ -231,7 +231,7 @@ def kept_heads(heads: int, rule: str) -> range:
 
 
 def reference_half(probabilities: Float[Tensor, "R A N T"]) -> Float[Tensor, "H N T"]:
-    """The second half of the fused (row, head) axis, as the reference slices it: right for one guided image and no other case.
+    """Return the second half of the fused (row, head) axis, as the reference slices it: correct only for one guided image.
 
     Source: castorini/daam at 09564e0, daam/trace.py.
     """
@@ -270,7 +270,7 @@ def grid_factor(size: tuple[int, int], positions: int) -> int:
 
 
 def upsample(maps: Float[Tensor, "*B h w"], size: tuple[int, int], how: str) -> Float[Tensor, "*B X Y"]:
-    """Maps at another size: bicubic with what falls below 0 cut off, every map for itself (the reference's), or bilinear.
+    """Resize maps to (X, Y): bicubic, each map cut at 0 (the reference's), or bilinear.
 
     Source: castorini/daam at 09564e0, daam/trace.py (align_corners false, no antialias); OVAM is bilinear
     (vpulab/ovam at 12afd87).

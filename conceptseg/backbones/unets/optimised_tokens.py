@@ -17,7 +17,7 @@ from conceptseg.errors import ConfigError
 
 
 def read_tokens(file: Path, model: Mapping[str, Any]) -> dict[str, Float[Tensor, "2 d"]]:
-    """Tokens by word. Raises ConfigError if the file is not there or was made for another model."""
+    """Return two states of width d per word. Raises ConfigError if the file is not there or was made for another model."""
     if not file.exists():
         raise ConfigError(f'extractor.tokens "{file}": no such file. Make one with: conceptseg-study optimise-token')
     with safe_open(file, "pt") as opened:

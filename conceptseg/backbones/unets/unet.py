@@ -145,12 +145,12 @@ class UNetBackbone(LatentCheckpoint):
         return padded.input_ids.to(self.device)
 
     def text(self, strings: Sequence[str]) -> Float[Tensor, "B T d"]:
-        """Encoded strings, padded to `text_length`."""
+        """Return encoded strings, padded to T = `text_length` tokens."""
         self.encode_text(strings)
         return torch.stack([self.texts[s]["tokens"] for s in strings]).to(self.device)
 
     def unpadded_text(self, string: str) -> Float[Tensor, "n d"]:
-        """One encoded string with its start and end tokens and no padding; text encoders are causal, so a slice is enough."""
+        """Encode one string with its start and end tokens, without padding. Text encoders are causal: a slice is enough."""
         self.encode_text([string])
         tokens = self.tokenizer(string, truncation=True, max_length=self.text_length).input_ids
         return self.texts[string]["tokens"][: len(tokens)].to(self.device)
