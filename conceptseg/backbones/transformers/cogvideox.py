@@ -192,9 +192,7 @@ class CogVideoXBackbone(MultiModalBackbone):
             z = spread_out(self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)).latent_dist, generators)
         return z.transpose(1, 2) * self.vae.config["scaling_factor"]
 
-    def mix(
-        self, noise: Float[Tensor, "*#R c H W"], latents: Float[Tensor, "*#R c H W"], level: float
-    ) -> Float[Tensor, "*#R c H W"]:
+    def mix(self, noise: Float[Tensor, "*#n"], latents: Float[Tensor, "*#n"], level: float) -> Float[Tensor, "*#n"]:
         share = self.scheduler.alphas_cumprod[round(1000 * level) - 1].to(latents)
         return share.sqrt() * latents + (1 - share).sqrt() * noise
 

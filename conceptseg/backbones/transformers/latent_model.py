@@ -164,10 +164,8 @@ class LatentModel(LatentCheckpoint, ABC):
         """
         return latents + (levels[step + 1] - levels[step]) * answer
 
-    def mix(
-        self, noise: Float[Tensor, "*#R c H W"], latents: Float[Tensor, "*#R c H W"], level: float
-    ) -> Float[Tensor, "*#R c H W"]:
-        """Return noisy latents at a level in 0..1, on the straight line from image to noise that flow matching takes."""
+    def mix(self, noise: Float[Tensor, "*#n"], latents: Float[Tensor, "*#n"], level: float) -> Float[Tensor, "*#n"]:
+        """Return noisy latents, [... c H W], at a level in 0..1, on the straight line from image to noise; shapes broadcast."""
         return level * noise + (1 - level) * latents
 
 
