@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -102,17 +104,60 @@ def whole_number(key: str, value: Any, least: int, most: int = 2**63 - 1) -> int
     return value
 
 
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""Text with control characters other than newline and tab written out: a terminal or a page would obey them.
+
+    The marks that turn the direction of writing and lone surrogates are written out too.
+
+    >>> printable("cat\x1b[2J")
+    'cat\\x1b[2J'
+    """
+    return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
 def guarded(main: Callable[[], int | None]) -> Callable[[], None]:
-    """Print our own errors bare, on stderr, and exit with 1; let everything else show its traceback."""
+    """Print our own errors, and what the system refuses, bare on stderr, and exit with 1; the rest shows its traceback."""
 
     def wrapped() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # a terminal that can't show a letter is no reason to fail
         try:
-            sys.exit(main() or 0)
+            _check_working_directory()
+            code = main() or 0
+            sys.stdout.flush()
+            sys.exit(code)
         except ConceptSegError as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            sys.exit(1)
+            _end_with(f"{type(error).__name__}: {error}")
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(141)
+        except OSError as error:
+            place = f" {error.filename}" if error.filename is not None else ""
+            _end_with(f"{type(error).__name__}:{place or ' a file or output'}: {error.strerror or error}.")
+        except RuntimeError as error:
+            if "can't start new thread" not in str(error):
+                raise
+            _end_with("OSError: the system starts no further thread (ulimit -u). Allow more, or set OMP_NUM_THREADS=1.")
 
     return wrapped
+
+
+def _check_working_directory() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError("the working directory no longer exists. Change to another one and run the command again.") from error
+
+
+def _end_with(message: str) -> None:
+    """Print a message on stderr and exit with 1, also where stdout can't be written any more."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # what is left in its buffer would be tried again at exit, and told as an ignored exception
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    print(printable(message), file=sys.stderr)
+    sys.exit(1)

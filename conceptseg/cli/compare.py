@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from conceptseg.errors import guarded
+from conceptseg.errors import guarded, printable
 from conceptseg.metrics.breakdowns import Part, clusters_by_word, worst_images
 from conceptseg.metrics.comparisons import Comparison, compare
 from conceptseg.metrics.definitions import DEFINITIONS, definition_of
@@ -170,11 +170,11 @@ def _print(console: Any, title: str, head: Sequence[str], lines: Sequence[Sequen
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)
+    table = Table(title=Text(printable(title)), title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)
     for place, heading in enumerate(head):
         table.add_column(Text(heading), justify="left" if place == 0 else "right", overflow="fold")
     for line in lines:
-        table.add_row(*map(Text, line))
+        table.add_row(*(Text(printable(cell)) for cell in line))
     console.print(table)
 
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from conceptseg.cli.options import added_folders
 from conceptseg.cli.refusals import explain_refusal
 from conceptseg.config import check_allowance, packages
-from conceptseg.errors import ConceptSegError, ConfigError
+from conceptseg.errors import ConceptSegError, ConfigError, printable
 from conceptseg.reading import LARGEST_TEXT, decode_text, read_regular
 
 
@@ -31,6 +31,15 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.setLogRecordFactory(PrintableRecord)
+    logging.raiseExceptions = False  # a log that can't be written is no reason for a traceback
+
+
+class PrintableRecord(logging.LogRecord):
+    """A line of the log, which may quote words and names of other people's files."""
+
+    def getMessage(self) -> str:
+        return printable(super().getMessage())
 
 
 def run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
@@ -40,7 +49,7 @@ def run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
 
     _check_config_files(sys.argv[1:])
     codes: list[int] = []
-    errors: list[ConceptSegError] = []
+    errors: list[Exception] = []
 
     overrides = [a for a in sys.argv[1:] if not a.startswith("-") and "=" in a]
     started: list[bool] = []
@@ -50,7 +59,9 @@ def run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
         try:
             check_allowance(config, task_overrides())
             codes.append(task(config))
-        except ConceptSegError as error:  # carried out of Hydra, which would print it a second time
+        except (HydraException, OmegaConfBaseException):
+            raise
+        except Exception as error:  # carried out of Hydra, which would print lines of its own
             errors.append(error)
 
     try:

@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 
 from conceptseg.cli.composing import quiet_libraries, run_hydra
 from conceptseg.config import plain, register
-from conceptseg.errors import guarded
+from conceptseg.errors import guarded, printable
 
 
 @guarded
@@ -24,7 +24,7 @@ def _doctor(config: DictConfig) -> int:
     dataset = instantiate(whole["dataset"], "dataset", whole["runtime"]["allow_targets"])
     problems = dataset.problems()
     for problem in problems:
-        print(f"- {problem}")
+        print(printable(f"- {problem}"))
     if not problems:
         print(f"{dataset.name}: {len(dataset.keys())} samples, nothing missing (fingerprint {dataset.fingerprint()})")
     return 1 if problems else 0

@@ -12,7 +12,7 @@ from conceptseg.cli.composing import quiet_libraries, run_hydra, task_overrides
 from conceptseg.cli.help import asked, print_help
 from conceptseg.cli.table import QUIET, print_table_of
 from conceptseg.config import plain, register
-from conceptseg.errors import guarded
+from conceptseg.errors import guarded, printable
 
 LAB_FILL = {"backbone=lab/*": "table.backbones=lab"}
 """Another way to say that the lab fills a paper's table."""
@@ -64,7 +64,8 @@ def _evaluate(config: DictConfig) -> int:
         return 0
     if not any(r.n or r.failed or r.waiting for r in found):
         reason = next(row["error"] for row in evaluation.store.rows().values() if row["status"] == "excluded")
-        print(f"protocol {evaluation.protocol.label} left out all {found[0].excluded} samples; the first because: {reason}")
+        left_out = f"protocol {evaluation.protocol.label} left out all {found[0].excluded} samples; the first because: {reason}"
+        print(printable(left_out))
         return 0
     table = single_table(evaluation, found, shlex.join(["conceptseg", *overrides]))
     save(evaluation.store.folder / "table.json", table)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conceptseg.errors import ConceptSegError, ConfigError, did_you_mean, real_number, whole_number
+from conceptseg.errors import ConfigError, did_you_mean, guarded, real_number, whole_number
 from conceptseg.types import check_distinct, checked_word
 
 SETTINGS: dict[str, str] = {
@@ -107,6 +107,7 @@ def explain(given: dict[str, Any]) -> list[Path]:
     return written
 
 
+@guarded
 def main() -> None:
     """conceptseg-explain key=value ...: see --help."""
     words = sys.argv[1:]
@@ -114,12 +115,8 @@ def main() -> None:
         print(f"{__doc__}\n")
         print("\n".join(f"  {key + '=':12}{meaning}" for key, meaning in SETTINGS.items()))
         return
-    try:
-        for path in explain(parse(words)):
-            print(path)
-    except ConceptSegError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+    for path in explain(parse(words)):
+        print(path)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conceptseg.cli.composing import quiet_libraries
-from conceptseg.errors import guarded
+from conceptseg.errors import guarded, printable
 
 
 @guarded
@@ -33,7 +33,7 @@ def report() -> int:
     if said.check:
         problems = check(said.results, said.benchmarks)
         for problem in problems:
-            print(problem, file=sys.stderr)
+            print(printable(problem), file=sys.stderr)
         print(f"{said.results}: " + (f"{len(problems)} stale or missing" if problems else "up to date"))
         return 1 if problems else 0
     if said.write:

@@ -33,6 +33,7 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     from conceptseg.config import check_allowance, check_frame, composing_source
     from conceptseg.errors import ConfigError
     from conceptseg.keys import digest
+    from conceptseg.report.results_md import page_to_change
     from conceptseg.report.trackers import check_trackers
     from conceptseg.tables.composed_cache import Compositions
     from conceptseg.tables.former_names import with_current_names
@@ -49,6 +50,8 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
             "Leave one of the two out."
         )
     check_trackers(report["trackers"])
+    if report["publish"]:
+        page_to_change(Path(report["results_md"]), "")
     extra = [o for o in overrides if not o.lstrip("+~").startswith("table")]
     of_table = [o for o in overrides if o.lstrip("+~").startswith("table.")]
     meaningful = [o for o in extra if not o.lstrip("+~").startswith(QUIET)]

@@ -44,7 +44,7 @@ def to_csv(table: Results) -> str:
 
 def _inert(cell: object) -> object:
     """Words that a spreadsheet would take for a formula are shown as words."""
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) else cell
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
 
 
 def to_latex(table: Results) -> str:

@@ -6,12 +6,12 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from conceptseg.errors import ReportError, did_you_mean
+from conceptseg.errors import ReportError, did_you_mean, printable
 from conceptseg.files import write_atomically
 from conceptseg.report.strict_json import build
 from conceptseg.types import Provenance
@@ -253,7 +253,10 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """A finished table. Constructing one checks it: a number that may not be printed is an error here, not a footnote."""
+    """A finished table. Constructing one checks it: a number that may not be printed is an error here, not a footnote.
+
+    Control characters in its texts are written out (`printable`), so that no output of a table obeys them.
+    """
 
     table: str
     """Name of the table's sheet, and of its folder under benchmarks/."""
@@ -275,6 +278,8 @@ class Results:
     """Picture sheet, as a path relative to the folder of RESULTS.md."""
 
     def __post_init__(self) -> None:
+        for one in fields(self):
+            object.__setattr__(self, one.name, _printable(getattr(self, one.name)))
         problems = [*_table_problems(self), *_row_problems(self)]
         if problems:
             listed = "\n  ".join(problems[:10]) + (f"\n  and {len(problems) - 10} more" if len(problems) > 10 else "")
@@ -321,6 +326,21 @@ class Results:
                 del place[key]
         plain: dict[str, Any] = json.loads(json.dumps({"schema": SCHEMA, **body}, allow_nan=False))
         return plain
+
+
+def _printable(value: Any) -> Any:
+    """The value itself where no text in it had to change."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, tuple):
+        return tuple(map(_printable, value))
+    if isinstance(value, Mapping):
+        return {printable(key): _printable(one) for key, one in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        held = {one.name: getattr(value, one.name) for one in fields(value)}
+        changed = {name: new for name, old in held.items() if (new := _printable(old)) != old}
+        return replace(value, **changed) if changed else value
+    return value
 
 
 _OPTIONAL: dict[str, tuple[object, ...]] = {

@@ -111,7 +111,7 @@ def write(path: Path, benchmarks: Path) -> None:
 
 def _write(path: Path, benchmarks: Path) -> None:
     tables = [load(file) for file in sorted(benchmarks.glob("*/results.json"))]
-    text = path.read_bytes().decode() if path.exists() else HEADER
+    text = page_to_change(path, HEADER)
     wanted = _sections(tables, _link(path, benchmarks))
     for name in [name for name in _spans(text, path) if name not in wanted]:
         text = _without_section(text, name, path)
@@ -120,7 +120,7 @@ def _write(path: Path, benchmarks: Path) -> None:
     pages = {}
     for table in tables:
         page = benchmarks / table.table / "README.md"
-        held = page.read_bytes().decode() if page.exists() else README_HEADER
+        held = page_to_change(page, README_HEADER)
         if not table.computed:
             pages[page] = _with_section(held, table.table, render(table, 1), page)
         elif table.table in _spans(held, page):
@@ -172,7 +172,7 @@ def _sections(tables: Iterable[Results], benchmarks: str) -> dict[str, str]:
 def _page_problems(path: Path, wanted: Mapping[str, str], unknown: set[str]) -> list[str]:
     """A sentence for each section of a page that is not as it is wanted; those of `unknown` may be as they are."""
     try:
-        text = path.read_bytes().decode() if path.exists() else ""
+        text = _page(path, "")
         spans = _spans(text, path)
     except ReportError as error:
         return [str(error)]
@@ -189,6 +189,27 @@ def _page_problems(path: Path, wanted: Mapping[str, str], unknown: set[str]) -> 
             "delete the section: conceptseg-report --write"
         )
     return sentences
+
+
+def page_to_change(path: Path, absent: str) -> str:
+    """The text of a page that is about to be written; `absent` where there is none.
+
+    Raises ReportError for a page that can't be read as text, and for one that its owner has made read-only.
+    """
+    text = _page(path, absent)
+    if path.exists() and not path.stat().st_mode & 0o222:
+        raise ReportError(f"writing {path}: the file is read-only. Make it writable, or name another with report.results_md.")
+    return text
+
+
+def _page(path: Path, absent: str) -> str:
+    try:
+        return path.read_bytes().decode() if path.exists() else absent
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ReportError(f"reading {path}, line {line}: it is not UTF-8. Save it as UTF-8, or move it away.") from error
+    except OSError as error:
+        raise ReportError(f"reading {path}: {error.strerror}. Move it away, or name another page.") from error
 
 
 def _link(path: Path, benchmarks: Path) -> str:

@@ -319,8 +319,9 @@ def _manifest_fault(found: Any, name: str) -> str | None:
 
 
 def _store_error(path: Path, error: OSError) -> StoreError:
-    what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = "the disk is full" if full else (error.strerror or str(error))
     return StoreError(
-        f"writing {path}: {what}. Every row written before is kept: free some space or change runtime.runs, then run the "
-        f"same command again and it goes on from here."
+        f"writing {path}: {what}. Every row written before is kept: {'free some space' if full else 'mend that'} or change "
+        f"runtime.runs, then run the same command again and it goes on from here."
     )

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from conceptseg.config import instantiate
-from conceptseg.errors import ConceptSegError
+from conceptseg.errors import ConceptSegError, printable
 from conceptseg.files import write_atomically
 from conceptseg.metrics.breakdowns import by_class, by_word
 from conceptseg.metrics.definitions import DEFINITIONS, Rows
@@ -160,7 +160,8 @@ def _gallery(
     ]
     samples = [
         {
-            "key": key, "words": [w for w, label in zip(task.concepts.names, task.concepts.labels, strict=True) if label],
+            "key": printable(key),
+            "words": [printable(w) for w, label in zip(task.concepts.names, task.concepts.labels, strict=True) if label],
             "scores": [_rounded(found.get(key)) for found in scores], "size": task.truth.shape[::-1],
             "strip": keeper.keep(f"{number}-{place}.webp", _strip(task, [_kept(one, key) for one in pictured])),
         }
