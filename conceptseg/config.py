@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib import import_module, metadata, resources
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.resolvers import oc
 
 from conceptseg.errors import ConceptSegError, ConfigError, did_you_mean, one_of
 from conceptseg.keys import digest
@@ -47,6 +49,8 @@ class Runtime:
     """Whether a progress bar is shown."""
     allow_targets: list[str] = field(default_factory=lambda: ["conceptseg."])
     """Packages whose classes a _target_ may name; only the command line may widen it."""
+    record_environment: bool = False
+    """Whether a run folder keeps values that settings read from the environment; only the command line may allow it."""
 
 
 @dataclass
@@ -105,6 +109,7 @@ MOVED_VIEWS = {
 
 def register() -> None:
     """Put the schema, and the former names of views, where Hydra finds them; safe to call twice."""
+    OmegaConf.register_new_resolver("oc.env", _environment_variable, replace=True)
     store = ConfigStore.instance()
     store.store(name="root_schema", node=Root)
     for old, new in MOVED_VIEWS.items():
@@ -181,9 +186,80 @@ def composing_source() -> str | None:
     return digest([versions, {name: sha256(content).hexdigest() for name, content in files.items()}])
 
 
+ENVIRONMENT = "environment"
+"""Key of a plain config: each setting that reads the environment, as [["dataset", "root"], "${oc.env:X}"]."""
+_variables_read: list[str] = []
+
+
+def _environment_variable(name: str, *default: str | None) -> str | None:
+    """OmegaConf's oc.env, which notes what it was asked for."""
+    _variables_read.append(name)
+    return oc.env(name, *default)
+
+
 def plain(config: Any) -> Any:
-    """A resolved config as dicts and lists."""
-    return OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    """A resolved config as dicts and lists; settings that read the environment are listed in it under `ENVIRONMENT`."""
+    if not isinstance(config, DictConfig):
+        return config
+    found = OmegaConf.to_container(config, resolve=True)
+    read = [[keys, text] for keys, text in _interpolations(OmegaConf.to_container(config)) if _reads_environment(config, keys)]
+    if read and isinstance(found, dict):
+        found[ENVIRONMENT] = read
+    return found
+
+
+def _interpolations(held: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[list[Any], str]]:
+    """Keys and text of every value that interpolates."""
+    if isinstance(held, Mapping | list):
+        for key, value in held.items() if isinstance(held, Mapping) else enumerate(held):
+            yield from _interpolations(value, (*keys, key))
+    elif isinstance(held, str) and "${" in held:
+        yield list(keys), held
+
+
+def _reads_environment(config: DictConfig, keys: Sequence[Any]) -> bool:
+    """Whether resolving this value reads the environment, by itself or through another setting."""
+    _variables_read.clear()
+    held: Any = config
+    for key in keys:
+        held = held[key]
+    if isinstance(held, DictConfig | ListConfig):
+        OmegaConf.to_container(held, resolve=True)
+    return bool(_variables_read)
+
+
+def unresolved(config: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain config as a run folder keeps it: settings that read the environment as they were written.
+
+    identity: what the run is named after, which holds the values of settings that decide numbers. Raises ConfigError where one of
+    those was read from the environment, unless runtime.record_environment allows to keep it.
+    """
+    found: dict[str, Any] = deepcopy(dict(config))
+    if config["runtime"]["record_environment"]:
+        return found
+    kept = {str(value) for value in _leaves(identity)}
+    for keys, text in config.get(ENVIRONMENT, ()):
+        held: Any = found
+        for key in keys[:-1]:
+            held = held[key]
+        value, held[keys[-1]] = held[keys[-1]], text
+        secrets = {str(leaf) for leaf in _leaves(value)}
+        if keys[0] not in ("runtime", "report", "launcher") and secrets & kept:
+            name = ".".join(map(str, keys))
+            raise ConfigError(
+                f"{name} reads the environment ({text}), and its value would be kept in the run's manifest, since it decides "
+                "numbers. Write the value itself, or allow it on the command line: runtime.record_environment=true."
+            )
+    return found
+
+
+def _leaves(held: Any) -> Iterator[Any]:
+    """Every value that is neither a mapping nor a list."""
+    if isinstance(held, Mapping | list | tuple):
+        for inner in held.values() if isinstance(held, Mapping) else held:
+            yield from _leaves(inner)
+    else:
+        yield held
 
 
 def targets(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -242,10 +318,15 @@ def check_targets(config: Mapping[str, Any], allowed: Iterable[str]) -> None:
 
 
 def check_allowance(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Raises ConfigError if a sheet has widened runtime.allow_targets: only the command line may."""
+    """Raises ConfigError if a sheet has set runtime.allow_targets or runtime.record_environment: only the command line may."""
     own = Runtime().allow_targets
-    said = any(override.lstrip("+~").partition("=")[0] == "runtime.allow_targets" for override in overrides)
-    if not said and list(config["runtime"]["allow_targets"]) != own:
+    said = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    if config["runtime"]["record_environment"] and "runtime.record_environment" not in said:
+        raise ConfigError(
+            "runtime.record_environment is true by a configuration file. A file must not decide whether values of the "
+            "environment are kept: set runtime.record_environment=true on the command line."
+        )
+    if "runtime.allow_targets" not in said and list(config["runtime"]["allow_targets"]) != own:
         raise ConfigError(
             f"runtime.allow_targets is {config['runtime']['allow_targets']} by a configuration file; wanted {own}. A file must "
             "not decide which code may run: if you trust the package, set runtime.allow_targets on the command line."

@@ -19,6 +19,8 @@ LARGEST_FILE = 1 << 30
 """Bytes of the largest picture file that is read into memory."""
 LARGEST_TEXT = 1 << 28
 """Bytes of the largest text file that is read."""
+MOST_NODES = 100_000
+"""Most values that a YAML text may stand for, each alias counted as what it repeats."""
 
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
@@ -170,6 +172,11 @@ def read_json(path: Path, where: str = "") -> Any:
 
 def read_yaml(path: Path, where: str = "") -> Any:
     """Return the contents of a YAML file, plain data only. Raises DataError for invalid YAML and a duplicate key."""
+    return parse_yaml(read_text(path, where or str(path)), where or str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return the contents of a YAML text; see `read_yaml`. Raises DataError, also for what `check_aliases` refuses."""
     import yaml
 
     class Once(yaml.SafeLoader):
@@ -182,11 +189,46 @@ def read_yaml(path: Path, where: str = "") -> Any:
                     seen.add(key.value)
             return super().construct_mapping(node, deep)
 
-    where = where or str(path)
+    check_aliases(text, where)
     try:
-        return yaml.load(read_text(path, where), Once)
+        return yaml.load(text, Once)
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise DataError(f"{where}{line}: this can't be read as YAML: {problem}.\n  Mend the line.") from error
+
+
+def check_aliases(text: str, where: str) -> None:
+    """Raise DataError for a YAML text whose aliases, written out, are more than `MOST_NODES` values, or hold themselves.
+
+    A few lines can stand for billions of values; the text is parsed, not built. Text that is no YAML is left to its reader.
+    """
+    import yaml
+
+    if "*" not in text or "&" not in text:
+        return
+    sizes: dict[int, int] = {}
+    within: set[int] = set()
+
+    def size(node: Any) -> int:
+        """Values that a node stands for, itself included."""
+        if id(node) in within:
+            raise DataError(f"{where}: an alias stands for a value that it is itself a part of. Write the value out.")
+        if id(node) not in sizes:
+            within.add(id(node))
+            inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+            parts = [part for one in inner for part in (one if isinstance(one, tuple) else (one,))]
+            sizes[id(node)] = 1 + sum(map(size, parts))
+            within.remove(id(node))
+        return sizes[id(node)]
+
+    try:
+        nodes = list(yaml.compose_all(text, yaml.SafeLoader))
+        total = sum(size(node) for node in nodes if node is not None)
+    except (yaml.YAMLError, RecursionError):
+        return
+    if total > MOST_NODES:
+        raise DataError(
+            f"{where}: its aliases stand for {total:.3g} values; at most {MOST_NODES:,} are read. Write out what they stand for."
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from conceptseg.cli.options import added_folders
 from conceptseg.cli.refusals import explain_refusal
 from conceptseg.config import check_allowance, packages
 from conceptseg.errors import ConceptSegError, ConfigError, printable
-from conceptseg.reading import LARGEST_TEXT, decode_text, read_regular
+from conceptseg.reading import LARGEST_TEXT, check_aliases, decode_text, read_regular
 
 
 def quiet_libraries() -> None:
@@ -143,13 +144,16 @@ def _plainly(config: DictConfig, key: str) -> Any:
 
 
 def _check_config_files(arguments: Sequence[str]) -> None:
-    """Files of --config-dir have to be UTF-8 without a mark: of others Hydra says that their option is unknown.
+    """Sheets from elsewhere have to be UTF-8 without a mark (of others Hydra says that their option is unknown), and no bombs.
 
     Raises ConfigError or DataError.
     """
-    for path in (path for folder in added_folders(arguments) for path in sorted(Path(folder).rglob("*.yaml"))):
+    searched = [word.partition("=")[2] for word in arguments if word.lstrip("+~").startswith("hydra.searchpath=")]
+    named = [re.sub(r"^file://", "", place.strip(" '\"")) for places in searched for place in places.strip("[]").split(",")]
+    folders = [*added_folders(arguments), *(place for place in named if "://" not in place)]
+    for path in (path for folder in folders for path in sorted(Path(folder).rglob("*.yaml"))):
         content = read_regular(path, str(path), LARGEST_TEXT)
-        decode_text(content, str(path))
+        check_aliases(decode_text(content, str(path)), str(path))
         if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise ConfigError(f"{path} begins with a byte order mark; save it as UTF-8 without one.")
 

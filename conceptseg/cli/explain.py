@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conceptseg.errors import ConfigError, did_you_mean, guarded, real_number, whole_number
+from conceptseg.reading import check_aliases
 from conceptseg.types import check_distinct, checked_word
 
 SETTINGS: dict[str, str] = {
@@ -68,6 +69,7 @@ def _read(key: str, value: str) -> Any:
     import yaml
 
     where = f"conceptseg-explain: {key}"
+    check_aliases(value, where)
     try:
         found = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError) as error:

@@ -30,7 +30,7 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
 
-    from conceptseg.config import check_allowance, check_frame, composing_source
+    from conceptseg.config import ENVIRONMENT, check_allowance, check_frame, composing_source
     from conceptseg.errors import ConfigError
     from conceptseg.keys import digest
     from conceptseg.report.results_md import page_to_change
@@ -64,9 +64,10 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     share = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]  # only the first of several processes prints
     asked_for = {**whole, "report": {key: value for key, value in report.items() if key not in PUBLISHING}}
     said = sorted(o for o in overrides if not o.startswith(tuple(f"report.{key}=" for key in PUBLISHING)))
+    marked = source is not None and not report["trackers"] and ENVIRONMENT not in whole
     finished = FinishedTable(
         tables / "finished" / f"{place}-{digest(said, 6)}.json", folder / "results.json", [folder / "sheet.png"],
-        Path(whole["runtime"]["runs"]), None if source is None or report["trackers"] else [source, asked_for, said, share],
+        Path(whole["runtime"]["runs"]), [source, asked_for, said, share] if marked else None,
     )  # fmt: skip
     if (results := finished.read()) is not None:
         log.info("nothing that %s was made from has changed: it is printed as it stands", folder / "results.json")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conceptseg import keys
-from conceptseg.config import check_frame, check_targets, instantiate, targets
+from conceptseg.config import check_frame, check_targets, instantiate, targets, unresolved
 from conceptseg.data.base import SegmentationDataset
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.evaluation.loop import Shard
@@ -86,7 +86,7 @@ def assemble(config: Mapping[str, Any], in_table: bool = False) -> Evaluation:
     shard = shard_of(runtime)
     store = RunStore(Path(runtime["runs"]) / name, shard.index, shard.count)
     manifest: Manifest = {
-        "schema": SCHEMA, "run_id": name, "identity": identity, "config": recorded(whole, extractor),
+        "schema": SCHEMA, "run_id": name, "identity": identity, "config": unresolved(recorded(whole, extractor), identity),
         "provenance": extractor.provenance, "weights": {n: p.checkpoint.origin() for n, p in extractor.parts().items()},
         "source": source, "source_form": SOURCE_FORM, "versions": keys.versions(), "machine": machine(), "git": git_state(),
     }  # fmt: skip

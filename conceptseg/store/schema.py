@@ -73,7 +73,7 @@ class Manifest(TypedDict):
     identity: dict[str, Any]
     """Everything that decides what the model did."""
     config: dict[str, Any]
-    """The resolved configuration that opened the run first."""
+    """The configuration that opened the run first; settings that read the environment are not resolved, and are listed."""
     provenance: str
     """Basis of the numbers: control, lab, weights, local or random."""
     weights: NotRequired[dict[str, dict[str, str | None]]]

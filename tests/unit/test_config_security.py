@@ -1,6 +1,8 @@
 """No code from configuration: a _target_ names a subclass of its part's base, from a package that was allowed."""
 
+import json
 import sys
+import time
 from importlib import metadata
 
 import pytest
@@ -8,7 +10,10 @@ from composing import plainly
 
 from conceptseg import config
 from conceptseg.cli.evaluate import evaluate
-from conceptseg.errors import ConfigError
+from conceptseg.cli.explain import parse
+from conceptseg.errors import ConfigError, DataError
+from conceptseg.evaluation.assemble import assemble
+from conceptseg.reading import read_yaml
 
 RUNS_A_PROGRAM = "conceptseg.evaluation.launchers._carried_out"
 
@@ -134,3 +139,73 @@ def test_a_table_row_does_not_widen_what_is_allowed(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     code, said = command(monkeypatch, capsys, f"hydra.searchpath=[file://{tmp_path}/conf]", "table=theirs", "report.publish=no")
     assert code == 1 and "runtime.allow_targets" in said and not list(tmp_path.glob("runs/*/manifest.json"))
+
+
+SECRET = "hunter2-of-the-environment"
+
+
+def manifest_of(tmp_path, *overrides):
+    whole = plainly("extractor=constant", "protocol=scenes_single", "dataset.count=1", f"runtime.runs={tmp_path}", *overrides)
+    return (assemble(whole).store.folder / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "report.results_md=${oc.env:CONCEPTSEG_TEST}/RESULTS.md",
+        "report.results_md=${report.benchmarks}/RESULTS.md",  # through another setting
+        "report.trackers=[${oc.env:CONCEPTSEG_TEST}]",
+        "report.benchmarks='${oc.decode:${oc.env:CONCEPTSEG_TEST}}'",
+    ],
+)
+def test_what_is_read_from_the_environment_is_listed_and_not_kept(tmp_path, monkeypatch, override):
+    monkeypatch.setenv("CONCEPTSEG_TEST", SECRET)
+    through = ("report.benchmarks=${oc.env:CONCEPTSEG_TEST}",) if "${report" in override else ()
+    kept = manifest_of(tmp_path, override, *through)
+    key, _, text = override.partition("=")
+    assert SECRET not in kept and text.strip("[]'") in kept
+    assert key.split(".") in [keys[:2] for keys, _ in json.loads(kept)["config"]["environment"]]
+    assert SECRET in manifest_of(tmp_path / "allowed", override, "runtime.record_environment=true", *through)
+
+
+def test_a_number_of_the_environment_that_names_the_run_is_refused_unless_allowed(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONCEPTSEG_TEST", "77123")
+    own = ("extractor=random", "extractor.seed='${oc.decode:${oc.env:CONCEPTSEG_TEST}}'")
+    with pytest.raises(ConfigError, match=r"extractor\.seed reads the environment(.|\n)*runtime\.record_environment=true"):
+        manifest_of(tmp_path, *own)
+    assert not list(tmp_path.iterdir())
+    assert "77123" in manifest_of(tmp_path, *own, "runtime.record_environment=true")
+
+
+def test_only_the_command_line_allows_to_keep_the_environment():
+    whole = plainly("runtime.record_environment=true")
+    config.check_allowance(whole, ["runtime.record_environment=true"])
+    with pytest.raises(ConfigError, match="on the command line"):
+        config.check_allowance(whole, [])
+
+
+def laughs(levels: int) -> str:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, levels)]
+    return "\n".join(lines) + "\n"
+
+
+def test_yaml_that_stands_for_billions_of_values_is_refused_at_once(tmp_path, monkeypatch, capsys):
+    started = time.process_time()
+    merged = laughs(9).replace("a0: &a0 [x, x, x, x, x, x, x, x, x, x]", "a0: &a0 {k: x}")
+    for text in (laughs(9), merged, "a: &a [1, *a]\n", "a: &a {b: *a}\n"):
+        (tmp_path / "file.yaml").write_text(text)
+        with pytest.raises(DataError, match=r"alias"):
+            read_yaml(tmp_path / "file.yaml")
+        with pytest.raises(DataError, match=r"alias"):
+            parse(["concepts=" + "{" + text.replace("\n", ", ") + "}", "image=a.png"])
+    (tmp_path / "file.yaml").write_text(laughs(2))
+    assert read_yaml(tmp_path / "file.yaml")["a1"][9] == ["x"] * 10
+    for group in ("experiment", "table", "dataset", "extractor"):
+        (tmp_path / "conf" / group).mkdir(parents=True)
+        (tmp_path / "conf" / group / "bomb.yaml").write_text("# A bomb.\n" + laughs(9))
+        for where in (f"hydra.searchpath=[file://{tmp_path}/conf]", f"--config-dir={tmp_path}/conf"):
+            code, said = command(monkeypatch, capsys, where, f"{group}=bomb")
+            assert code == 1 and "aliases stand for" in said and "bomb.yaml" in said
+        (tmp_path / "conf" / group / "bomb.yaml").unlink()
+    assert time.process_time() - started < 20
