@@ -208,6 +208,12 @@ def plain(config: Any) -> Any:
     return found
 
 
+def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that a run folder keeps, with what it reads from the environment now."""
+    found: dict[str, Any] = plain(OmegaConf.create(dict(config)))
+    return found
+
+
 def _interpolations(held: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[list[Any], str]]:
     """Keys and text of every value that interpolates."""
     if isinstance(held, Mapping | list):

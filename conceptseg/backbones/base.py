@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -30,6 +31,11 @@ from conceptseg.types import Provenance
 RESIZES = ("nearest", "bicubic")
 GREATEST_SIDE = 8192  # pixels that a model may be shown
 
+LOADING_ERRORS = (
+    OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError, AssertionError, ArithmeticError,
+    SafetensorError,
+)  # fmt: skip
+"""What loaders raise for configs and weights that make no sense."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHIPPED = "digests.json"
 """File in conceptseg/lab/weights: the digest of each model there."""
@@ -158,10 +164,10 @@ class Checkpoint:
         """Turns whatever a loader raises into one message: what was tried, and where the files should be."""
         try:
             yield
-        except (OSError, KeyError, ValueError) as error:
+        except LOADING_ERRORS as error:
             where = self.folder() or f"the hub, {self.path} at {self.revision}"
             raise ConfigError(
-                f'extractor.backbone.path "{self.path}": reading its {part} from {where} failed: {str(error).splitlines()[0]}\n'
+                f'extractor.backbone.path "{self.path}": reading its {part} from {where} failed: {_first_line(error)}\n'
                 f"  Wanted a complete checkpoint in diffusers layout. Download it first (some ask for a licence to be accepted), "
                 f"or use the lab: backbone@extractor.backbone=lab_flux."
             ) from error
@@ -170,6 +176,10 @@ class Checkpoint:
         """Name these weights in a run id: repository and commit, or the digest of a local folder, wherever it lies."""
         pinned = self.pinned()
         return {"files": self.digest()} if pinned is None else {"path": pinned[0], "revision": pinned[1]}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def shipped_digests() -> dict[str, str]:

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from conceptseg.backbones.base import GREATEST_SIDE, RESIZES, Backbone, Checkpoint
+from conceptseg.backbones.planned_weights import load_part
 from conceptseg.backbones.settings import check_length, device_of, dtype_of
 from conceptseg.errors import ConfigError, DataError, did_you_mean, in_range, one_of
 
@@ -98,9 +99,11 @@ class LatentCheckpoint(Backbone):
         return model.to(self.device).eval().requires_grad_(False)
 
     def part(self, name: str, loader: Any, **options: Any) -> Any:
-        """A tokenizer, scheduler or model of the checkpoint, as its class reads it."""
-        with self.checkpoint.loading(name):
-            return loader.from_pretrained(subfolder=name, **self.checkpoint.source(), **options)
+        """A tokenizer, scheduler or model of the checkpoint, as its class reads it.
+
+        Raises ConfigError for a model whose config does not fit its weights, and for weights that are absent.
+        """
+        return load_part(self.checkpoint, name, loader, subfolder=name, **options)
 
     def check_length(self, string: str) -> None:
         """Raises DataError for a text that is longer than the text encoder reads."""

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 from PIL import Image
 
-from conceptseg.config import instantiate, plain
+from conceptseg.config import instantiate, resolved
 from conceptseg.errors import ConceptSegError, printable
 from conceptseg.files import write_atomically
 from conceptseg.metrics.breakdowns import by_class, by_word
@@ -194,7 +193,7 @@ def _kept(one: _Shown, key: str) -> tuple[np.ndarray, np.ndarray] | None:
 
 def _tasks(one: _Shown, keys: Sequence[str]) -> Iterator[tuple[str, Task]]:
     """Samples as the run's protocol sets them. None where the run's data are not on this machine: said once, in the log."""
-    config = plain(OmegaConf.create(one.store.manifest()["config"]))
+    config = resolved(one.store.manifest()["config"])
     try:
         dataset, protocol = instantiate(config["dataset"], "dataset"), instantiate(config["protocol"], "protocol")
         for key in keys:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from conceptseg.backbones.base import LOADING_ERRORS
 from conceptseg.backbones.encoders.image_encoder import (
     Explained,
     ImageEncoder,
@@ -20,6 +21,7 @@ from conceptseg.backbones.encoders.image_encoder import (
     load_strictly,
 )
 from conceptseg.backbones.encoders.tower import Tower, TowerBlock, Weights, resized_positions
+from conceptseg.backbones.planned_weights import check_plan
 from conceptseg.backbones.settings import check_length, too_long
 from conceptseg.errors import ConfigError, DataError, TapError, did_you_mean, one_of
 
@@ -103,14 +105,20 @@ class CLIPBackbone(ImageEncoder):
         patch = vision["patch_size"]
         rows, columns = (patch, patch) if isinstance(patch, int) else patch
         self.check_tiling(rows, columns)
+        state = checkpoint_weights(self.checkpoint, self.file)
+
+        def build() -> nn.Module:
+            return CLIP(**{**config, "vision_cfg": {**vision, "image_size": self.image_size}})
+
         try:
-            model = CLIP(**{**config, "vision_cfg": {**vision, "image_size": self.image_size}})
-        except (TypeError, AssertionError, KeyError) as error:
+            where = f'extractor.backbone.path "{self.checkpoint.path}": model_cfg of open_clip_config.json'
+            check_plan(where, config, [weight.shape for weight in state.values()], build)
+            model = build()
+        except LOADING_ERRORS as error:
             raise ConfigError(
                 f'extractor.backbone.path "{self.checkpoint.path}": open_clip can\'t build its model_cfg: {error}'
             ) from error
         assert isinstance(model.visual, VisionTransformer)
-        state = checkpoint_weights(self.checkpoint, self.file)
         name = "visual.positional_embedding"
         if name in state:
             old = (self.native_size[0] // rows, self.native_size[1] // columns)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from conceptseg.backbones.base import RESIZES, Backbone, Checkpoint, stack_images
 from conceptseg.backbones.encoders.image_encoder import checkpoint_file
+from conceptseg.backbones.planned_weights import load_part
 from conceptseg.backbones.settings import check_length, device_of, dtype_of
 from conceptseg.errors import ConfigError, DataError, did_you_mean, one_of
 from conceptseg.types import Task, TrainedOn
@@ -71,8 +72,7 @@ class TransformersBackbone(Backbone):
         kind = getattr(transformers, self.architecture)
         # GroupViT's masks are its attention, which fused attention does not give back.
         how = {"attn_implementation": "eager"} if self.architecture == "GroupViTModel" else {}
-        with self.checkpoint.loading("model"):
-            model = kind.from_pretrained(torch_dtype=self.dtype, use_safetensors=True, **how, **self.checkpoint.source())
+        model = load_part(self.checkpoint, "model", kind, torch_dtype=self.dtype, use_safetensors=True, **how)
         return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from conceptseg.backbones.base import LOADING_ERRORS
 from conceptseg.backbones.encoders.image_encoder import (
     Explained,
     ImageEncoder,
@@ -18,6 +19,7 @@ from conceptseg.backbones.encoders.image_encoder import (
     load_strictly,
 )
 from conceptseg.backbones.encoders.tower import Tower, TowerBlock, Weights, resized_positions
+from conceptseg.backbones.planned_weights import check_plan
 from conceptseg.errors import ConfigError, DataError, TapError, did_you_mean
 from conceptseg.types import folded
 
@@ -76,12 +78,20 @@ class ViTBackbone(ImageEncoder):
 
         config = self.config
         arguments = {k: v for k, v in config.get("model_args", {}).items() if k not in ("img_size", "dynamic_img_size")}
-        try:
-            model = timm.create_model(
+        state = checkpoint_weights(self.checkpoint, self.file)
+
+        def build() -> nn.Module:
+            return timm.create_model(
                 config["architecture"], pretrained=False, num_classes=config["num_classes"], img_size=self.image_size,
                 **arguments,
             )  # fmt: skip
-        except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+
+        try:
+            sizes = {"num_classes": config["num_classes"], **arguments}
+            where = f'extractor.backbone.path "{self.checkpoint.path}": config.json'
+            check_plan(where, sizes, [weight.shape for weight in state.values()], build)
+            model = build()
+        except LOADING_ERRORS as error:
             raise ConfigError(
                 f'extractor.backbone.path "{self.checkpoint.path}": timm can\'t build "{config["architecture"]}" with '
                 f"{arguments} at {self.image_size}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
@@ -93,7 +103,6 @@ class ViTBackbone(ImageEncoder):
             )
         rows, columns = model.patch_embed.patch_size
         self.check_tiling(rows, columns)
-        state = checkpoint_weights(self.checkpoint, self.file)
         if "pos_embed" in state:
             # Without a position of its own (no_embed_class), a prefix token has no row to be kept.
             prefix = 0 if model.no_embed_class else model.num_prefix_tokens
