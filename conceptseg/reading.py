@@ -61,8 +61,8 @@ def read_regular(path: Path, where: str, largest: int = LARGEST_FILE) -> bytes:
             return file.read()
     except FileNotFoundError as error:
         raise DataError(f"{where} is missing.\n  Restore it from the source, or correct the path.") from error
-    except OSError as error:
-        reason = error.strerror or str(error)  # "Too many levels of symbolic links" for a loop of links
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or str(error)  # "Too many levels of symbolic links" for a loop of links
         raise DataError(f"{where} can't be read: {reason}.\n  Look at the path, the file's permissions and its disk.") from error
 
 

@@ -37,6 +37,10 @@ PER_IMAGE = ("foreground", "two_channel", "two_channel_minmax", "f1_rowwise")
 F1 that Chefer's protocol averages over the rows of an image."""
 
 
+JOINERS = "\u200c\u200d"
+"""Invisible characters that are part of how some languages are written."""
+
+
 def folded(word: str) -> str:
     """The form in which words are compared: no case, single blanks, no blanks or separators at the ends.
 
@@ -49,7 +53,11 @@ def folded(word: str) -> str:
 
 
 def checked_word(word: Any, key: str, error: type[ConceptSegError] = ConfigError) -> str:
-    """The word with single blanks and none at its ends. Raises `error` for what is no text, or empty; `key` names the setting."""
+    """The word in Unicode's form NFKC, with single blanks and none at its ends.
+
+    Tokenizers read composed, decomposed and full-width letters as different words. Raises `error` for what is no text, empty, or
+    holds characters that nobody sees; `key` names the setting.
+    """
     if not isinstance(word, str):
         kind = "an empty value" if word is None else f"the {type(word).__name__} {word}"
         raise error(
@@ -58,7 +66,10 @@ def checked_word(word: Any, key: str, error: type[ConceptSegError] = ConfigError
         )
     if not folded(word):
         raise error(f"{key}: the word {word!r} is empty. Remove it, or write a word.")
-    return " ".join(word.split())
+    for letter in " ".join(word.split()):
+        if letter not in JOINERS and (unicodedata.category(letter) in ("Cc", "Cf", "Cs") or "\ufe00" <= letter <= "\ufe0f"):
+            raise error(f"{key}: the word {word!a} holds the invisible character U+{ord(letter):04X}. Remove it.")
+    return " ".join(unicodedata.normalize("NFKC", word).split())
 
 
 def check_distinct(words: Iterable[str], key: str, error: type[ConceptSegError] = DataError) -> None:

@@ -71,7 +71,7 @@ def load_part(checkpoint: Checkpoint, name: str, loader: Any, subfolder: str = "
     """
     place = {"subfolder": subfolder} if subfolder else {}
     with checkpoint.loading(name):
-        if not (isinstance(loader, type) and issubclass(loader, nn.Module)):
+        if not issubclass(loader, nn.Module):
             return loader.from_pretrained(**place, **checkpoint.source(), **options)
         folder = checkpoint.folder()
         if folder is not None:

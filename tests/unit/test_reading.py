@@ -5,7 +5,16 @@ import os
 import pytest
 
 from conceptseg.errors import DataError
-from conceptseg.reading import LARGEST_TEXT, decode_text, read_json, read_lines, read_rows, read_text, read_yaml
+from conceptseg.reading import (
+    LARGEST_TEXT,
+    decode_text,
+    read_json,
+    read_lines,
+    read_regular,
+    read_rows,
+    read_text,
+    read_yaml,
+)
 
 TEXT = "wnid,noun\nn1,café\n"
 
@@ -118,3 +127,8 @@ def test_yaml_is_read_strictly(tmp_path, content, message):
         read_yaml(tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_bytes("a: {b: é}\r\n".encode("utf-16"))
     assert read_yaml(tmp_path / "a.yaml") == {"a": {"b": "é"}}
+
+
+def test_a_path_with_a_nul_is_refused(tmp_path):
+    with pytest.raises(DataError, match="embedded null"):
+        read_regular(tmp_path / "a\0b.png", "the image")

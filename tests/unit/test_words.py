@@ -11,7 +11,7 @@ from conceptseg.data.hub import HubTable
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.protocols import Excluded, SegmentationProtocol
 from conceptseg.segment.segmenter import Segmenter
-from conceptseg.types import Concepts, Sample, folded
+from conceptseg.types import Concepts, Sample, checked_word, folded
 
 
 def protocol(**settings):
@@ -37,6 +37,19 @@ def test_a_class_word_spelt_like_a_background_word_is_asked_for_once(word):
 def test_blanks_around_a_word_change_nothing(word):
     plain, spaced = (protocol().prepare(sample({1: one}, 1)) for one in ("tree", word))
     assert spaced.concepts == plain.concepts and spaced.caption == plain.caption == "a tree"
+
+
+def test_other_forms_of_a_letter_are_the_same_word_and_invisible_characters_are_refused():
+    for word in ("\uff54\uff52\uff45\uff45", "tree\u00a0", "\u202ftree", "tree\u3000"):
+        assert checked_word(word, "words.1") == "tree"
+    assert checked_word("cafe\u0301", "words.1") == "caf\u00e9" and checked_word("\ufb01sh", "words.1") == "fish"
+    for word in ("tr\u200bee", "\ufefftree", "tr\u00adee", "tree\u2060", "tree\ufe0f", "\u200etree", "tree\0", "tr\x1bee"):
+        for error in (ConfigError, DataError):
+            with pytest.raises(error, match=r"words\.1: .*invisible character U\+"):
+                checked_word(word, "words.1", error)
+        with pytest.raises(DataError, match="invisible"):
+            protocol().prepare(sample({1: word}, 1))
+    assert checked_word("\u0645\u06cc\u200c\u062e", "words.1") == "\u0645\u06cc\u200c\u062e"
 
 
 @pytest.mark.parametrize("words", [("Kite", "kite"), ("kite", "kite"), ("hot dog", "Hot  Dog"), ("a", " ")])
