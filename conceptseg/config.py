@@ -47,6 +47,8 @@ class Runtime:
     """Whether 8-bit maps and predictions are kept for pictures."""
     progress: bool = True
     """Whether a progress bar is shown."""
+    download: bool = False
+    """Whether weights that this machine lacks are fetched from the hub; conceptseg plan says how many GB."""
     allow_targets: list[str] = field(default_factory=lambda: ["conceptseg."])
     """Packages whose classes a _target_ may name; only the command line may widen it."""
     record_environment: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from abc import ABC, abstractmethod
@@ -27,6 +28,8 @@ from conceptseg.data.digests import Extent, content_digests
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.keys import digest
 from conceptseg.types import Provenance
+
+log = logging.getLogger(__name__)
 
 RESIZES = ("nearest", "bicubic")
 GREATEST_SIDE = 8192  # pixels that a model may be shown
@@ -83,7 +86,7 @@ class Checkpoint:
         """
         folder = self.folder()
         if folder is None:
-            return self.path, self.revision
+            return self.path, self.commit()
         from huggingface_hub.constants import HF_HUB_CACHE
 
         parts = Path(os.path.relpath(folder.resolve(), Path(HF_HUB_CACHE).resolve())).parts
@@ -150,14 +153,21 @@ class Checkpoint:
         folder = self.folder()
         if folder is not None:
             return {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
-        if not COMMIT.fullmatch(self.revision or ""):
+        if (commit := self.commit()) is None:
             raise ConfigError(
-                f'extractor.backbone.revision is {self.revision or "empty"}, but "{self.path}" is a hub repository: pin the '
+                f'extractor.backbone.revision is empty, but "{self.path}" is a hub repository: pin the '
                 f"commit to be read, so that the numbers can be reproduced:\n"
                 f"  conceptseg ... extractor.backbone.revision=<40 hex digits>  "
-                f"(of a second model extractor.proxy.revision, .judge.revision or .masks.revision)"
+                f"(of a second model extractor.proxy.revision, .judge.revision or .masks.revision)\n"
+                f"  To pin it: extractor.backbone.revision=main is resolved to a commit, printed, and kept in the manifest."
             )
-        return {"pretrained_model_name_or_path": self.path, "revision": self.revision}
+        return {"pretrained_model_name_or_path": self.path, "revision": commit}
+
+    def commit(self) -> str | None:
+        """The commit that `revision` names; None where it is not set. Raises ConfigError for a branch that can't be resolved."""
+        if not self.revision or COMMIT.fullmatch(self.revision):
+            return self.revision or None
+        return resolved_commit(self.path, self.revision)
 
     @contextmanager
     def loading(self, part: str) -> Iterator[None]:
@@ -180,6 +190,43 @@ class Checkpoint:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@lru_cache(64)
+def resolved_commit(repository: str, branch: str) -> str:
+    """The commit that a branch or tag of a hub repository stands at: asked of the hub, else as the hub's cache last saw it.
+
+    Logs it once a process. Raises ConfigError where neither knows it.
+    """
+    from huggingface_hub import HfApi
+
+    found, reason = None, ""
+    try:
+        found = HfApi().model_info(repository, revision=branch, timeout=10).sha
+    except Exception as error:  # also of its HTTP client, whose errors the library hands through
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    found = found or cached_commit(repository, branch)
+    if found is None:
+        raise ConfigError(
+            f'extractor.backbone.revision "{branch}" of {repository} could not be resolved to a commit ({reason}). Connect once, '
+            f"or name the commit: extractor.backbone.revision=<40 hex digits>, as the page lists them: "
+            f"https://huggingface.co/{repository}/commits/main"
+        )
+    log.warning(
+        "%s: %s is commit %s; extractor.backbone.revision=%s reads the same weights later", repository, branch, found, found
+    )
+    return found
+
+
+def cached_commit(repository: str, revision: str | None) -> str | None:
+    """The commit that a revision stood at when the hub's cache last saw it; None if it never did. Asks nobody."""
+    if revision is None or COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    reference = Path(HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "refs", revision)
+    found = reference.read_text(encoding="utf-8").strip() if reference.is_file() else ""
+    return found if COMMIT.fullmatch(found) else None
 
 
 def shipped_digests() -> dict[str, str]:

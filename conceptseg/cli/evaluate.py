@@ -5,17 +5,20 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from omegaconf import DictConfig
 
 from conceptseg.cli.composing import quiet_libraries, run_hydra, task_overrides
 from conceptseg.cli.help import asked, print_help
-from conceptseg.cli.table import QUIET, print_table_of
+from conceptseg.cli.table import QUIET, print_table_of, row_settings
 from conceptseg.config import plain, register
 from conceptseg.errors import guarded, printable
 
 LAB_FILL = {"backbone=lab/*": "table.backbones=lab"}
 """Another way to say that the lab fills a paper's table."""
+DRY = "--dry-run"
+"""Another way to say `conceptseg plan`."""
 
 
 @guarded
@@ -24,6 +27,10 @@ def evaluate() -> int:
     quiet_libraries()
     register()
     sys.argv[1:] = [LAB_FILL.get(a, a) for a in sys.argv[1:]]
+    if sys.argv[1:2] == ["plan"] or DRY in sys.argv[1:]:
+        from conceptseg.cli.plan import plan_of
+
+        return plan_of([word for place, word in enumerate(sys.argv[1:]) if word != DRY and (place, word) != (0, "plan")])
     said = [a for a in sys.argv[1:] if not a.startswith("-")]
     asks = [a for a in sys.argv[1:] if a in ("--help", "-h", "--hydra-help", "--version", "--info", "--cfg", "-c", "--resolve")]
     if not asks and all(a.lstrip("+~").startswith(QUIET) for a in said):
@@ -35,12 +42,12 @@ def evaluate() -> int:
 
         print(f"conceptseg {__version__}")
         return 0
-    return run_hydra(_evaluate, "evaluate")
+    sys.argv[1:], of_rows = row_settings(sys.argv[1:])
+    return run_hydra(partial(_evaluate, of_rows=of_rows), "evaluate")
 
 
-def _evaluate(config: DictConfig) -> int:
-
-    overrides = task_overrides()
+def _evaluate(config: DictConfig, of_rows: Sequence[str] = ()) -> int:
+    overrides = [*task_overrides(), *of_rows]
     if config.get("launcher"):
         _launch(config, overrides)
     if config.get("table"):

@@ -21,15 +21,16 @@ conceptseg: a benchmark harness for zero-shot segmentation with saliency methods
   conceptseg table=<name>                           compute another table
   conceptseg table=<name> 'table.only=[<row>]'      compute some of its rows
   conceptseg extractor=<option> dataset=<option>    compute one evaluation
+  conceptseg plan [...]                             what it would take: GB, memory, time, disk; or --dry-run
   conceptseg --cfg job [...]                        print the configuration; compute nothing
   conceptseg --help <group>                         list the options of a group (views/lab: a part)
 """
 MORE = """\
 The options have settings of their own, which --cfg job prints. Add a missing key with +key=value.
 
-conceptseg-doctor checks data, conceptseg-report prints and checks tables, conceptseg-compare tests
-runs against one another, conceptseg-explain draws maps of one image, conceptseg-lab trains lab
-models, conceptseg-study repeats the DAAM paper's experiments."""
+conceptseg-doctor checks machine, weights and data, conceptseg-report prints and checks tables,
+conceptseg-compare tests runs against one another, conceptseg-explain draws maps of one image,
+conceptseg-lab trains lab models, conceptseg-study repeats the DAAM paper's experiments."""
 WRITTEN = {"backbone": "backbone@extractor.backbone"}
 """Groups that are chosen under a longer name."""
 

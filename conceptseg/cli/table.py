@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from conceptseg.config import plain
 
 if TYPE_CHECKING:
     from conceptseg.report.results import Results
+    from conceptseg.tables.composed_cache import Compositions
+    from conceptseg.tables.sheet import PaperTable, TableSheet
 
 log = logging.getLogger(__name__)
 
@@ -25,25 +28,93 @@ PUBLISHING = ("publish", "results_md", "benchmarks")
 """Settings of report that say where a finished table goes, and change nothing in it."""
 
 
+def row_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line without the settings that a table puts after each of its rows', and these.
+
+    What a row may be told, such as dataset.root, need not be a setting of the data set that a command line without table= has.
+    """
+    words = [word for word in arguments if not word.startswith("-")]
+    one_table = any(word.lstrip("+").startswith("table=") and word.partition("=")[2] not in ("", "null") for word in words)
+    if not one_table or {"-m", "--multirun", "--cfg", "-c"} & {*arguments}:
+        return [*arguments], []
+    frame = ("table", *QUIET)
+    mine = [w for w in words if not w.lstrip("+~").startswith(frame) and ("=" in w or w.startswith("~"))]
+    return [word for word in arguments if word not in mine], mine
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSheet:
+    """A table's sheet, and how its rows are composed."""
+
+    name: str
+    sheet: PaperTable | TableSheet
+    on_lab: bool
+    place: str
+    """Name of its folder below runtime.runs/tables, without what settings add to it."""
+    of_table: list[str]
+    settings: list[str]
+    """Overrides of every row."""
+    compose: Callable[[Sequence[str]], dict[str, Any]]
+    composed: Compositions
+
+    @classmethod
+    def of(cls, config: DictConfig, overrides: Sequence[str]) -> OpenedSheet:
+        """Open the sheet that `table=` chose. Raises ConfigError for one that can't be."""
+        from hydra import compose
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
+
+        from conceptseg.cli.refusals import explain_refusal
+        from conceptseg.config import check_allowance, check_frame, composing_source
+        from conceptseg.errors import ConfigError
+        from conceptseg.tables.composed_cache import Compositions
+        from conceptseg.tables.former_names import with_current_names
+        from conceptseg.tables.sheet import PaperTable, read_sheet
+
+        name = str(HydraConfig.get().runtime.choices["table"])
+        whole = plain(config)
+        check_frame(whole)
+        sheet = read_sheet(with_current_names(whole["table"]))
+        extra = [o for o in overrides if not o.lstrip("+~").startswith("table")]
+        on_lab = isinstance(sheet, PaperTable) and sheet.on_lab
+        place = name.replace("/", "-") + ("-lab" if on_lab else "")
+
+        def compose_anew(overrides: Sequence[str]) -> dict[str, Any]:
+            try:
+                found: dict[str, Any] = plain(compose(config_name="evaluate", overrides=[*overrides]))
+            except (HydraException, OmegaConfBaseException) as error:
+                raise ConfigError(f"a row of {name}: {explain_refusal(overrides) or error}") from error
+            check_allowance(found, extra)  # a row of a sheet must not widen it either
+            return found
+
+        composed = Compositions(
+            Path(whole["runtime"]["runs"]) / "tables" / f"{place}.configs.json", composing_source(), compose_anew
+        )
+
+        def with_runtime(more: Sequence[str]) -> dict[str, Any]:
+            return composed(*more, *(o for o in extra if o.startswith(("runtime.", "report."))))
+
+        return cls(
+            name, sheet, on_lab, place, [o for o in overrides if o.lstrip("+~").startswith("table.")],
+            [o for o in extra if not o.lstrip("+~").startswith(QUIET)], with_runtime, composed,
+        )  # fmt: skip
+
+
 def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     """Compute what a table lacks, write it below runtime.runs, print it, and publish it if report.publish says so."""
-    from hydra import compose
-    from hydra.core.hydra_config import HydraConfig
-
-    from conceptseg.config import ENVIRONMENT, check_allowance, check_frame, composing_source
+    from conceptseg.config import ENVIRONMENT, composing_source
     from conceptseg.errors import ConfigError
     from conceptseg.keys import digest
     from conceptseg.report.results_md import page_to_change
     from conceptseg.report.trackers import check_trackers
-    from conceptseg.tables.composed_cache import Compositions
-    from conceptseg.tables.former_names import with_current_names
-    from conceptseg.tables.sheet import PaperTable, read_sheet
+    from conceptseg.tables.sheet import PaperTable
     from conceptseg.tables.stamp import FinishedTable
 
-    name = str(HydraConfig.get().runtime.choices["table"])
+    opened = OpenedSheet.of(config, overrides)
+    name, sheet, place, settings = opened.name, opened.sheet, opened.place, opened.settings
     whole = plain(config)
-    check_frame(whole)
-    report, sheet = whole["report"], read_sheet(with_current_names(whole["table"]))
+    report = whole["report"]
     if sheet.only and report["publish"]:
         raise ConfigError(
             f"report.publish=yes publishes whole tables, but table.only names {len(sheet.only)} of the rows of {name}. "
@@ -52,12 +123,7 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     check_trackers(report["trackers"])
     if report["publish"]:
         page_to_change(Path(report["results_md"]), "")
-    extra = [o for o in overrides if not o.lstrip("+~").startswith("table")]
-    of_table = [o for o in overrides if o.lstrip("+~").startswith("table.")]
-    meaningful = [o for o in extra if not o.lstrip("+~").startswith(QUIET)]
-    meaningful += [o for o in of_table if not o.startswith("table.backbones=")]
-    on_lab = isinstance(sheet, PaperTable) and sheet.on_lab
-    place = name.replace("/", "-") + ("-lab" if on_lab else "")
+    meaningful = [*settings, *(o for o in opened.of_table if not o.startswith("table.backbones="))]
     tables, source = Path(whole["runtime"]["runs"]) / "tables", composing_source()
     folder = tables / (f"{place}-{digest(sorted(meaningful), 6)}" if meaningful else place)
 
@@ -80,28 +146,17 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     from conceptseg.tables.paper import compute_paper_table
     from conceptseg.tables.table import compute_table
 
-    def compose_anew(overrides: Sequence[str]) -> dict[str, Any]:
-        found: dict[str, Any] = plain(compose(config_name="evaluate", overrides=[*overrides]))
-        check_allowance(found, extra)  # a row of a sheet must not widen it either
-        return found
-
-    composed = Compositions(tables / f"{place}.configs.json", source, compose_anew)
-
-    def with_runtime(more: Sequence[str]) -> dict[str, Any]:
-        return composed(*more, *(o for o in extra if o.startswith(("runtime.", "report."))))
-
-    settings = [o for o in extra if not o.lstrip("+~").startswith(QUIET)]
-    command = shlex.join(["conceptseg", f"table={name}", *of_table, *settings])
+    command = shlex.join(["conceptseg", f"table={name}", *opened.of_table, *settings])
     if isinstance(sheet, PaperTable):
-        results = compute_paper_table(place, sheet, with_runtime, settings, folder, command)
+        results = compute_paper_table(place, sheet, opened.compose, settings, folder, command)
     else:
-        results = compute_table(place, sheet, with_runtime, settings, folder, command)
-    composed.keep()
+        results = compute_table(place, sheet, opened.compose, settings, folder, command)
+    opened.composed.keep()
     if shard_of(whole["runtime"]).index != 0:
         return 0
     save(folder / "results.json", results)
     track(results, report["trackers"], Path(whole["runtime"]["runs"]) / "trackers" / place)
-    finished.keep(results, composed.asked())
+    finished.keep(results, opened.composed.asked())
     _show_table(results, folder, report)
     return 0
 

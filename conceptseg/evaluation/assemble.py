@@ -29,9 +29,9 @@ from conceptseg.store.schema import SCHEMA, SOURCE_FORM, Manifest
 
 MAPS_KEPT_FOR_VIEWS = 12
 """A run with more views than this (a sweep) keeps pictures of the first one only."""
-NO_NUMBER = ("_target_", "device", "licence", "memory")
+NO_NUMBER = ("_target_", "device", "licence", "memory", "hub")
 """Settings of an extractor that say where it lies and runs, or what its reader should know."""
-OF_THE_HUB = ("revision", "licence")
+OF_THE_HUB = ("revision", "licence", "hub")
 """Settings of a backbone's sheet that are true of the repository it names, and of nothing else."""
 
 
@@ -66,18 +66,12 @@ def assemble(config: Mapping[str, Any], in_table: bool = False) -> Evaluation:
     _check_report(whole["report"])
     allowed = runtime["allow_targets"]
     check_targets(whole, allowed)
-    dataset: SegmentationDataset = instantiate(whole["dataset"], "dataset", allowed)
-    protocol: SegmentationProtocol = instantiate(whole["protocol"], "protocol", allowed)
-    extractor: Extractor = instantiate(whole["extractor"], "extractor", allowed)
+    dataset, protocol, extractor = build_parts(whole)
     if not in_table:
         _check_decisions(protocol, extractor)
         check_measured(protocol, whole["report"]["columns"])
     views = expand_views(whole["views"], extractor.axes())
-    identity = {
-        "method": method_identity(whole["extractor"], extractor),
-        "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint()},
-        "protocol": protocol.identity(),
-    }
+    identity = identity_of(whole, dataset, protocol, extractor)
     classes = [target for part in ("dataset", "protocol", "extractor") for _, target in targets(whole[part])]
     source = source_digests([*classes, *(f"{m.measure.__module__}.{m.measure.__qualname__}" for m in protocol.measures)])
     name = keys.run_id(identity)
@@ -95,6 +89,26 @@ def assemble(config: Mapping[str, Any], in_table: bool = False) -> Evaluation:
     pictured = frozenset(kept if len(kept) <= MAPS_KEPT_FOR_VIEWS else kept[:1])
     keeper = MapKeeper(store.folder / "maps", pictured, store.samples)
     return Evaluation(whole, dataset, extractor, protocol, views, store, keeper, shard, manifest)
+
+
+def build_parts(config: Mapping[str, Any]) -> tuple[SegmentationDataset, SegmentationProtocol, Extractor]:
+    """The data set, the protocol and the method of a plain configuration; reads no data and no weights. Raises ConfigError."""
+    allowed = config["runtime"]["allow_targets"]
+    dataset: SegmentationDataset = instantiate(config["dataset"], "dataset", allowed)
+    protocol: SegmentationProtocol = instantiate(config["protocol"], "protocol", allowed)
+    extractor: Extractor = instantiate(config["extractor"], "extractor", allowed)
+    return dataset, protocol, extractor
+
+
+def identity_of(
+    config: Mapping[str, Any], dataset: SegmentationDataset, protocol: SegmentationProtocol, extractor: Extractor
+) -> dict[str, Any]:
+    """What a run is named by. Reads the data's files. Raises DataError, or ConfigError for a branch that can't be resolved."""
+    return {
+        "method": method_identity(config["extractor"], extractor),
+        "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint()},
+        "protocol": protocol.identity(),
+    }
 
 
 def _check_decisions(protocol: SegmentationProtocol, extractor: Extractor) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from conceptseg.evaluation.assemble import Evaluation
 from conceptseg.evaluation.loop import Tally, evaluate
+from conceptseg.evaluation.weights import provide_weights
 from conceptseg.store.cost import measured
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def carry_out(evaluation: Evaluation, title: str = "") -> Tally:
     if runtime["threads"]:
         torch.set_num_threads(runtime["threads"])
     take_own_accelerator()
+    provide_weights(evaluation)
     shown = runtime["progress"] and evaluation.shard.index == 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     from rich.console import Console

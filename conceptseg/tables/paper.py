@@ -6,16 +6,18 @@ Rows whose weights or data are not on this machine are not run; they say what th
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from conceptseg import __version__
 from conceptseg.backbones.base import Checkpoint
+from conceptseg.backbones.repositories import missing_files, repository_of
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.evaluation.assemble import Evaluation
 from conceptseg.evaluation.readings import Reading, interval_text
+from conceptseg.evaluation.weights import checkpoints
 from conceptseg.metrics.definitions import definition_of
 from conceptseg.report.quoted import Claim, load_claim, shipped
 from conceptseg.report.results import Behind, Block, Column, Results, TableRow, Value
@@ -258,9 +260,9 @@ def lacking(config: Mapping[str, Any], memory: str = "") -> list[str]:
     memory: of all of them, where their sheets do not say it.
     """
     needs = []
-    for part in _checkpoints(config["extractor"]):
+    for _, part in checkpoints(config["extractor"]):
         path = str(part["path"])
-        if not _at_hand(path, part.get("revision")):
+        if not _at_hand(part, config["runtime"]["download"]):
             needs.append(", ".join(filter(None, [path.rpartition("/")[2], part.get("memory")])))
     needs = list(dict.fromkeys(needs))  # one model may serve twice
     if needs and memory:
@@ -274,30 +276,12 @@ def lacking(config: Mapping[str, Any], memory: str = "") -> list[str]:
     return needs
 
 
-def _checkpoints(config: Any) -> Iterator[Mapping[str, Any]]:
-    """Every part of a config that reads a pinned checkpoint."""
-    if isinstance(config, Mapping):
-        if "path" in config and "_target_" in config:
-            yield config
-        for value in config.values():
-            yield from _checkpoints(value)
-    elif isinstance(config, list):
-        for value in config:
-            yield from _checkpoints(value)
-
-
-def _at_hand(path: str, revision: str | None) -> bool:
-    """Whether a checkpoint is a lab model, a folder, or in the hub's cache. Downloads nothing."""
+def _at_hand(part: Mapping[str, Any], download: bool) -> bool:
+    """Whether a checkpoint is a lab model, a folder, in the hub's cache, or may be downloaded when its row is run."""
+    checkpoint = Checkpoint(str(part["path"]), part.get("revision"))
     try:
-        if Checkpoint(path, revision).folder() is not None:
+        if checkpoint.folder() is not None:
             return True
     except ConfigError:  # no such folder, no such lab model
         return False
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        snapshot_download(path, revision=revision, local_files_only=True)
-    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, FileNotFoundError):
-        return False
-    return revision is not None
+    return checkpoint.revision is not None and (download or not missing_files(checkpoint, repository_of(part).files))

@@ -14,7 +14,7 @@ from composing import CONF, GROUPS, OPTIONS, chosen, composed, hydra, plainly
 from hydra.core.object_type import ObjectType
 from omegaconf import OmegaConf
 
-from conceptseg.backbones.base import Checkpoint
+from conceptseg.backbones.repositories import repository_of
 from conceptseg.config import MOVED_VIEWS, Root, check_targets, instantiate, plain, targets
 from conceptseg.errors import ConfigError, ViewError
 from conceptseg.saliency.views import Axes, expand_views
@@ -191,13 +191,30 @@ def test_most_backbones_are_of_the_hub():
 @pytest.mark.parametrize("option", filter(of_the_hub, GROUPS["backbone"]))
 def test_a_backbone_from_the_hub_is_pinned_to_a_commit(option):
     backbone = plainly(chosen("backbone", option))["extractor"]["backbone"]
-    if backbone["revision"] is None:  # its commit could not be looked up: the sheet says so, and nothing is loaded
+    if backbone["revision"] == "main":  # its commit could not be looked up: the sheet says so
         said = (CONF / "backbone" / f"{option}.yaml").read_text(encoding="utf-8").replace("\n# ", " ")
-        assert "Loading refuses until revision" in said
-        with pytest.raises(ConfigError, match="pin the commit"):
-            Checkpoint(backbone["path"], None).source()
+        assert "Its branch main is resolved to a commit" in said and "by nobody" in backbone["hub"]["pinned"]
     else:
         assert len(backbone["revision"]) == 40
+
+
+def test_a_backbone_from_the_hub_says_what_it_takes_to_have_it():
+    offenders = {}
+    for option in filter(of_the_hub, GROUPS["backbone"]):
+        backbone = plainly(chosen("backbone", option))["extractor"]["backbone"]
+        known = repository_of(backbone)
+        weights = {"float16": 2, "bfloat16": 2, "float32": 4}[backbone["dtype"]] * sum(known.parameters.values())
+        offenders[option] = [
+            *(name for name in ("size_from", "pinned", "files") if not getattr(known, name)),
+            *("gated" for _ in [0] if known.gated is None),
+            *("licence" for _ in [0] if "licence" not in backbone),
+            *(
+                "download" for _ in [0] if not 0.8 * weights <= (known.download or 0) <= 2.1 * weights
+            ),  # two are stored in float32
+        ]
+    assert {option: found for option, found in offenders.items() if found} == {}
+    with pytest.raises(ConfigError, match=r'hub\.gatd of a/b: no such key\. Did you mean "gated"'):
+        repository_of({"path": "a/b", "hub": {"gatd": True}})
 
 
 # ------------------------------------------------------------ code in configurations

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": GROUND | {"backbones", "config", "evaluation", "extractors", "lab", "metrics", "report", "studies", "tables"},
     "__main__": {"cli"},
 }
-HYDRA_COMMANDS = ("composing", "doctor", "evaluate", "lab", "refusals", "table")
+HYDRA_COMMANDS = ("composing", "doctor", "evaluate", "lab", "plan", "refusals", "table")
 MODELS = {"torch", "torchvision", "torchmetrics", "diffusers", "transformers", "open_clip"}
 
 

@@ -195,14 +195,14 @@ def checkpoint_file(checkpoint: Checkpoint, name: str) -> Path:
             there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
             raise ConfigError(f'extractor.backbone.path "{checkpoint.path}": wanted {name} in {folder}, which holds {there}.')
         return folder / name
-    checkpoint.source()  # refuses a repository without a pinned revision
+    revision = checkpoint.source()["revision"]  # refuses a repository without a pinned one
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(checkpoint.path, name, revision=checkpoint.revision))
+        return Path(hf_hub_download(checkpoint.path, name, revision=revision))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f'extractor.backbone.path "{checkpoint.path}": reading {name} at {checkpoint.revision} from the hub failed: '
+            f'extractor.backbone.path "{checkpoint.path}": reading {name} at {revision} from the hub failed: '
             f"{str(error).splitlines()[0]}\n  Download the repository first and give its folder, or use a lab model."
         ) from error
 

@@ -37,8 +37,8 @@ class MultiModalBackbone(LatentModel):
 
     text_tokens: padded text length (where pads are attended the length changes the numbers). concept_pooling: see POOLINGS.
     text_cache: a folder that keeps embedded texts, by encoder and string. text_encoders: "keep", or "release" once new strings
-    are encoded: encoders and transformer are then never in memory together. model: the settings of `LatentModel`; licence and
-    memory: what a sheet tells its reader, never read.
+    are encoded: encoders and transformer are then never in memory together. model: the settings of `LatentModel`;
+    licence, memory and hub: what a sheet says of the repository, never read here.
     """
 
     family = "mmdit"
@@ -59,6 +59,7 @@ class MultiModalBackbone(LatentModel):
         text_encoders: str = "keep",
         licence: str | None = None,
         memory: str | None = None,
+        hub: Mapping[str, Any] | None = None,
         **model: Any,
     ) -> None:
         if unknown := sorted(set(model) - set(signature(LatentModel).parameters)):

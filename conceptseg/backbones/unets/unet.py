@@ -21,8 +21,8 @@ from conceptseg.errors import ConfigError
 class UNetBackbone(LatentCheckpoint):
     """Stable Diffusion 1.x, 2.x, XL, or the lab's. Weights are read on first use; text is encoded once per distinct string.
 
-    text_cache: a folder that keeps embedded texts, by encoder and string. licence, memory: what a sheet tells its reader, never
-    read. The other settings: see `LatentCheckpoint`.
+    text_cache: a folder that keeps embedded texts, by encoder and string. licence, memory, hub: what a sheet says of the
+    repository, never read here. The other settings: see `LatentCheckpoint`.
     """
 
     family = "unet"
@@ -39,6 +39,7 @@ class UNetBackbone(LatentCheckpoint):
         text_cache: str | None = None,
         licence: str | None = None,
         memory: str | None = None,
+        hub: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(path, revision, dtype, device, image_size, resize, vae_dtype)
         self.texts = TextCache(text_cache, lambda: {"class": "unet", **self.checkpoint.identity(), "dtype": str(self.dtype)})

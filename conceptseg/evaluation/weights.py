@@ -1,0 +1,68 @@
+"""Weights of an evaluation: which are lacking here, and fetching them once the user has agreed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from conceptseg.backbones.base import Checkpoint
+from conceptseg.backbones.repositories import cache_folder, fetch, missing_files, page_of, repository_of
+from conceptseg.errors import ConfigError
+from conceptseg.evaluation.assemble import Evaluation
+
+log = logging.getLogger(__name__)
+
+
+def checkpoints(config: Any, where: str = "extractor") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(key, settings) of every part of a configuration that reads a checkpoint."""
+    if isinstance(config, Mapping):
+        if "path" in config and "_target_" in config:
+            yield where, config
+        for key, value in config.items():
+            yield from checkpoints(value, f"{where}.{key}")
+    elif isinstance(config, list):
+        for number, value in enumerate(config):
+            yield from checkpoints(value, f"{where}[{number}]")
+
+
+def samples_to_compute(evaluation: Evaluation) -> int:
+    """Samples that lack a row under some view and segmenter."""
+    by_key = {view.key for view in evaluation.views.values()}
+    extractor, retry = evaluation.extractor, evaluation.config["runtime"]["retry_failed"]
+    segmenters = {s.key for s in evaluation.protocol.segmenters if extractor.comparable or s.decision != "argmax"}
+    return sum(bool(evaluation.store.missing(key, by_key, segmenters, retry)) for key in tuple(evaluation.dataset.keys()))
+
+
+def provide_weights(evaluation: Evaluation) -> None:
+    """See to it that weights which a run needs are on this machine; a run with nothing left to compute needs none.
+
+    Raises ConfigError where they would have to be downloaded and runtime.download does not say so.
+    """
+    config = evaluation.config
+    lacking = []
+    for key, settings in checkpoints(config["extractor"]):
+        checkpoint, repository = Checkpoint(str(settings["path"]), settings.get("revision")), repository_of(settings)
+        if checkpoint.folder() is None and (files := missing_files(checkpoint, repository.files)):
+            lacking.append((key, settings, checkpoint, repository, files))
+    if not lacking or not samples_to_compute(evaluation):
+        return
+    for key, settings, checkpoint, repository, files in lacking:
+        size = "a download of unknown size" if repository.download is None else f"up to {repository.download:g} GB"
+        if not config["runtime"]["download"]:
+            gate = (
+                f" Its licence has to be accepted first on {page_of(checkpoint.path)} (hf auth login)."
+                if repository.gated
+                else ""
+            )
+            licence = settings.get("licence") or "not known"
+            raise ConfigError(
+                f'{key}.path "{checkpoint.path}": {", ".join(files)} of it are not on this machine, and nothing is downloaded '
+                f"unasked.\n  To fetch them, {size} to {cache_folder()}, licence {licence}: the same "
+                f"command with runtime.download=yes.{gate}\n  Or use the lab: backbone@extractor.backbone=lab_flux."
+            )
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            raise ConfigError(f"runtime.download=yes can't fetch {checkpoint.path}, since HF_HUB_OFFLINE is set. Unset it.")
+        log.warning("%s: downloading %s to %s", checkpoint.path, size, cache_folder())
+        fetch(checkpoint, repository)
