@@ -10,6 +10,7 @@ import pytest
 from composing import CONF, plainly
 
 from conceptseg.cli.evaluate import LAB_FILL
+from conceptseg.cli.table import row_settings
 
 PAGES = [CONF.parent / "README.md", *sorted((CONF.parent / "docs").glob("*.md"))]
 PAGES = [page for page in PAGES if not page.name.startswith("add_a_")]  # run in e2e, with the sheets that they write
@@ -25,7 +26,7 @@ def overrides_of(page: Path) -> list[tuple[str, ...]]:
             blank in line for blank in ("extractor=...", "<", " -m ", "hydra.searchpath", "=mine", "edge_energy")
         ):
             continue
-        found.append(tuple(LAB_FILL.get(word, word) for word in words if "=" in word))
+        found.append(tuple(row_settings([LAB_FILL.get(word, word) for word in words if "=" in word])[0]))
     return found
 
 

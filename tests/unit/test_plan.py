@@ -26,6 +26,8 @@ SMALL = ("extractor=centre_prior", "dataset.count=2")
 @pytest.fixture
 def said(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def run(*arguments: str, main=evaluate, code: int = 0) -> str:
@@ -39,15 +41,17 @@ def said(monkeypatch, capsys, tmp_path):
     return run
 
 
-def test_a_plan_says_what_is_fetched_and_how_and_does_nothing(said, tmp_path):
+def test_a_plan_says_what_is_fetched_and_how_and_does_nothing(said, tmp_path, monkeypatch):
     text = said("plan", *FLUX)
     assert "black-forest-labs/FLUX.1-schnell@741f7c3: 33.7 GB, Apache-2.0, gated" in text
     assert "accept the licence on https://huggingface.co/black-forest-labs/FLUX.1-schnell" in text and "0 of 2" in text
     assert [*tmp_path.iterdir()] == []
-    if "too large" in text:
-        assert "Nothing of it can be run here" in text
-    else:
-        assert f"conceptseg {' '.join(FLUX)} runtime.download=yes" in text
+    assert "lacks token" in text and "Nothing of it can be run here yet" in text
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr("conceptseg.evaluation.plan.device_bytes", lambda device: ("a GPU", 80 * 10**9))
+    text = said("plan", *FLUX)
+    assert f"  conceptseg {' '.join(FLUX)} runtime.download=yes   # downloads up to 33.7 GB" in text
+    assert "hf_secret" not in text
     assert said(*FLUX, "--dry-run").splitlines()[:2] == text.splitlines()[:2]
 
 

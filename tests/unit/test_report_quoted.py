@@ -68,10 +68,10 @@ def test_the_constants_of_the_layer_figure_are_neither_the_table_nor_the_identit
     assert row.values["miou"] < IMAGENET.row("ConceptAttention Flux").values["miou"] - 3
 
 
-def test_cells_from_memory_are_marked_and_contradict_the_abstract():
+def test_cells_from_memory_are_marked_and_none_of_the_best_row_contradicts_the_abstract():
     daam = CLAIMS["daam-noun_segmentation"]
-    cells = [v for row in daam.rows if row.row in ("DAAM-0.4",) for v in row.values.values()]
-    assert not daam.row("DAAM-0.4").verified and min(cells) < 58.8 and max(cells) == 64.8
+    cells = daam.row("DAAM-0.4").values.values()
+    assert not daam.row("DAAM-0.4").verified and min(cells) >= 58.8 and max(cells) == 64.8
     assert all(row.verified is ("from memory" not in row.source.read_in) for row in daam.rows)
 
 
