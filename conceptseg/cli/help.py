@@ -21,7 +21,7 @@ conceptseg: a benchmark harness for zero-shot segmentation with saliency methods
   conceptseg table=<name>                           compute another table
   conceptseg table=<name> 'table.only=[<row>]'      compute some of its rows
   conceptseg extractor=<option> dataset=<option>    compute one evaluation
-  conceptseg plan [...]                             what it would take: GB, memory, hours (--dry-run)
+  conceptseg plan [...]                             what it would take: GB, hours (--dry-run)
   conceptseg --cfg job [...]                        print the configuration; compute nothing
   conceptseg --help <group>                         list the options of a group (views/lab: a part)
 """
