@@ -99,9 +99,9 @@ def _lines(text: str) -> int:
     return text.replace("\r\n", "\n").replace("\r", "\n").count("\n")
 
 
-def read_text(path: Path, where: str = "") -> str:
-    """A text file; see `decode_text`. Raises DataError."""
-    return decode_text(read_regular(path, where or str(path), LARGEST_TEXT), where or str(path))
+def read_text(path: Path, where: str = "", largest: int = LARGEST_TEXT) -> str:
+    """A text file of at most `largest` bytes; see `decode_text`. Raises DataError."""
+    return decode_text(read_regular(path, where or str(path), largest), where or str(path))
 
 
 def read_lines(path: Path, where: str = "") -> list[str]:
@@ -147,10 +147,27 @@ def read_rows(path: Path, columns: Sequence[str], where: str = "") -> Iterator[t
         ) from error
 
 
-def read_json(path: Path, where: str = "") -> Any:
-    """Return the contents of a JSON file. Raises DataError for invalid JSON, a duplicate key, NaN and infinity."""
+def path_inside(folder: Path, name: str) -> Path | None:
+    """Return the file that a list or table names, relative names taken in `folder`; None if it lies in another folder.
+
+    Links in the folder are followed: its owner set them, the list's author did not.
+    """
+    if "\0" in name:
+        return None
+    whole = os.path.normpath(os.path.join(os.path.abspath(folder), name))
+    for place, root in ((whole, os.path.abspath(folder)), (os.path.realpath(whole), os.path.realpath(folder))):
+        if Path(place).is_relative_to(root):
+            return Path(whole)
+    return None
+
+
+def read_json(path: Path, where: str = "", largest: int = LARGEST_TEXT) -> Any:
+    """Return the contents of a JSON file of at most `largest` bytes.
+
+    Raises DataError for invalid JSON, a duplicate key, NaN and infinity.
+    """
     where = where or str(path)
-    text = read_text(path, where)
+    text = read_text(path, where, largest)
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

@@ -13,7 +13,7 @@ from conceptseg.cli.composing import quiet_libraries, run_hydra, task_overrides
 from conceptseg.cli.help import asked, print_help
 from conceptseg.cli.table import QUIET, print_table_of, row_settings
 from conceptseg.config import plain, register
-from conceptseg.errors import guarded, printable
+from conceptseg.errors import DataError, guarded, printable
 
 LAB_FILL = {"backbone=lab/*": "table.backbones=lab"}
 """Another way to say that the lab fills a paper's table."""
@@ -54,7 +54,7 @@ def _evaluate(config: DictConfig, of_rows: Sequence[str] = ()) -> int:
         return print_table_of(config, overrides)
     from conceptseg.evaluation.assemble import assemble
     from conceptseg.evaluation.carry_out import carry_out
-    from conceptseg.evaluation.readings import readings, write_readings
+    from conceptseg.evaluation.readings import nothing_scored, readings, write_readings
     from conceptseg.report.results import save
     from conceptseg.report.terminal import print_table
     from conceptseg.report.trackers import check_trackers, track
@@ -69,11 +69,8 @@ def _evaluate(config: DictConfig, of_rows: Sequence[str] = ()) -> int:
     write_readings(evaluation, found)
     if evaluation.shard.index != 0:
         return 0
-    if not any(r.n or r.failed or r.waiting for r in found):
-        reason = next(row["error"] for row in evaluation.store.rows().values() if row["status"] == "excluded")
-        left_out = f"protocol {evaluation.protocol.label} left out all {found[0].excluded} samples; the first because: {reason}"
-        print(printable(left_out))
-        return 0
+    if not any(r.n or r.waiting for r in found):
+        raise DataError(nothing_scored(evaluation))
     table = single_table(evaluation, found, shlex.join(["conceptseg", *overrides]))
     save(evaluation.store.folder / "table.json", table)
     track(table, whole["report"]["trackers"], evaluation.store.folder / "trackers")

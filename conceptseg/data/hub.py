@@ -16,7 +16,7 @@ from typing import Any
 
 from conceptseg.data.digests import Extent, content_digests, kept_digest
 from conceptseg.data.images import (
-    check_mask,
+    check_shape,
     checked_encoding,
     one_line,
     orientation_note,
@@ -25,9 +25,11 @@ from conceptseg.data.images import (
     read_mask,
 )
 from conceptseg.data.listed import ListedDataset
+from conceptseg.data.mask_values import MaskValues, checked_classes, labels_of, numbered
 from conceptseg.data.words import VOC_OFFICIAL, VOC_WORDS
 from conceptseg.errors import ConfigError, DataError, did_you_mean
-from conceptseg.types import BACKGROUND, VOID, Sample, checked_word
+from conceptseg.reading import path_inside
+from conceptseg.types import BACKGROUND, VOID, Sample, checked_word, folded
 
 _LISTS = {"voc": VOC_WORDS, "voc_official": VOC_OFFICIAL}
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
@@ -43,6 +45,8 @@ class HubTable(ListedDataset[int]):
 
     `words` is "voc", "voc_official", or a map of mask values to words. `id_column` names the column that keys are made of;
     null takes the column "id" if there is one, and otherwise the row's number. `config` is the table's own subset name.
+    `word_column` names a column with one word a row, which the mask values of `foreground` mean; null takes `words`.
+    `background` and `void` are mask values: see `MaskValues`.
     """
 
     def __init__(
@@ -58,11 +62,21 @@ class HubTable(ListedDataset[int]):
         id_column: str | None = None,
         config: str | None = None,
         name: str | None = None,
+        word_column: str | None = None,
+        foreground: Sequence[int] = (1,),
+        background: Sequence[int] = (BACKGROUND,),
+        void: Sequence[int] | None = None,
     ) -> None:
         super().__init__(path, limit)
         self.path, self.split, self.revision, self.config = str(path), split, revision, config
         self.image_column, self.mask_column, self.id_column = image_column, mask_column, id_column
-        self.words = _checked_words(words)
+        self.words, self.word_column = _checked_words(words), word_column
+        self._labels = labels_of(self.words)
+        self._numbers: dict[str, int] | None = None
+        if word_column is None:
+            self._values = MaskValues(self._labels, background, void, "dataset.words")
+        else:
+            self._values = MaskValues(dict.fromkeys(foreground, 1), background, void, "dataset.foreground")
         self.mask_encoding = checked_encoding(mask_encoding)
         self.local = self.root.exists()
         self.name = name or re.sub(r"[^\w.-]+", "_", self.path.rstrip("/").rpartition("/")[2] if self.local else self.path)
@@ -97,12 +111,20 @@ class HubTable(ListedDataset[int]):
         mask = read_mask(
             self._content(row, self.mask_column, key, where), key, f'{where}, column "{self.mask_column}"', self.mask_encoding
         )
-        known = f"the keys of dataset.words ({_range(tuple(self.words))})"
-        check_mask(image, mask, key, tuple(self.words), known, lambda: orientation_note(photo, key, column, applied=True))
-        words = {label: self.words[label] for label in present_labels(mask) if label not in (BACKGROUND, VOID)}
-        return Sample(
-            key, image, mask, words, {"row": entry}, {word: label for label, word in self.words.items() if label != VOID}
-        )
+        check_shape(image, mask, key, lambda: orientation_note(photo, key, column, applied=True))
+        mask = self._values.labels(mask, key)
+        if self.word_column is None:
+            by_label = {self._labels[value]: word for value, word in self.words.items()}
+            words = {label: by_label[label] for label in present_labels(mask) if label not in (BACKGROUND, VOID)}
+            vocabulary = {word: label for label, word in by_label.items()}
+        else:
+            word = checked_word(row[self.word_column], f'{where}, column "{self.word_column}"', DataError)
+            if self._numbers is None:
+                self._numbers = numbered(map(str, self._open().with_format(None)[self.word_column]))
+            words = {self._numbers[folded(word)]: word}
+            mask[mask == 1] = self._numbers[folded(word)]
+            vocabulary = dict(self._numbers)
+        return Sample(key, image, mask, words, {"row": entry}, vocabulary)
 
     def files(self, entry: int) -> tuple[Path | Extent, ...]:
         """None of its own: rows are parts of the table's files, and `fingerprint` and `faults` read those."""
@@ -113,6 +135,10 @@ class HubTable(ListedDataset[int]):
         table, keys = self._open(), tuple(self.whole())
         digest = hashlib.sha256(repr((self.name, self.split, self.revision, self.mask_encoding, self.words)).encode())
         digest.update(repr(keys).encode())
+        if self.word_column is not None:
+            digest.update(repr(table.with_format(None)[self.word_column][:]).encode())
+        if self._values.identity() != MaskValues(self._labels).identity():
+            digest.update(repr(self._values.identity()).encode())
         for column in (self.image_column, self.mask_column):
             digest.update(self._column_digest(table, column).encode())
         return digest.hexdigest()[:16]
@@ -161,18 +187,8 @@ class HubTable(ListedDataset[int]):
         return inside is None or inside.exists()
 
     def _inside(self, path: str) -> Path | None:
-        """The file that a row names, relative names taken in the table's folder; None if it lies in another folder.
-
-        Links in the folder are followed: its owner set them, the table's author did not.
-        """
-        if "\0" in path:
-            return None
-        for root in self._roots():
-            whole = os.path.normpath(os.path.join(os.path.abspath(root), path))
-            for place, folder in ((whole, os.path.abspath(root)), (os.path.realpath(whole), os.path.realpath(root))):
-                if Path(place).is_relative_to(folder):
-                    return Path(whole)
-        return None
+        """The file that a row names; see `path_inside`."""
+        return next(filter(None, (path_inside(root, path) for root in self._roots())), None)
 
     def _roots(self) -> list[Path]:
         """Folders whose files this table may name: its own, or what `datasets` fetched from the Hub."""
@@ -206,6 +222,11 @@ class HubTable(ListedDataset[int]):
                         f'{self.source()}: column "{column}" holds {table.features[column]}, no pictures.\n'
                         f"  Change dataset.{setting}."
                     ) from error
+            if self.word_column is not None and self.word_column not in table.column_names:
+                raise DataError(
+                    f'{self.source()} has no column "{self.word_column}". {did_you_mean(self.word_column, table.column_names)}\n'
+                    "  Change dataset.word_column."
+                )
             self._table = table
         return self._table
 
@@ -293,17 +314,7 @@ def _checked_words(words: str | Mapping[Any, Any]) -> dict[int, str]:
         return dict(enumerate(_LISTS[words][1:], 1))
     if not isinstance(words, Mapping):
         raise ConfigError(f"dataset.words is {words!r}: wanted a map of mask values to words, such as {{1: cat, 2: dog}}.")
-    named: dict[int, str] = {}
-    for label, word in words.items():
-        digits = str(label).strip()
-        if isinstance(label, bool) or not digits.isdecimal():
-            raise ConfigError(f"dataset.words names the class {label!r}: whole numbers were wanted as keys, such as {{1: cat}}.")
-        if int(digits) in named:
-            raise ConfigError(f"dataset.words names the class {digits} twice. Remove one of the two.")
-        named[int(digits)] = checked_word(word, f"dataset.words.{digits}")
-    if not named or not all(BACKGROUND < label < VOID for label in named):
-        raise ConfigError(f"dataset.words names the classes {_range(tuple(named))}; 1 to 254 were wanted.")
-    return named
+    return checked_classes(words, "dataset.words")
 
 
 def _shards(folder: Path) -> dict[str, list[Path]]:
@@ -399,10 +410,3 @@ def _embedded_digest(table: Any, column: str) -> str:
     for row in _rows(table):
         whole.update(stored[row])
     return whole.hexdigest()
-
-
-def _range(labels: Sequence[int]) -> str:
-    """For a message: 1..20 where there is no gap, else 1, 3."""
-    if len(labels) > 2 and list(labels) == list(range(labels[0], labels[-1] + 1)):
-        return f"{labels[0]}..{labels[-1]}"
-    return ", ".join(map(str, labels)) or "none"

@@ -168,18 +168,23 @@ def check_mask(
 
     orientation: what to add where the two differ in size; see `orientation_note`. Raises DataError.
     """
-    if mask.shape != image.shape[:2]:
-        raise DataError(
-            f"{key}: the mask is {mask.shape[0]} x {mask.shape[1]} (height x width), but its image is "
-            f"{image.shape[0]} x {image.shape[1]}{orientation()}.\n"
-            "  Masks are never resized to fit; restore the pair from the source."
-        )
+    check_shape(image, mask, key, orientation)
     strange = sorted(set(present_labels(mask)) - {BACKGROUND, VOID, *labels})
     if strange:
         listed = ", ".join(map(str, strange[:8])) + (", ..." if len(strange) > 8 else "")
         raise DataError(
             f"{key}: the mask holds the values {listed}; {known} and {VOID} (void) were wanted.\n"
             "  Look at dataset.mask_encoding, and whether the mask belongs to this data set."
+        )
+
+
+def check_shape(image: np.ndarray, mask: np.ndarray, key: str, orientation: Callable[[], str] = str) -> None:
+    """The mask must be of its image's size; `orientation` as for `check_mask`. Raises DataError."""
+    if mask.shape != image.shape[:2]:
+        raise DataError(
+            f"{key}: the mask is {mask.shape[0]} x {mask.shape[1]} (height x width), but its image is "
+            f"{image.shape[0]} x {image.shape[1]}{orientation()}.\n"
+            "  Masks are never resized to fit; restore the pair from the source."
         )
 
 
@@ -230,15 +235,26 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def reading_problems(keys: Sequence[str], read: Callable[[str], object], sample: int = 20, shown: int = 3) -> list[str]:
-    """Decode `sample` of the keys and return one line per error; at most `shown` of them are spelt out."""
-    tried, found = spread(keys, sample), []
+    """Decode `sample` of the keys and return one line per error; at most `shown` of them are spelt out.
+
+    One more line says so if no mask shows a class.
+    """
+    tried, found, without_class = spread(keys, sample), [], 0
     for key in tried:
         try:
-            read(key)
+            read_sample = read(key)
         except DataError as error:
             found.append(one_line(error))
+        else:
+            mask = getattr(read_sample, "mask", None)
+            without_class += mask is not None and set(present_labels(mask)) <= {BACKGROUND, VOID}
     if len(found) > shown:
         found[shown:] = [f"{len(found) - shown} more of the {len(tried)} samples that were decoded fail; mend the first ones."]
+    if tried and without_class == len(tried):
+        found.append(
+            f"None of the {len(tried)} masks that were decoded shows a class: every pixel is background or void ({VOID}), and "
+            "nothing is scored. Are they the masks of these images, with the values that the settings name?"
+        )
     return found
 
 

@@ -59,6 +59,27 @@ def readings(evaluation: Evaluation, metrics: Sequence[str], segmenters: Iterabl
     return found
 
 
+def nothing_scored(evaluation: Evaluation) -> str:
+    """Why no sample that the config asks for has a number: each reason with how many samples it stands for, and which.
+
+    The message of an error: a run without a number must not look like a finished one.
+    """
+    rows, keys = evaluation.store.rows(), set(evaluation.dataset.keys())
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows.values():
+        if row["status"] != "ok" and row["sample"] in keys:
+            said = row["error"].removeprefix(f"{row['sample']}: ").strip()
+            where = "left out" if row["status"] == "excluded" else "failed"
+            reasons.setdefault((where, said.replace(row["sample"], "<sample>")), []).append(row["sample"])
+    lines = [
+        f"  {len(names)} {where}: {reason}\n    {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for (where, reason), names in sorted(reasons.items(), key=lambda item: -len(item[1]))[:5]
+    ]
+    if len(reasons) > 5:
+        lines.append(f"  and {len(reasons) - 5} more reasons: {evaluation.store.folder}")
+    return "\n".join([f"no sample could be scored, of {len(keys)} under protocol {evaluation.protocol.label}:", *lines])
+
+
 def scored(evaluation: Evaluation, reading: Reading) -> Rows:
     """The scored rows behind a reading, of the samples that the config asks for now."""
     rows, keys = evaluation.store.rows(), evaluation.dataset.keys()

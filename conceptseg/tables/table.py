@@ -11,7 +11,7 @@ from typing import Any
 from conceptseg import __version__
 from conceptseg.errors import DataError
 from conceptseg.evaluation.assemble import Evaluation
-from conceptseg.evaluation.readings import Reading, interval_text, scored
+from conceptseg.evaluation.readings import Reading, interval_text, nothing_scored, scored
 from conceptseg.metrics.breakdowns import clusters_by_word
 from conceptseg.metrics.comparisons import compare
 from conceptseg.metrics.definitions import Rows, definition_of
@@ -139,12 +139,7 @@ def _row(row: RowSheet, evaluation: Evaluation, reading: Reading) -> TableRow:
 def single_table(evaluation: Evaluation, found: Sequence[Reading], command: str) -> Results:
     """One evaluation as a table: a row for each view and segmenter."""
     if not any(r.n for r in found):
-        failed = max(r.failed for r in found)
-        rows = [r for r in evaluation.store.rows().values() if r["status"] in ("failed", "excluded")]
-        last = f" The last: {rows[-1]['sample']}: {rows[-1]['error']}" if rows else ""
-        raise DataError(
-            f"no sample could be scored: {failed} failed, {max(r.excluded for r in found)} were left out by the protocol.{last}"
-        )
+        raise DataError(nothing_scored(evaluation))
     many = len({r.segmenter for r in found}) > 1
     rows_ = tuple(
         TableRow(

@@ -86,10 +86,10 @@ def test_absent_columns_name_the_setting(saved):
 def test_words_of_ones_own_bound_the_masks(saved):
     with pytest.raises(ConfigError, match=r'dataset\.words is "vok"\. Did you mean "voc"'):
         HubTable(saved, "val", words="vok")
-    with pytest.raises(ConfigError, match="1 to 254"):
+    with pytest.raises(ConfigError, match="1 to 255"):
         HubTable(saved, "val", words={0: "background"})
     table = HubTable(saved, "val", words={"1": "kite"})
-    with pytest.raises(DataError, match=r"the keys of dataset\.words \(1\) and 255 \(void\) were wanted"):
+    with pytest.raises(DataError, match=r"1 \(dataset\.words\), 0 \(background\) and 255 \(void\) were wanted"):
         [table.read(key) for key in tuple(table.keys())]
 
 
