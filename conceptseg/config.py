@@ -188,6 +188,20 @@ def composing_source() -> str | None:
     return digest([versions, {name: sha256(content).hexdigest() for name, content in files.items()}])
 
 
+def added_places() -> list[str]:
+    """The override that adds the places of sheets that this command added, by --config-dir or hydra.searchpath; [] for none."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return []
+    places = [
+        place if re.fullmatch(r"[\w./:-]+", place := f"{source.schema}://{source.path}") else f'"{place}"'
+        for source in HydraConfig.get().runtime.config_sources
+        if source.provider == "command-line" or source.provider.startswith("hydra.searchpath")
+    ]
+    return [f"hydra.searchpath=[{','.join(places)}]"] if places else []
+
+
 ENVIRONMENT = "environment"
 """Key of a plain config: each setting that reads the environment, as [["dataset", "root"], "${oc.env:X}"]."""
 _variables_read: list[str] = []

@@ -32,7 +32,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     if path.parent not in _swept:
         _swept.add(path.parent)
         remove_abandoned_parts(path.parent)
-    part = path.with_name(f".{path.name[:180]}.{os.getpid()}@{_host()}.part")
+    part = _part_of(path)
     try:
         yield part
         if part.is_dir() and path.exists():  # a folder can't be replaced by a rename while it holds files
@@ -50,6 +50,19 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write beside `path`, then rename; see `written_aside`. Raises OSError."""
     with written_aside(path) as part:
         part.write_bytes(content)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that nobody meets half of it; what a killed process leaves is swept like any part. Raises OSError."""
+    folder = folder.resolve()
+    remove_abandoned_parts(folder.parent)
+    part = _part_of(folder)
+    folder.rename(part)
+    shutil.rmtree(part)
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(f".{path.name[:180]}.{os.getpid()}@{_host()}.part")
 
 
 @contextmanager

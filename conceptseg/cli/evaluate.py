@@ -13,7 +13,7 @@ from conceptseg.cli.composing import quiet_libraries, run_hydra, task_overrides
 from conceptseg.cli.help import asked, print_help
 from conceptseg.cli.table import QUIET, print_table_of, row_settings
 from conceptseg.config import plain, register
-from conceptseg.errors import DataError, guarded, printable
+from conceptseg.errors import DataError, guarded
 
 LAB_FILL = {"backbone=lab/*": "table.backbones=lab"}
 """Another way to say that the lab fills a paper's table."""
@@ -63,7 +63,7 @@ def _evaluate(config: DictConfig, of_rows: Sequence[str] = ()) -> int:
 
     whole = plain(config)
     check_trackers(whole["report"]["trackers"])
-    evaluation = assemble(whole)
+    evaluation = assemble(whole, overrides=overrides)
     carry_out(evaluation)
     found = readings(evaluation, whole["report"]["columns"])
     write_readings(evaluation, found)

@@ -29,8 +29,9 @@ MORE = """\
 The options have settings of their own, which --cfg job prints. Add a missing key with +key=value.
 
 conceptseg-doctor checks machine, weights and data, conceptseg-report prints and checks tables,
-conceptseg-compare tests runs against one another, conceptseg-explain draws maps of one image,
-conceptseg-lab trains lab models, conceptseg-study repeats the DAAM paper's experiments."""
+conceptseg-compare tests runs against one another, conceptseg-runs lists, shows, removes and exports
+runs, conceptseg-explain draws maps of one image, conceptseg-lab trains lab models, conceptseg-study
+repeats the DAAM paper's experiments."""
 WRITTEN = {"backbone": "backbone@extractor.backbone"}
 """Groups that are chosen under a longer name."""
 

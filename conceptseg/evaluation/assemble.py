@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conceptseg import keys
-from conceptseg.config import check_frame, check_targets, instantiate, targets, unresolved
+from conceptseg.config import added_places, check_frame, check_targets, instantiate, targets, unresolved
 from conceptseg.data.base import SegmentationDataset
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.evaluation.loop import Shard
@@ -54,10 +54,11 @@ class Evaluation:
         return self.store.folder.name
 
 
-def assemble(config: Mapping[str, Any], in_table: bool = False) -> Evaluation:
+def assemble(config: Mapping[str, Any], in_table: bool = False, overrides: Sequence[str] | None = None) -> Evaluation:
     """Build the parts and open the run folder. Loads no weights.
 
-    in_table: whether a row that scores nothing is allowed, since a table prints it as such. Raises ConfigError, ViewError,
+    in_table: whether a row that scores nothing is allowed, since a table prints it as such. overrides: those that compose to the
+    config, for the command that the manifest keeps; None where there are none to type. Raises ConfigError, ViewError,
     DataError or ResumeError; no folder is made for a configuration that is refused.
     """
     whole = dict(config)
@@ -84,6 +85,8 @@ def assemble(config: Mapping[str, Any], in_table: bool = False) -> Evaluation:
         "provenance": extractor.provenance, "weights": {n: p.checkpoint.origin() for n, p in extractor.parts().items()},
         "source": source, "source_form": SOURCE_FORM, "versions": keys.versions(), "machine": machine(), "git": git_state(),
     }  # fmt: skip
+    if overrides is not None:
+        manifest["command"] = ["conceptseg", *added_places(), *overrides]
     store.open(manifest, runtime["on_code_change"])
     kept = [v.key for v in views.values()]
     pictured = frozenset(kept if len(kept) <= MAPS_KEPT_FOR_VIEWS else kept[:1])

@@ -74,6 +74,8 @@ class Manifest(TypedDict):
     """Everything that decides what the model did."""
     config: dict[str, Any]
     """The configuration that opened the run first; settings that read the environment are not resolved, and are listed."""
+    command: NotRequired[list[str]]
+    """The words of the command that opened the run first, places of sheets included; absent where Python opened it."""
     provenance: str
     """Basis of the numbers: control, lab, weights, local or random."""
     weights: NotRequired[dict[str, dict[str, str | None]]]

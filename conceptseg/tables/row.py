@@ -38,20 +38,23 @@ class Evaluations:
     def __init__(self, compose: Compose, extra: Sequence[str]) -> None:
         self.compose, self.extra = compose, extra
         self._done: dict[str, Done] = {}
+        self._typed: dict[str, list[str]] = {}
 
     def config(self, overrides: Sequence[str]) -> dict[str, Any]:
         """A row's config with those of the user's overrides that concern it."""
-        if not any(o.lstrip("+~").startswith(("backbone@", "extractor.")) for o in self.extra):  # these concern every row
-            return self.compose([*overrides, *self.extra])
-        config = self.compose(overrides)
-        mine = [o for o in self.extra if concerns(o, config)]
-        return self.compose([*overrides, *mine]) if mine else config
+        mine = list(self.extra)
+        if any(o.lstrip("+~").startswith(("backbone@", "extractor.")) for o in mine):  # others concern every row
+            config = self.compose(overrides)
+            mine = [o for o in mine if concerns(o, config)]
+        config = self.compose([*overrides, *mine])
+        self._typed.setdefault(canonical_json(config), [*overrides, *mine])
+        return config
 
     def carried_out(self, config: dict[str, Any], metrics: Sequence[str], title: str) -> Done:
         """Compute what is missing."""
         place = canonical_json(config)
         if place not in self._done:
-            evaluation = assemble(config, in_table=True)
+            evaluation = assemble(config, in_table=True, overrides=self._typed.get(place))
             carry_out(evaluation, title)
             found = readings(evaluation, metrics)
             write_readings(evaluation, found)
