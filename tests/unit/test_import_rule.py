@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "lab": GROUND | PEERS | {"evaluation", "extractors", "protocols", "store"},
     "trace": GROUND | {"backbones"},
     "studies": GROUND | {"backbones", "data", "trace"},
-    "cli": GROUND | {"backbones", "config", "evaluation", "extractors", "lab", "metrics", "report", "studies", "tables"},
+    "cli": GROUND | {"backbones", "config", "evaluation", "extractors", "lab", "metrics", "report", "store", "studies", "tables"},
     "__main__": {"cli"},
 }
 HYDRA_COMMANDS = ("composing", "doctor", "evaluate", "lab", "plan", "refusals", "table")
