@@ -90,7 +90,7 @@ def assemble(config: Mapping[str, Any], in_table: bool = False, overrides: Seque
     store.open(manifest, runtime["on_code_change"])
     kept = [v.key for v in views.values()]
     pictured = frozenset(kept if len(kept) <= MAPS_KEPT_FOR_VIEWS else kept[:1])
-    keeper = MapKeeper(store.folder / "maps", pictured, store.samples)
+    keeper = MapKeeper(store.folder / "maps", pictured, store.samples, shard.index, shard.count)
     return Evaluation(whole, dataset, extractor, protocol, views, store, keeper, shard, manifest)
 
 
