@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.resolvers import oc
 
-from conceptseg.errors import ConceptSegError, ConfigError, did_you_mean, one_of
+from conceptseg.errors import ConceptSegError, ConfigError, did_you_mean, in_range, one_of
 from conceptseg.keys import digest
 
 
@@ -46,7 +46,9 @@ class Runtime:
     keep_maps: bool = True
     """Whether 8-bit maps and predictions are kept for pictures."""
     progress: bool = True
-    """Whether a progress bar is shown."""
+    """Whether a progress bar is shown on a terminal."""
+    verbosity: str = "normal"
+    """What is said on stderr: quiet (-q), normal, or verbose (-v); the log of each run's folder keeps it all."""
     download: bool = False
     """Whether weights that this machine lacks are fetched from the hub; conceptseg plan says how many GB."""
     allow_targets: list[str] = field(default_factory=lambda: ["conceptseg."])
@@ -77,8 +79,20 @@ class Report:
     """Whether seconds, peak memory and forward passes are printed beside the numbers."""
     trackers: list[str] = field(default_factory=list)
     """Experiment trackers that get every computed number: tensorboard, wandb, mlflow."""
-    columns: list[str] = field(default_factory=lambda: ["accuracy", "miou_dataset", "miou_image", "foreground_iou", "ap_image"])
-    """Metrics printed for a single evaluation."""
+    detail: str = "brief"
+    """What the terminal shows of a table: brief, or full (every row and column, definitions, notes and runs)."""
+    columns: list[str] = field(default_factory=list)
+    """Metrics that are shown; [] takes mIoU and mAP (CSV: all). A single evaluation computes them."""
+    rows: list[str] = field(default_factory=list)
+    """Rows that are shown, by name or pattern ("*DAAM*"); [] takes what report.top says."""
+    top: int | None = None
+    """Methods of a block that are shown; 0 takes all, null 7 on the brief screen and all elsewhere."""
+    sort: str | None = None
+    """Order of methods: best, sheet, or a metric; null is best on the brief screen, sheet elsewhere."""
+    intervals: bool = True
+    """Whether intervals are shown."""
+    digits: int | None = None
+    """Decimals of percentages computed here; null keeps the table's own."""
 
 
 @dataclass
@@ -127,6 +141,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "report.pictures": (0, 100_000),
 }
 """Smallest and greatest value of settings of the frame."""
+DETAILS = ("brief", "full")
 WHEN_CODE_CHANGED = ("refuse", "accept", "fork")
 
 
@@ -146,8 +161,9 @@ def check_frame(config: Mapping[str, Any]) -> None:
     one_of("runtime.on_code_change", runtime["on_code_change"], WHEN_CODE_CHANGED)
     for part, key, kind in (("runtime", "runs", "folder"), ("report", "benchmarks", "folder"), ("report", "results_md", "file")):
         _check_place(f"{part}.{key}", config[part][key], kind)
-    if not report["columns"]:
-        raise ConfigError("report.columns is empty; wanted at least one metric, such as [accuracy].")
+    one_of("report.detail", report["detail"], DETAILS)
+    in_range("report.top", report["top"], 0, 100_000)
+    in_range("report.digits", report["digits"], 0, 10)
 
 
 def _check_place(name: str, value: str, kind: str) -> None:

@@ -43,6 +43,14 @@ class ReportError(ConceptSegError):
     """A finished table, or the report written from it, does not hold together."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while rows are computed."""
+
+    def __init__(self, kept: int) -> None:
+        super().__init__(f"{kept:,} rows kept; run the same command again to go on")
+        self.kept = kept
+
+
 def did_you_mean(got: str, offered: Iterable[str]) -> str:
     """The tail of a message about an unknown name: the nearest choice, then all of them (at most 20).
 
@@ -119,7 +127,10 @@ def printable(text: str) -> str:
 
 
 def guarded(main: Callable[[], int | None]) -> Callable[[], None]:
-    """Print our own errors, and what the system refuses, bare on stderr, and exit with 1; the rest shows its traceback."""
+    """Print our own errors, and what the system refuses, bare on stderr, and exit with 1; on Ctrl-C with 130.
+
+    The rest shows its traceback.
+    """
 
     def wrapped() -> None:
         for stream in (sys.stdout, sys.stderr):
@@ -132,6 +143,9 @@ def guarded(main: Callable[[], int | None]) -> Callable[[], None]:
             sys.exit(code)
         except ConceptSegError as error:
             _end_with(f"{type(error).__name__}: {error}")
+        except KeyboardInterrupt as stop:
+            print(printable(str(stop)) or "interrupted; what was written is kept", file=sys.stderr)
+            sys.exit(130)
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(141)

@@ -24,7 +24,7 @@ NO_NUMBERS = frozenset(
     f"{OURS}.{name}"
     for name in (
         "backbones.sheets",  # finds a class by a checkpoint's name, for people; a run names its classes itself
-        "config", "data.digests", "errors", "extractors.explanation", "files", "keys", "source", "store",
+        "announcing", "config", "data.digests", "errors", "extractors.explanation", "files", "keys", "source", "store",
     )
 )  # fmt: skip
 """Modules and packages that parts import and that make no number of a run; neither they nor what they import is followed."""

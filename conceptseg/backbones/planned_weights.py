@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from conceptseg.announcing import announced
 from conceptseg.backbones.base import Checkpoint
 from conceptseg.errors import ConfigError
 from conceptseg.reading import open_regular, read_json
@@ -70,7 +71,8 @@ def load_part(checkpoint: Checkpoint, name: str, loader: Any, subfolder: str = "
     weights of blocks that the config leaves out.
     """
     place = {"subfolder": subfolder} if subfolder else {}
-    with checkpoint.loading(name):
+    short = checkpoint.path.startswith("lab:") or name.startswith(("tokenizer", "scheduler"))
+    with checkpoint.loading(name), announced(f"reading {name} of {checkpoint.path}", short):
         if not issubclass(loader, nn.Module):
             return loader.from_pretrained(**place, **checkpoint.source(), **options)
         folder = checkpoint.folder()

@@ -21,17 +21,19 @@ from conceptseg.cli.options import added_folders
 from conceptseg.cli.refusals import explain_refusal
 from conceptseg.config import check_allowance, packages
 from conceptseg.errors import ConceptSegError, ConfigError, printable
+from conceptseg.logs import show_logs
 from conceptseg.reading import LARGEST_TEXT, check_aliases, decode_text, read_regular
 
 
 def quiet_libraries() -> None:
     """Loaders' progress bars and notices about a missing hub are noise between our lines."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_LOGS", "-all")  # errors only
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.setLogRecordFactory(PrintableRecord)
     logging.raiseExceptions = False  # a log that can't be written is no reason for a traceback
 
@@ -58,6 +60,7 @@ def run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
     def run(config: DictConfig) -> None:
         started.append(True)
         try:
+            show_logs(config.runtime.verbosity)
             check_allowance(config, task_overrides())
             codes.append(task(config))
         except (HydraException, OmegaConfBaseException):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -15,8 +16,8 @@ from conceptseg.cli.table import QUIET, print_table_of, row_settings
 from conceptseg.config import plain, register
 from conceptseg.errors import DataError, guarded
 
-LAB_FILL = {"backbone=lab/*": "table.backbones=lab"}
-"""Another way to say that the lab fills a paper's table."""
+SHORT = {"backbone=lab/*": "table.backbones=lab", "-q": "runtime.verbosity=quiet", "-v": "runtime.verbosity=verbose"}
+"""Other ways to write a setting."""
 DRY = "--dry-run"
 """Another way to say `conceptseg plan`."""
 
@@ -26,7 +27,7 @@ def evaluate() -> int:
     """conceptseg [overrides]: one evaluation, or table=<name>; alone it means table=lab."""
     quiet_libraries()
     register()
-    sys.argv[1:] = [LAB_FILL.get(a, a) for a in sys.argv[1:]]
+    sys.argv[1:] = [SHORT.get(a, a) for a in sys.argv[1:]]
     if sys.argv[1:2] == ["plan"] or DRY in sys.argv[1:]:
         from conceptseg.cli.plan import plan_of
 
@@ -53,19 +54,22 @@ def _evaluate(config: DictConfig, of_rows: Sequence[str] = ()) -> int:
     if config.get("table"):
         return print_table_of(config, overrides)
     from conceptseg.evaluation.assemble import assemble
-    from conceptseg.evaluation.carry_out import carry_out
+    from conceptseg.evaluation.carry_out import carry_out, duration
     from conceptseg.evaluation.readings import nothing_scored, readings, write_readings
+    from conceptseg.report.exports import write_exports
     from conceptseg.report.results import save
+    from conceptseg.report.selection import Selection
     from conceptseg.report.terminal import print_table
     from conceptseg.report.trackers import check_trackers, track
     from conceptseg.tables.pictures import draw_sheet
-    from conceptseg.tables.table import single_table
+    from conceptseg.tables.table import columns_of_evaluation, single_table
 
+    started = time.monotonic()
     whole = plain(config)
     check_trackers(whole["report"]["trackers"])
     evaluation = assemble(whole, overrides=overrides)
-    carry_out(evaluation)
-    found = readings(evaluation, whole["report"]["columns"])
+    carry_out(evaluation, type(evaluation.extractor).__name__)
+    found = readings(evaluation, columns_of_evaluation(whole["report"]))
     write_readings(evaluation, found)
     if evaluation.shard.index != 0:
         return 0
@@ -81,10 +85,11 @@ def _evaluate(config: DictConfig, of_rows: Sequence[str] = ()) -> int:
         [(name, evaluation, evaluation.views[name].key, segmenter)],
         whole["report"]["pictures"],
     )
-    print_table(table)
-    print(f"rows, readings.json and manifest: {evaluation.store.folder}")
-    if sheet:
-        print(f"pictures: {sheet}")
+    selection = Selection.of(whole["report"])
+    print_table(table, selection=selection, detail=whole["report"]["detail"])
+    folder = evaluation.store.folder
+    files = ["readings.json", *(file.name for file in write_exports(table, folder, selection)), *([sheet.name] if sheet else [])]
+    print(f"Took {duration(time.monotonic() - started)}. In {folder}: {', '.join(files)}")
     return 0
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from conceptseg.cli.composing import quiet_libraries
-from conceptseg.errors import guarded, printable
+from conceptseg.cli.composing import quiet_libraries, run_hydra
+from conceptseg.config import Report, check_frame, plain, register
+from conceptseg.errors import ConfigError, guarded, printable
+
+if TYPE_CHECKING:
+    from conceptseg.report.selection import Selection
 
 
 @guarded
 def report() -> int:
-    """conceptseg-report [--check | --write | --export FOLDER]: print, check, write or export the tables of benchmarks/."""
+    """conceptseg-report [--check | --write | --export FOLDER] [report.KEY=VALUE ...]: print, check, write or export tables."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="conceptseg-report", description=report.__doc__)
@@ -25,9 +30,16 @@ def report() -> int:
     parser.add_argument("--runs", default="runs", type=Path, help="folder of the run folders that pages show")
     parser.add_argument("--results", default="RESULTS.md", type=Path)
     parser.add_argument("--benchmarks", default="benchmarks", type=Path)
-    said = parser.parse_args()
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="report.KEY=VALUE",
+        help="what is shown: detail, columns, rows, top, sort, intervals, digits",
+    )
+    said = parser.parse_intermixed_args()
     from conceptseg.report.results import load
     from conceptseg.report.results_md import check, write
+    from conceptseg.report.selection import Selection
     from conceptseg.report.terminal import print_table
 
     if said.check:
@@ -44,22 +56,44 @@ def report() -> int:
         return 0
     asked = [Path(name) if name.endswith(".json") else said.benchmarks / name / "results.json" for name in said.table or ()]
     found = [load(path) for path in asked or sorted(said.benchmarks.glob("*/results.json"))]
+    settings = _settings(said.settings)
+    selection = Selection.of(settings)
     if said.export:
-        return _export(found, said.runs, said.export, said.pictures)
-    for table in found:
-        print_table(table)
+        return _export(found, said.runs, said.export, said.pictures, selection)
+    for number, table in enumerate(found):
+        if number:
+            print()
+        print_table(table, selection=selection, detail=settings["detail"])
     print(f"{len(found)} tables in {said.benchmarks}")
     return 0
 
 
-def _export(tables: Sequence[Any], runs: Path, folder: Path, pictures: int | None) -> int:
+def _settings(words: Sequence[str]) -> dict[str, Any]:
+    """The settings `report` with those of a command line. Raises ConfigError for settings of something else."""
+    if not words:
+        return asdict(Report())
+    if foreign := [word for word in words if not word.startswith("report.")]:
+        raise ConfigError(f"conceptseg-report: {foreign[0]} is no setting of report. Write report.KEY=VALUE; see docs/tables.md.")
+    composed: dict[str, Any] = {}
+
+    def keep(config: Any) -> int:
+        composed.update(plain(config))
+        check_frame(composed)
+        return 0
+
+    register()
+    sys.argv[1:] = words
+    run_hydra(keep, "evaluate")
+    found: dict[str, Any] = composed["report"]
+    return found
+
+
+def _export(tables: Sequence[Any], runs: Path, folder: Path, pictures: int | None, selection: Selection) -> int:
     quiet_libraries()
-    from conceptseg.files import write_atomically
-    from conceptseg.report.exports import to_csv, to_latex
+    from conceptseg.report.exports import write_exports
     from conceptseg.tables.page import write_html
 
     for table in tables:
-        write_atomically(folder / f"{table.table}.csv", to_csv(table).encode())
-        write_atomically(folder / f"{table.table}.tex", to_latex(table).encode())
-        print(f"{write_html(table, runs, folder, pictures)}, {table.table}.csv, {table.table}.tex")
+        files = write_exports(table, folder, selection)
+        print(", ".join([str(write_html(table, runs, folder, pictures)), *(file.name for file in files)]))
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from conceptseg.config import plain
+from conceptseg.report.selection import SHOWN, Selection
 
 if TYPE_CHECKING:
     from conceptseg.report.results import Results
@@ -26,6 +28,8 @@ QUIET = ("runtime.", "report.", "hydra.", "hydra/", "launcher=", "launcher.")
 """Overrides that say how a run is done, not what is run."""
 PUBLISHING = ("publish", "results_md", "benchmarks")
 """Settings of report that say where a finished table goes, and change nothing in it."""
+AFTERWARDS = (*(f"report.{key}" for key in (*PUBLISHING, *SHOWN)), "runtime.verbosity", "runtime.progress")
+"""Settings that change nothing in a table's rows and in what is written of it."""
 
 
 def row_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -92,8 +96,11 @@ class OpenedSheet:
             Path(whole["runtime"]["runs"]) / "tables" / f"{place}.configs.json", composing_source(), compose_anew
         )
 
+        unread = [f"report.{key}" for key in SHOWN]  # by a row
+
         def with_runtime(more: Sequence[str]) -> dict[str, Any]:
-            return composed(*more, *(o for o in extra if o.startswith(("runtime.", "report."))))
+            mine = (o for o in extra if o.startswith(("runtime.", "report.")))
+            return composed(*more, *(o for o in mine if o.partition("=")[0] not in unread))
 
         return cls(
             name, sheet, on_lab, place, [o for o in overrides if o.lstrip("+~").startswith("table.")],
@@ -111,6 +118,7 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     from conceptseg.tables.sheet import PaperTable
     from conceptseg.tables.stamp import FinishedTable
 
+    started = time.monotonic()
     opened = OpenedSheet.of(config, overrides)
     name, sheet, place, settings = opened.name, opened.sheet, opened.place, opened.settings
     whole = plain(config)
@@ -128,23 +136,36 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     folder = tables / (f"{place}-{digest(sorted(meaningful), 6)}" if meaningful else place)
 
     share = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]  # only the first of several processes prints
-    asked_for = {**whole, "report": {key: value for key, value in report.items() if key not in PUBLISHING}}
-    said = sorted(o for o in overrides if not o.startswith(tuple(f"report.{key}=" for key in PUBLISHING)))
+    asked_for = {
+        part: {key: value for key, value in held.items() if f"{part}.{key}" not in AFTERWARDS}
+        if part in ("report", "runtime")
+        else held
+        for part, held in whole.items()
+    }
+    said = sorted(o for o in overrides if o.lstrip("+~").partition("=")[0] not in AFTERWARDS)
     marked = source is not None and not report["trackers"] and ENVIRONMENT not in whole
     finished = FinishedTable(
-        tables / "finished" / f"{place}-{digest(said, 6)}.json", folder / "results.json", [folder / "sheet.png"],
+        tables / "finished" / f"{place}-{digest(said, 6)}.json", folder / "results.json",
+        [folder / "sheet.png", folder / f"{place}.html"],
         Path(whole["runtime"]["runs"]), [source, asked_for, said, share] if marked else None,
     )  # fmt: skip
     if (results := finished.read()) is not None:
         log.info("nothing that %s was made from has changed: it is printed as it stands", folder / "results.json")
-        _show_table(results, folder, report)
+        _show_table(results, folder, report, "")
         return 0
 
     from conceptseg.evaluation.assemble import shard_of
+    from conceptseg.evaluation.carry_out import duration
     from conceptseg.report.results import save
     from conceptseg.report.trackers import track
-    from conceptseg.tables.paper import compute_paper_table
-    from conceptseg.tables.table import compute_table
+    from conceptseg.tables.page import write_html
+    from conceptseg.tables.paper import columns_of_paper, compute_paper_table
+    from conceptseg.tables.table import columns_of_table, compute_table
+
+    columns = columns_of_paper(sheet, report) if isinstance(sheet, PaperTable) else columns_of_table(sheet, report)
+    points = isinstance(sheet, PaperTable) and any(row.each_view for block in sheet.blocks for row in block.rows)
+    rows = None if points else [row.name for block in sheet.blocks for row in block.rows]
+    Selection.of(report).check(name, [column.name for column in columns], rows)
 
     command = shlex.join(["conceptseg", f"table={name}", *opened.of_table, *settings])
     if isinstance(sheet, PaperTable):
@@ -155,24 +176,32 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     if shard_of(whole["runtime"]).index != 0:
         return 0
     save(folder / "results.json", results)
+    write_html(results, Path(whole["runtime"]["runs"]), folder)
     track(results, report["trackers"], Path(whole["runtime"]["runs"]) / "trackers" / place)
     finished.keep(results, opened.composed.asked())
-    _show_table(results, folder, report)
+    _show_table(results, folder, report, f"Took {duration(time.monotonic() - started)}. ")
     return 0
 
 
-def _show_table(results: Results, folder: Path, report: Mapping[str, Any]) -> None:
-    """Print a table that was written to `folder` and where it lies; publish it where `report` says so, else say how."""
+def _show_table(results: Results, folder: Path, report: Mapping[str, Any], took: str) -> None:
+    """Print a table that was written to `folder`, where it lies and what comes next; write it for other programs, and publish it
+    if `report` says so."""
+    from conceptseg.report.exports import write_exports
     from conceptseg.report.publish import publish
     from conceptseg.report.terminal import print_table
 
-    print_table(results)
-    print(f"results: {folder / 'results.json'}")
-    if (folder / "sheet.png").exists():
-        print(f"pictures: {folder / 'sheet.png'}")
+    selection = Selection.of(report)
+    print_table(results, selection=selection, detail=report["detail"])
+    files = [folder / "results.json", *write_exports(results, folder, selection), folder / "sheet.png"]
+    print(f"{took}Page: {folder / f'{results.table}.html'}")
+    print(f"Beside it: {', '.join(file.name for file in files if file.exists())}")
     benchmarks, results_md = Path(report["benchmarks"]), Path(report["results_md"])
     if report["publish"]:
         for line in publish(results, folder, benchmarks, results_md):
             print(line)
-    else:
-        print(f"not published; to write {benchmarks / results.table} and {results_md}: {results.command} report.publish=yes")
+        return
+    rows = sum(len(block.rows) for block in results.blocks)
+    full = "" if report["detail"] == "full" else f"report.detail=full (all {rows} rows, definitions, runs)"
+    whole = "" if "table.only=" in results.command else "report.publish=yes"
+    if more := " or ".join(filter(None, (full, whole))):
+        print(f"Next: {results.command} {more}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conceptseg import keys
+from conceptseg.announcing import announced
 from conceptseg.config import added_places, check_frame, check_targets, instantiate, targets, unresolved
 from conceptseg.data.base import SegmentationDataset
 from conceptseg.errors import ConfigError, did_you_mean
@@ -107,9 +108,13 @@ def identity_of(
     config: Mapping[str, Any], dataset: SegmentationDataset, protocol: SegmentationProtocol, extractor: Extractor
 ) -> dict[str, Any]:
     """What a run is named by. Reads the data's files. Raises DataError, or ConfigError for a branch that can't be resolved."""
+    with announced(f"digesting the files of {dataset.name}", usually_short=True):
+        fingerprint = dataset.fingerprint()
+    with announced(f"digesting the weights of {type(extractor).__name__}", usually_short=True):
+        method = method_identity(config["extractor"], extractor)
     return {
-        "method": method_identity(config["extractor"], extractor),
-        "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint()},
+        "method": method,
+        "dataset": {"name": dataset.name, "fingerprint": fingerprint},
         "protocol": protocol.identity(),
     }
 

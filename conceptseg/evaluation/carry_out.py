@@ -12,11 +12,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
+from rich.markup import escape
+
+from conceptseg.errors import Interrupted
 from conceptseg.evaluation.assemble import Evaluation
 from conceptseg.evaluation.loop import Tally, evaluate
 from conceptseg.evaluation.weights import provide_weights
+from conceptseg.logs import logged_to
 from conceptseg.store.cost import measured
 
 log = logging.getLogger(__name__)
@@ -25,38 +30,96 @@ GRACE = 30.0
 """Seconds from SIGTERM until a process ends even if a thread hangs."""
 
 
-def carry_out(evaluation: Evaluation, title: str = "") -> Tally:
-    """Compute what is missing, with a progress bar where there is a terminal."""
+@dataclass(slots=True)
+class Series:
+    """How far the runs of a table are."""
+
+    total: int
+    """Runs that the table has."""
+    begun: int = 0
+    computing: list[float] = field(default_factory=list)
+    """Seconds of each run so far that had something to compute."""
+
+    @property
+    def place(self) -> str:
+        return f"run {self.begun} of {self.total}"
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimate for the runs after this one; None before the first had something to compute, and after the last."""
+        if not self.computing or self.begun == self.total:
+            return None
+        return (self.total - self.begun) * sum(self.computing) / len(self.computing)
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> [duration(s) for s in (0.42, 42.3, 161, 7300)]
+    ['0.4 s', '42 s', '2 min 41 s', '2 h 1 min']
+    """
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def carry_out(evaluation: Evaluation, title: str = "", series: Series | None = None) -> Tally:
+    """Compute what is missing, with a progress bar where there is a terminal and a line at the end.
+
+    title: what a reader calls the run, its id unless said. series: the table's runs, of which this one is the next. Raises
+    Interrupted, which says how many rows are kept, on Ctrl-C.
+    """
     import torch
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    runtime = evaluation.config["runtime"]
+    runtime, shard, folder = evaluation.config["runtime"], evaluation.shard, evaluation.store.folder
     if runtime["threads"]:
         torch.set_num_threads(runtime["threads"])
     take_own_accelerator()
     provide_weights(evaluation)
-    shown = runtime["progress"] and evaluation.shard.index == 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    from rich.console import Console
-
-    shard = evaluation.shard
-    with (
-        ending_in_order(),
-        evaluation.store as store,
-        measured(store.folder, shard.index, shard.count, evaluation.extractor) as cost,
-        Progress(*columns, console=Console(file=sys.stderr), disable=not shown, transient=True) as bar,
-    ):
-        task = bar.add_task(title or evaluation.run_id, total=None)
-        tally = evaluate(
-            store, evaluation.dataset, evaluation.extractor, evaluation.protocol, evaluation.views, evaluation.shard,
-            evaluation.maps if runtime["keep_maps"] else None, runtime["retry_failed"], runtime["max_failures"],
-            lambda done, total: bar.update(task, completed=done, total=total),
+    if series is not None:
+        series.begun += 1
+    name = ", ".join(filter(None, [series.place if series else "", title or evaluation.run_id]))
+    left = "" if series is None or series.seconds_left is None else f"; then about {duration(series.seconds_left)}"
+    console = Console(file=sys.stderr)
+    shown = runtime["progress"] and runtime["verbosity"] != "quiet" and shard.index == 0 and console.is_terminal
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn(escape(left)),
+    )
+    started = time.monotonic()
+    with logged_to(folder / f"log-{shard.index}of{shard.count}.txt"):
+        try:
+            with (
+                ending_in_order(),
+                evaluation.store as store,
+                measured(store.folder, shard.index, shard.count, evaluation.extractor) as cost,
+                Progress(*columns, console=console, disable=not shown, transient=True) as bar,
+            ):
+                task = bar.add_task(escape(name), total=None)
+                tally = evaluate(
+                    store, evaluation.dataset, evaluation.extractor, evaluation.protocol, evaluation.views, shard,
+                    evaluation.maps if runtime["keep_maps"] else None, runtime["retry_failed"], runtime["max_failures"],
+                    lambda done, total: bar.update(task, completed=done, total=total),
+                )  # fmt: skip
+                cost.images, cost.stages = tally.computed, tally.stages
+        except KeyboardInterrupt:
+            evaluation.store.refresh()
+            raise Interrupted(len(evaluation.store.rows())) from None
+        if tally.computed and series is not None:
+            series.computing.append(time.monotonic() - started)
+        remaining = series.seconds_left if series is not None else None
+        log.log(
+            logging.DEBUG if shown and series is not None else logging.INFO,
+            "%s (%s): %d samples computed, %d held already, %d excluded, %d failed%s", name, folder, tally.computed, tally.held,
+            tally.excluded, tally.failed, "" if remaining is None else f"; about {duration(remaining)} left",
         )  # fmt: skip
-        cost.images, cost.stages = tally.computed, tally.stages
-    log.info(
-        "%s: %d samples computed, %d held already, %d excluded, %d failed", evaluation.store.folder, tally.computed, tally.held,
-        tally.excluded, tally.failed,
-    )  # fmt: skip
     return tally
 
 

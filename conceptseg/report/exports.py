@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 
+from conceptseg.files import write_atomically
 from conceptseg.report.results import ABSENT, KIND_NAMES, Block, Column, Results, TableRow, by_kind
+from conceptseg.report.selection import Selection
 
 _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -14,11 +17,24 @@ _TEX = {
 }  # fmt: skip
 
 
-def to_csv(table: Results) -> str:
-    """Return one line per row and block: every number at full precision, with interval, n and mark in separate columns."""
-    columns = [
-        name for c in table.columns for name in (c.name, f"{c.name} low", f"{c.name} high", f"{c.name} n", f"{c.name} mark")
-    ]
+def write_exports(table: Results, folder: Path, selection: Selection | None = None) -> list[Path]:
+    """Write <table>.csv and <table>.tex to a folder; see `to_csv` and `to_latex`."""
+    files = {folder / f"{table.table}.csv": to_csv(table, selection), folder / f"{table.table}.tex": to_latex(table, selection)}
+    for file, text in files.items():
+        write_atomically(file, text.encode())
+    return list(files)
+
+
+def to_csv(table: Results, selection: Selection | None = None) -> str:
+    """One line a row and block: every number as a share or as it is, with interval, n and mark in columns of their own.
+
+    Numbers have full precision unless the selection says how many decimals. Raises ConfigError for a selection that names what
+    the table does not have.
+    """
+    selection = selection or Selection()
+    table = selection.all_columns(table)
+    ends = ("low", "high") if selection.intervals else ()
+    columns = [name for c in table.columns for name in (c.name, *(f"{c.name} {part}" for part in (*ends, "n", "mark")))]
     head = ["block", "protocol", "row", "group", "status", "extractor", "backbone", "provenance", "told", "trained_on"]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -30,7 +46,11 @@ def to_csv(table: Results) -> str:
             cells: list[object] = []
             for column in table.columns:
                 value = row.values.get(column.name)
-                cells += ["", "", "", "", ""] if value is None else [value.value, value.low, value.high, value.n, value.mark]
+                if value is None:
+                    cells += [""] * (3 + len(ends))
+                    continue
+                numbers = (value.value, value.low, value.high)[: 1 + len(ends)]
+                cells += [*(_shortened(number, column, selection) for number in numbers), value.n, value.mark]
             fixed = (block.name, block.protocol, row.name, row.group, row.status, row.extractor, row.backbone, row.provenance)
             read = (row.told, row.trained_on, row.view, row.segmenter, row.run_id, row.n, row.excluded, row.failed)
             writer.writerow(
@@ -42,37 +62,63 @@ def to_csv(table: Results) -> str:
     return buffer.getvalue()
 
 
+def _shortened(number: float | None, column: Column, selection: Selection) -> float | None:
+    """A share with the decimals that its percentage was asked for."""
+    digits = selection.digits_of(column)
+    return number if number is None or digits is None else round(number, digits + 2)
+
+
 def _inert(cell: object) -> object:
     """Words that a spreadsheet would take for a formula are shown as words."""
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
 
 
-def to_latex(table: Results) -> str:
-    """A booktabs table for each block: groups of columns under their kind, best method bold, intervals small beside numbers."""
-    return "\n".join(_block(block, table) for block in table.blocks)
+def to_latex(table: Results, selection: Selection | None = None) -> str:
+    """A booktabs table for each block: groups of columns under their kind, best method bold, intervals small beside numbers.
+
+    Shows mIoU and mAP unless the selection says otherwise. A table wider than the text is scaled down to it; marks and notes of
+    rows are explained below. Raises ConfigError for a selection that names what the table does not have.
+    """
+    shown = (selection or Selection()).few_columns(table)
+    return "\n".join(_block(block, shown, number) for number, block in enumerate(shown.blocks, 1))
 
 
-def _block(block: Block, table: Results) -> str:
+def _block(block: Block, table: Results, number: int) -> str:
     columns = [c for c in table.columns if any(c.name in row.values for row in block.rows)]
+    notes = {note: place for place, note in enumerate(dict.fromkeys(r.note for r in block.ordered_rows if r.note), 1)}
     lines = [
-        "% needs \\usepackage{booktabs}",
+        "% needs \\usepackage{booktabs,graphicx}",
         "\\begin{table}",
         "\\centering\\small",
+        "\\sbox0{%",
         f"\\begin{{tabular}}{{lr{'r' * len(columns)}}}",
         "\\toprule",
         *_kinds(columns),
         " & ".join(["", "$n$", *(_tex(c.heading) for c in columns)]) + r" \\",
         "\\midrule",
     ]
-    groups = [row.group for row in block.ordered_rows]
-    for row, before in zip(block.ordered_rows, [None, *groups], strict=False):
-        if before == "controls" and row.group == "methods":
+    before = ""
+    for row in block.ordered_rows:
+        if before == "methods" and row.group == "controls":
             lines.append("\\midrule")
+        before = row.group
         name = rf"\textit{{{_tex(row.name)}}}" if row.group == "controls" else _tex(row.name)
+        name += rf"\textsuperscript{{{notes[row.note]}}}" if row.note else ""
         n = f"{row.n:,}".replace(",", r"\,") if row.status == "ok" else rf"\textit{{{row.status}}}"
         lines.append(" & ".join([name, n, *(_cell(block, row, c) for c in columns)]) + r" \\")
-    said = f"{block.name}: {block.text} {block.dataset}; protocol {block.protocol}. Brackets: {table.interval}."
-    lines += ["\\bottomrule", "\\end{tabular}", f"\\caption{{{_tex(said)}}}", f"\\label{{tab:{table.table}}}", "\\end{table}", ""]
+    said = " ".join(filter(None, [f"{block.name}:", block.text, f"{block.dataset}; protocol {block.protocol}."]))
+    if any(column.intervals and column.kind not in ("quoted", "cost") for column in columns) and table.interval:
+        said += f" Brackets: {table.interval}."
+    below = [
+        *(_tex(text) for text in table.explained_marks(block)),
+        *(rf"\textsuperscript{{{p}}} {_tex(t)}" for t, p in notes.items()),
+    ]
+    lines += [
+        "\\bottomrule", "\\end{tabular}}",
+        "\\ifdim\\wd0>\\textwidth\\resizebox{\\textwidth}{!}{\\usebox0}\\else\\usebox0\\fi",
+        *(rf"\par\smallskip\parbox{{\textwidth}}{{\footnotesize {text}}}" for text in below),
+        f"\\caption{{{_tex(said)}}}", f"\\label{{tab:{table.table}-{number}}}", "\\end{table}", "",
+    ]  # fmt: skip
     return "\n".join(lines)
 
 

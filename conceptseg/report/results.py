@@ -48,7 +48,9 @@ class Column:
     places: int = 1
     """Decimals of a percentage: one for numbers computed here, as many as were printed for quoted ones."""
     headline: bool = False
-    """Whether the first screen of RESULTS.md shows it, for the rows that it shows."""
+    """Whether the first screen of RESULTS.md and the brief screen show it."""
+    intervals: bool = True
+    """Whether outputs show its intervals; false only where a reader left them out."""
 
     @property
     def heading(self) -> str:
@@ -66,7 +68,7 @@ class Column:
         ('56.1', '[50.3, 61.2]')
         """
         value_text, *bounds = (self.printed(value, number) for number in value.numbers)
-        return value_text + value.mark, f"[{', '.join(bounds)}]" if bounds else ""
+        return value_text + value.mark, f"[{', '.join(bounds)}]" if bounds and self.intervals else ""
 
     def printed(self, value: Value, number: float) -> str:
         """A number as text with the decimals that `value` and its interval have."""
@@ -143,7 +145,7 @@ class TableRow:
     name: str
     """Name of the row for readers; unique in its block."""
     group: Group
-    """Controls are printed first and never win a column."""
+    """Controls are printed below the methods and never win a column."""
     extractor: str
     """Name of the extractor's sheet."""
     backbone: str | None
@@ -185,7 +187,7 @@ class TableRow:
     command: str = ""
     """Command that runs it once they are there."""
     headline: bool = False
-    """Whether the first screen of RESULTS.md shows the row."""
+    """Whether the first screen of RESULTS.md and the brief screen show the row."""
 
     @property
     def runs(self) -> tuple[Behind, ...]:
@@ -226,7 +228,8 @@ class Block:
 
     @property
     def ordered_rows(self) -> tuple[TableRow, ...]:
-        return tuple(sorted(self.rows, key=lambda row: row.group != "controls"))
+        """Methods, then controls."""
+        return tuple(sorted(self.rows, key=lambda row: row.group == "controls"))
 
     @property
     def declared(self) -> tuple[tuple[str, str], ...]:
@@ -304,6 +307,11 @@ class Results:
             grouped.setdefault(row.needs, []).append(row.name)
         return grouped
 
+    def explained_marks(self, block: Block) -> list[str]:
+        """The notes that explain the marks behind numbers of a block."""
+        marks = {mark for row in block.rows for value in row.values.values() for mark in value.mark}
+        return [note for note in self.notes if any(f" {mark} " in note for mark in marks)]
+
     @classmethod
     def from_json(cls, data: object, where: str = "results") -> Results:
         if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
@@ -346,6 +354,7 @@ def _printable(value: Any) -> Any:
 _OPTIONAL: dict[str, tuple[object, ...]] = {
     "interval": ("",), "sheet": (None, ""), "places": (1,), "mark": ("",), "told": ("",), "trained_on": ("",), "argmax": ("",),
     "also": ((), []), "series": ("",), "x": (None,), "axis": ("",), "needs": ((), []), "command": ("",), "headline": (False,),
+    "intervals": (True,),
 }  # fmt: skip
 
 

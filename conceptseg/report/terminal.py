@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import wrap
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from conceptseg.report.results import ABSENT, Block, Column, Results, TableRow, by_kind
+from conceptseg.report.selection import Selection
 
 WIDTH_OF_A_FILE = 120  # columns where output is no terminal
 _NAME_WIDTH = 18  # the least; names wrap
@@ -29,13 +31,209 @@ _CODES = {
 _KINDS = {"standard": "", "released": " (released code)", "quoted": " (quoted)", "difference": "", "cost": " (cost)"}
 
 
-def print_table(results: Results, console: Console | None = None) -> None:
+def print_table(
+    results: Results, console: Console | None = None, selection: Selection | None = None, detail: str = "brief"
+) -> None:
+    """Print a finished table; a file has as many columns as COLUMNS says, else 120.
+
+    detail: "brief", a few rows and columns that fit one screen, or "full", everything that the table holds. Raises ConfigError
+    for a selection that names what the table does not have.
+    """
+    console = console or _stdout()
+    if detail == "full":
+        _print_full(results, console, selection or Selection())
+    else:
+        _print_brief(results, console, selection or Selection())
+
+
+def _stdout() -> Console:
+    """Bold and colours on a terminal only, and nowhere if NO_COLOR is set."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH_OF_A_FILE
+    return Console(width=width, color_system=None if os.environ.get("NO_COLOR") else "auto", highlight=False)
+
+
+# ---------------------------------------------------------------- brief
+
+
+def _print_brief(results: Results, console: Console, selection: Selection) -> None:
+    shown = selection.brief(results)
+    whole = {block.name: block for block in results.blocks}
+    notes = _numbered_notes(shown)
+    console.print(_cut(Text(results.title, "bold"), console.width))
+    for line in _brief_lines(shown, whole, notes, console.width):
+        line.rstrip()
+        console.print(line, no_wrap=True, crop=False)
+    console.print()
+    said = [f"[{results.interval}]" if selection.intervals and results.interval and _has_intervals(shown) else ""]
+    said += ["bold is best" if console.color_system and _has_best(shown) else ""]
+    if any(said):
+        _line(console, Text("; ".join(filter(None, said)), "dim"), hang=2)
+    for explained in dict.fromkeys(note for block in shown.blocks for note in shown.explained_marks(block)):
+        _line(console, Text(explained, "dim"), hang=2)
+    for note, place in notes.items():
+        console.print(_cut(Text(f"({place}) {note}", "dim"), console.width))
+    for needs, names in list(results.needs.items())[:_MOST_LINES]:
+        said_needs = f"Not run, {_counted(len(names), 'row')}: needs {'; '.join(needs)}."
+        console.print(_cut(Text(said_needs), console.width))
+    if (more := len(results.needs) - _MOST_LINES) > 0:
+        console.print(f"Not run for {more} more reasons: report.detail=full")
+    if command := next((row.command for row in results.unrun if row.command), ""):
+        _line(console, Text.assemble("To run one of them: ", (command, "dim")), hang=4)
+    for problem in _problems(results):
+        _line(console, Text(problem, "bold red"), hang=2)
+
+
+def _brief_lines(shown: Results, whole: Mapping[str, Block], notes: Mapping[str, int], width: int) -> Iterator[Text]:
+    """Every block under its heading, all with the same columns: as many as fit, with names that are cut rather than wrapped."""
+    rows = [(block, row) for block in shown.blocks for row in block.ordered_rows]
+    titles = {block.name: _heading(block, whole[block.name]) for block in shown.blocks}
+    names = {(block.name, row.name): (row.name, _behind_name(row, block, notes)) for block, row in rows}
+    columns = [
+        _BriefColumn(column.heading + (f", {column.caveat}" if column.caveat else ""), {
+            (block.name, row.name): _parts(block, row, column) for block, row in rows
+        })
+        for column in shown.columns
+    ]  # fmt: skip
+    longest = max(map(len, (*map("".join, names.values()), *(title.plain for title in titles.values()))))
+    given = _BriefColumn(GIVEN, {(block.name, row.name): (Text(_given(row)), "") for block, row in rows})
+    fitting = [*columns, given] if any(_given(row) for _, row in rows) else columns
+    if given in fitting and _room(fitting, width) < min(longest, _LONG_NAME):
+        fitting = columns
+    while len(fitting) > 1 and _room(fitting, width) < min(longest, _SHORT_NAME):
+        fitting = fitting[:-1]
+    name_width = max(min(longest, _room(fitting, width)), _SHORTEST_NAME)
+    for block in shown.blocks:
+        yield Text()
+        yield Text.assemble(_padded(titles[block.name], name_width), *(c.padded(Text(c.heading, "bold")) for c in fitting))
+        before = ""
+        for row in block.ordered_rows:
+            if before == "methods" and row.group == "controls":
+                yield Text("\u2500" * (width - _room(fitting, width) + name_width), "dim")
+            before = row.group
+            place = block.name, row.name
+            name, behind = names[place]
+            named = _cut(Text(name), max(name_width - len(behind), 1)).append(behind, "dim")
+            yield Text.assemble(_padded(named, name_width), *(c.padded(c.cell(place)) for c in fitting))
+    if missing := [column.heading for column in columns if column not in fitting]:
+        yield Text(f"Too narrow for {'; '.join(missing)}.", "dim")
+
+
+def _room(columns: Sequence[_BriefColumn], width: int) -> int:
+    """What is left for names beside some columns."""
+    return width - sum(2 + column.width for column in columns)
+
+
+class _BriefColumn:
+    """A heading above a cell for every (block, row): numbers end below one another, what follows them begins so."""
+
+    def __init__(self, heading: str, cells: Mapping[tuple[str, str], tuple[Text, str]]) -> None:
+        self.heading, self._cells = heading, cells
+        self._first = max(first.cell_len for first, _ in cells.values())
+        self.width = max(len(heading), *(len(self.cell(place).plain) for place in cells))
+
+    def cell(self, place: tuple[str, str]) -> Text:
+        first, rest = self._cells[place]
+        return Text.assemble(" " * (self._first - first.cell_len if rest else 0), first, f" {rest}".rstrip())
+
+    def padded(self, text: Text) -> Text:
+        return Text.assemble("  ", text, " " * (self.width - text.cell_len))
+
+
+GIVEN = "shown/trained"
+"""Heading of what a method is shown of an image and what its model was trained on."""
+_GIVEN_TOLD = {
+    "nothing": "-", "own prediction": "guess", "true name": "name", "name and prompt": "prompt", "truth": "truth"
+}  # fmt: skip
+_GIVEN_TRAINED = {
+    "nothing": "-", "images": "images", "class labels": "labels", "images and captions": "captions", "masks or boxes": "masks"
+}  # fmt: skip
+_LONG_NAME, _SHORT_NAME, _SHORTEST_NAME = 40, 24, 8
+"""Columns that names keep: beside what methods are shown, beside a further metric, and in any case."""
+
+
+def _given(row: TableRow) -> str:
+    if not row.told and not row.trained_on:
+        return ""
+    return f"{_GIVEN_TOLD.get(row.told, row.told) or '-'}/{_GIVEN_TRAINED.get(row.trained_on, row.trained_on) or '-'}"
+
+
+def _heading(block: Block, whole: Block) -> Text:
+    """The block's name, how many of its methods are shown, and the samples behind each number."""
+    methods, of = (sum(row.group == "methods" for row in b.rows) for b in (block, whole))
+    n, status = _usual_n(block), " and ".join(sorted({row.status for row in block.rows}))
+    said = ", ".join([*([f"{methods} of {of}"] if methods < of else []), f"n={n}" if n else status])
+    return Text.assemble((block.name, "bold"), (f" ({said})" if said else "", "dim"))
+
+
+def _usual_n(block: Block) -> int:
+    counted = Counter(row.n for row in block.rows if row.status == "ok")
+    return counted.most_common(1)[0][0] if counted else 0
+
+
+def _behind_name(row: TableRow, block: Block, notes: Mapping[str, int]) -> str:
+    """What stands behind a row's name: its n or status where that is not its block's, and the number of its note."""
+    n = f" n={row.n}" if row.status == "ok" and row.n != _usual_n(block) else ""
+    status = f" {row.status}" if row.status != "ok" and _usual_n(block) else ""
+    return f"{n}{status}" + (f" ({notes[row.note]})" if row.note else "")
+
+
+def _padded(text: Text, width: int) -> Text:
+    text = _cut(text, width)
+    text.pad_right(width - text.cell_len)
+    return text
+
+
+def _cut(text: Text, width: int) -> Text:
+    """One line, with an ellipsis where it is too long."""
+    text = text.copy()
+    text.truncate(width, overflow="ellipsis")
+    return text
+
+
+def _numbered_notes(results: Results) -> dict[str, int]:
+    """Note of a row -> its number; the same note has one number."""
+    rows = [row for block in results.blocks for row in block.ordered_rows]
+    return {note: place for place, note in enumerate(dict.fromkeys(row.note for row in rows if row.note), 1)}
+
+
+def _has_intervals(results: Results) -> bool:
+    return any(value.low is not None for block in results.blocks for row in block.rows for value in row.values.values())
+
+
+def _has_best(results: Results) -> bool:
+    return any(block.best(column) for block in results.blocks for column in results.columns)
+
+
+def _problems(results: Results) -> list[str]:
+    """Samples that failed or were left out, of every row, also of those that are not shown."""
+    lines = [
+        f"{block.name}, {row.name}: {row.failed} failed, {row.excluded} excluded."
+        for block in results.blocks
+        for row in block.ordered_rows
+        if row.failed or row.excluded
+    ]
+    more = len(lines) - _MOST_LINES
+    return lines if more <= 0 else [*lines[:_MOST_LINES], f"{more} more rows have failed or excluded samples."]
+
+
+_MOST_LINES = 3
+"""About rows that were not run, and about rows with samples that failed."""
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+# ---------------------------------------------------------------- full
+
+
+def _print_full(results: Results, console: Console, selection: Selection) -> None:
     """Print every block with n and intervals, then what the columns mean, what was left out, and the runs behind the numbers.
 
     Where the metrics don't fit side by side, intervals go to a second line, then what methods declare is abbreviated; where that
     doesn't fit either, a block becomes several tables with the same rows.
     """
-    console = console or Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+    results = selection.all_columns(results)
     _line(console, Text.assemble((results.title, "bold"), (f"   {results.command}   conceptseg {results.conceptseg}", "dim")))
     for block in results.blocks:
         console.print()
@@ -59,7 +257,7 @@ def print_table(results: Results, console: Console | None = None) -> None:
         source = f" Source: {column.source}" if column.source else ""
         label = f"{column.label}{_KINDS[column.kind]}"
         _line(console, Text.assemble((label, "bold"), f": {column.text}", (source, "dim")), hang=2)
-    cell = f"number [interval]: {results.interval}" if results.interval else "number [interval]"
+    cell = "number" + (f" [interval]{f': {results.interval}' if results.interval else ''}" if selection.intervals else "")
     _line(console, Text(f"Each cell is {cell}. n counts scored samples. Bold is the best method of a column."), hang=2)
     for note in results.notes:
         _line(console, Text(f"Note: {note}"), hang=2)
@@ -212,10 +410,13 @@ def _legend(block: Block, columns: Sequence[Column], layouts: Sequence[_Layout])
 
 
 def _cell(block: Block, row: TableRow, column: Column, separator: str) -> Text:
+    number, interval = _parts(block, row, column)
+    return Text.assemble(number, f"{separator}{interval}" if interval else "")
+
+
+def _parts(block: Block, row: TableRow, column: Column) -> tuple[Text, str]:
+    """A number, behind its own n where that differs from the row's, and its interval."""
     cell = block.cell(row, column)
     if cell is None:
-        return Text(ABSENT)
-    own_n = f"{cell.own_n} " if cell.own_n else ""
-    return Text.assemble(
-        own_n, (cell.number, "bold" if cell.best else ""), f"{separator}{cell.interval}" if cell.interval else ""
-    )
+        return Text(ABSENT), ""
+    return Text.assemble(f"{cell.own_n} " if cell.own_n else "", (cell.number, "bold" if cell.best else "")), cell.interval

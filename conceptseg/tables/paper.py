@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from conceptseg import __version__
 from conceptseg.backbones.base import Checkpoint
@@ -47,10 +47,16 @@ def compute_paper_table(
     name: str, table: PaperTable, compose: Compose, extra: Sequence[str], folder: Path, command: str
 ) -> Results:
     """Compute what can be computed here, quote what is printed, and say what the rest needs."""
-    claim = load_claim(shipped(table.claim))
     report = compose([])["report"]
-    columns = _columns(table, claim, report)
+    claim, columns = load_claim(shipped(table.claim)), columns_of_paper(table, report)
     filling = _Filling(table, claim, Evaluations(compose, extra))
+    filling.evaluations.plan(
+        setting.config
+        for block in table.blocks
+        for row in block.rows
+        for setting in _settings_of(row, block, filling)
+        if not setting.needs
+    )
     pictures: list[tuple[str, Evaluation, str, str]] = []
     blocks = []
     for block in table.blocks:
@@ -77,8 +83,9 @@ def compute_paper_table(
     )  # fmt: skip
 
 
-def _columns(table: PaperTable, claim: Claim, report: Mapping[str, Any]) -> tuple[Column, ...]:
-    found = []
+def columns_of_paper(table: PaperTable, report: Mapping[str, Any]) -> tuple[Column, ...]:
+    """Columns of a paper's table. Raises ConfigError for one that its claim does not quote, or a metric that is not defined."""
+    claim, found = load_claim(shipped(table.claim)), []
     cites = "; ".join(dict.fromkeys(row.source.cite for row in claim.rows))
     for name in table.quoted:
         if name not in claim.columns:
@@ -104,8 +111,7 @@ def _rows_of(
     quotes = _quotes(row, filling)
     if table.on_lab and row.lab and row.lab.note:
         row = replace(row, note=_notes(row, row.lab.note))
-    kinds = [kind for kind in table.parts if kind in row.kinds]
-    if row.overrides is None or (table.on_lab and row.lab is None) or (row.needs and not table.on_lab):
+    if not _has_settings(row, table):
         why = "no model of the lab does this" if table.on_lab and not row.needs else ""
         return [_not_run(row, None, quotes, _notes(row, why), [] if why else [row.needs])], [], []
     found: list[tuple[Protocol, Evaluation, Reading]] = []
@@ -113,16 +119,14 @@ def _rows_of(
     labels: list[str] = []
     wants: list[tuple[list[str], str]] = []
     config: dict[str, Any] = {}
-    for kind in kinds:
-        overrides = overrides_of(row, block, table, kind)
-        config = evaluations.config(overrides)
+    asked = _settings_of(row, block, filling)
+    for kind, config, needs, command in asked:
         labels.append(f"{config['protocol']['name']} v{config['protocol']['version']}")
-        needs, command = _needs(config, row, overrides, evaluations.extra)
         if needs:
             wants.append((needs, command))
             continue
-        metrics = [name for k in kinds for name in table.parts[k].columns]
-        finished[kind] = evaluations.carried_out(config, metrics, f"{row.name}, {kind}")
+        metrics = [name for setting in asked for name in table.parts[setting.kind].columns]
+        finished[kind] = evaluations.carried_out(config, metrics, f"{row.name} ({kind})")
         reading = chosen(finished[kind], _under(row.view, kind), _segmenter(row, table, kind), row.name)
         found.append((kind, finished[kind].evaluation, reading))
     if not found:
@@ -130,6 +134,33 @@ def _rows_of(
     if row.each_view:
         return _points(row, table, finished), found, labels
     return [_run(row, found, quotes, table)], found, labels
+
+
+class _Setting(NamedTuple):
+    """A row under one protocol."""
+
+    kind: Protocol
+    config: dict[str, Any]
+    needs: list[str]
+    """What this machine lacks for it."""
+    command: str
+    """Runs it once that is there."""
+
+
+def _has_settings(row: PaperRow, table: PaperTable) -> bool:
+    """Whether the row can be run on the table's backbones."""
+    return row.overrides is not None and (row.lab is not None if table.on_lab else not row.needs)
+
+
+def _settings_of(row: PaperRow, block: PaperBlock, filling: _Filling) -> list[_Setting]:
+    """A row under each of its protocols; nothing for one that can't be run."""
+    table, evaluations, found = filling.table, filling.evaluations, []
+    for kind in table.parts if _has_settings(row, table) else ():
+        if kind in row.kinds:
+            overrides = overrides_of(row, block, table, kind)
+            config = evaluations.config(overrides)
+            found.append(_Setting(kind, config, *_needs(config, row, overrides, evaluations.extra)))
+    return found
 
 
 def overrides_of(row: PaperRow, block: PaperBlock, table: PaperTable, kind: Protocol) -> list[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.errors import ConfigError, Interrupted, did_you_mean
 from conceptseg.evaluation.assemble import Evaluation, assemble
-from conceptseg.evaluation.carry_out import carry_out
+from conceptseg.evaluation.carry_out import Series, carry_out
 from conceptseg.evaluation.readings import Reading, readings, write_readings
 from conceptseg.extractors.base import Extractor
 from conceptseg.keys import canonical_json
@@ -37,8 +37,13 @@ class Evaluations:
 
     def __init__(self, compose: Compose, extra: Sequence[str]) -> None:
         self.compose, self.extra = compose, extra
+        self.series: Series | None = None
         self._done: dict[str, Done] = {}
         self._typed: dict[str, list[str]] = {}
+
+    def plan(self, configs: Iterable[Mapping[str, Any]]) -> None:
+        """Count the runs to come, so that each can say which of how many it is."""
+        self.series = Series(len({canonical_json(config) for config in configs}))
 
     def config(self, overrides: Sequence[str]) -> dict[str, Any]:
         """A row's config with those of the user's overrides that concern it."""
@@ -55,7 +60,12 @@ class Evaluations:
         place = canonical_json(config)
         if place not in self._done:
             evaluation = assemble(config, in_table=True, overrides=self._typed.get(place))
-            carry_out(evaluation, title)
+            try:
+                carry_out(evaluation, title, self.series)
+            except Interrupted as stop:
+                earlier = {done.evaluation.run_id: done.evaluation for done in self._done.values()}
+                others = [e for run, e in earlier.items() if run != evaluation.run_id]
+                raise Interrupted(stop.kept + sum(len(e.store.rows()) for e in others)) from None
             found = readings(evaluation, metrics)
             write_readings(evaluation, found)
             self._done[place] = Done(evaluation, tuple(found))

@@ -56,7 +56,7 @@ class FinishedTable:
     def _mark(self, runs: list[str], named: list[str]) -> dict[str, Any]:
         files = [*_package_files(), self.results, *self.written]
         for run in runs:
-            files += sorted((self.runs / run).iterdir())
+            files += sorted(file for file in (self.runs / run).iterdir() if not file.name.startswith("log-"))
         states = [state for file in files if file.is_file() for state in _states(str(file))]
         states += [state for name in named for state in _states(name)]
         return {"runs": runs, "named": named, "of": digest([self.asked, states, versions()])}

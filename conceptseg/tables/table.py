@@ -42,10 +42,9 @@ def compute_table(name: str, table: TableSheet, compose: Compose, extra: Sequenc
     `extra` are the user's own overrides, put after each row's; those of `extractor.` and `backbone@` concern only rows
     that have such a key.
     """
-    headline = [definition_of(name, "table.headline").name for name in table.headline]
-    columns = tuple(replace(column, headline=column.name in headline) for column in columns_of(table.columns))
-    columns += tuple(difference_column(against) for against in table.against)
     evaluations = Evaluations(compose, extra)
+    configs = {(b.name, r.name): evaluations.config([*b.overrides, *r.overrides]) for b in table.blocks for r in b.rows}
+    evaluations.plan(configs.values())
     blocks = []
     pictures: list[tuple[str, Evaluation, str, str]] = []
     report: Mapping[str, Any] = {}
@@ -53,8 +52,7 @@ def compute_table(name: str, table: TableSheet, compose: Compose, extra: Sequenc
         rows = []
         read: dict[str, tuple[Evaluation, Reading]] = {}
         for row in block.rows:
-            config = evaluations.config([*block.overrides, *row.overrides])
-            finished = evaluations.carried_out(config, table.columns, row.name)
+            finished = evaluations.carried_out(configs[block.name, row.name], table.columns, f"{row.name} ({block.name})")
             evaluation = finished.evaluation
             report = evaluation.config["report"]
             reading = chosen(finished, row.view, row.segmenter or block.segmenter, row.name)
@@ -72,8 +70,7 @@ def compute_table(name: str, table: TableSheet, compose: Compose, extra: Sequenc
     sheet = None
     if pictures:
         sheet = draw_sheet(folder / "sheet.png", pictures, report["pictures"])
-    if report["costs"]:
-        columns += COSTS
+    columns = columns_of_table(table, report)
     return Results(
         name, table.title, command, __version__, columns, tuple(blocks), table.notes, interval_text(report),
         None if sheet is None or sheet.is_absolute() or ".." in sheet.parts else sheet.as_posix(),
@@ -136,26 +133,45 @@ def _row(row: RowSheet, evaluation: Evaluation, reading: Reading) -> TableRow:
     )  # fmt: skip
 
 
+COLUMNS_OF_EVALUATION = ("accuracy", "miou_dataset", "miou_image", "foreground_iou", "ap_image")
+"""Metrics of a single evaluation, where report.columns names none."""
+
+
+def columns_of_evaluation(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the metrics that a single evaluation computes."""
+    return tuple(report["columns"]) or COLUMNS_OF_EVALUATION
+
+
+def columns_of_table(table: TableSheet, report: Mapping[str, Any]) -> tuple[Column, ...]:
+    """Columns of a table of evaluations. Raises ConfigError for a metric that is not defined."""
+    headline = [definition_of(name, "table.headline").name for name in table.headline]
+    columns = tuple(replace(column, headline=column.name in headline) for column in columns_of(table.columns))
+    return (*columns, *map(difference_column, table.against), *(COSTS if report["costs"] else ()))
+
+
 def single_table(evaluation: Evaluation, found: Sequence[Reading], command: str) -> Results:
     """One evaluation as a table: a row for each view and segmenter."""
     if not any(r.n for r in found):
         raise DataError(nothing_scored(evaluation))
-    many = len({r.segmenter for r in found}) > 1
+    cuts = [
+        s.key for s in evaluation.protocol.segmenters if evaluation.extractor.comparable or not s.decision.startswith("argmax")
+    ]
+    found = [r for r in found if r.segmenter in cuts]
+    views, method = {r.name for r in found}, type(evaluation.extractor).__name__
     rows_ = tuple(
         TableRow(
-            name=f"{r.name}, {r.segmenter}" if many else r.name,
+            name=", ".join([method, *([r.name] if len(views) > 1 else []), *([r.segmenter] if len(cuts) > 1 else [])]),
             group="methods" if evaluation.extractor.provenance != "control" else "controls",
-            extractor=type(evaluation.extractor).__name__, backbone=None, provenance=evaluation.extractor.provenance,
-            run_id=evaluation.run_id, view=r.view, segmenter=r.segmenter, n=r.n, excluded=r.excluded, failed=r.failed,
+            extractor=method, backbone=None, provenance=evaluation.extractor.provenance, run_id=evaluation.run_id,
+            view=r.view, segmenter=r.segmenter, n=r.n, excluded=r.excluded, failed=r.failed,
             values={m: value_of(i) for m, i in r.values.items()} | costs_of(evaluation), status="ok" if r.n else "failed",
             note=f"{r.waiting} samples are not computed yet" if r.waiting else "", **declared(evaluation.extractor),
         )
         for r in found
     )  # fmt: skip
     data = f"{evaluation.dataset.name}, {len(evaluation.dataset.keys())} samples"
-    block = Block(type(evaluation.extractor).__name__, data, evaluation.protocol.label, "", rows_)
+    block = Block(evaluation.protocol.label, data, evaluation.protocol.label, "", rows_)
     report = evaluation.config["report"]
-    columns = columns_of(report["columns"]) + (COSTS if report["costs"] else ())
-    return Results(
-        "evaluation", f"Run {evaluation.run_id}", command, __version__, columns, (block,), (), interval_text(report)
-    )  # fmt: skip
+    columns = columns_of(columns_of_evaluation(report)) + (COSTS if report["costs"] else ())
+    title = f"{method} on {data}"
+    return Results("evaluation", title, command, __version__, columns, (block,), (), interval_text(report))

@@ -18,14 +18,24 @@ PACKAGE = Path(conceptseg.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Part -> the parts it may import; every part may import itself.
-GROUND = {"errors", "files", "keys", "reading", "types", ""}  # "" is conceptseg/__init__.py: the version, and where conf/ lies
+GROUND = {
+    "announcing",
+    "errors",
+    "files",
+    "keys",
+    "reading",
+    "types",
+    "",
+}  # "" is conceptseg/__init__.py: the version, and where conf/ lies
 PEERS = {"saliency", "segment", "metrics", "data", "backbones"}
 ALLOWED: dict[str, set[str]] = {
     "": set(),
+    "announcing": set(),
     "errors": set(),
     "files": set(),
     "reading": {"errors"},
     "keys": {""},
+    "logs": {"errors"},
     "types": {"errors"},
     "config": {"errors", "keys"},
     "store": GROUND,
@@ -34,12 +44,13 @@ ALLOWED: dict[str, set[str]] = {
     "protocols": GROUND | PEERS,
     "report": {"errors", "files", "reading", "store", "metrics", "types"},
     "source": {"keys"},
-    "evaluation": GROUND | PEERS | {"config", "extractors", "protocols", "source", "store"},
+    "evaluation": GROUND | PEERS | {"config", "extractors", "logs", "protocols", "source", "store"},
     "tables": GROUND | PEERS | {"config", "evaluation", "extractors", "protocols", "report", "store"},
     "lab": GROUND | PEERS | {"evaluation", "extractors", "protocols", "store"},
     "trace": GROUND | {"backbones"},
     "studies": GROUND | {"backbones", "data", "trace"},
-    "cli": GROUND | {"backbones", "config", "evaluation", "extractors", "lab", "metrics", "report", "store", "studies", "tables"},
+    "cli": GROUND
+    | {"backbones", "config", "evaluation", "extractors", "lab", "logs", "metrics", "report", "store", "studies", "tables"},
     "__main__": {"cli"},
 }
 HYDRA_COMMANDS = ("composing", "doctor", "evaluate", "lab", "plan", "refusals", "table")

@@ -18,7 +18,7 @@ def plain_table() -> dict[str, Any]:
 
 def printed(data: dict[str, Any], width: int = 120, colour: bool = False) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=colour, color_system="standard" if colour else None)
-    print_table(Results.from_json(data), console)
+    print_table(Results.from_json(data), console, detail="full")
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -80,9 +80,9 @@ def test_samples_that_failed_or_were_excluded_are_counted():
     assert "DAAM: 3 failed, 1 excluded" in printed(plain_table())
 
 
-def test_controls_come_first_and_only_the_best_method_is_bold():
+def test_controls_come_last_and_only_the_best_method_is_bold():
     text = printed(plain_table(), colour=True)
-    assert text.index("centre prior") < text.index("DAAM")
+    assert text.index("DAAM") < text.index("centre prior")
     assert "\x1b[1m56.1" in text and "\x1b[1m90.0" not in text and "\x1b[1m41.0" not in text
 
 
@@ -106,7 +106,11 @@ def test_words_in_brackets_are_not_taken_for_markup():
     assert "see [bold]this[/bold]" in printed(plain_table() | {"notes": ["see [bold]this[/bold]"]})
 
 
-def test_without_a_terminal_lines_have_120_columns(capsys):
-    print_table(Results.from_json(plain_table()))
+def test_without_a_terminal_lines_have_120_columns_unless_the_environment_says_otherwise(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    print_table(Results.from_json(plain_table()), detail="full")
     lines = capsys.readouterr().out.splitlines()
     assert 80 < max(len(line) for line in lines) <= 120
+    monkeypatch.setenv("COLUMNS", "80")
+    print_table(Results.from_json(plain_table()), detail="full")
+    assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= 80

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from conceptseg.announcing import announced
 from conceptseg.backbones.base import GREATEST_SIDE, RESIZES, Backbone, Checkpoint, stack_images
 from conceptseg.backbones.encoders.tower import Tower
 from conceptseg.backbones.settings import device_of, dtype_of
@@ -229,9 +230,10 @@ def checkpoint_weights(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with announced(f"reading {name} of {checkpoint.path}", checkpoint.path.startswith("lab:")):
+            if path.suffix == ".safetensors":
+                return load_file(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError) as error:
         raise ConfigError(
             f'extractor.backbone.path "{checkpoint.path}": {path} can\'t be read: {str(error).splitlines()[0]}'

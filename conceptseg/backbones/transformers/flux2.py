@@ -81,6 +81,7 @@ class Flux2Backbone(MultiModalBackbone):
     kind = "flux2"
     transformer_class = "Flux2Transformer2DModel"
     autoencoders = ("AutoencoderKLFlux2",)
+    text_encoder_name = "Mistral"
     text_parts = ("text_pipeline",)
 
     def __init__(self, path: str, revision: str | None = None, concept_token: int = 510, **settings: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from conceptseg.announcing import announced
 from conceptseg.backbones.settings import check_length
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextCache, TextRecord
@@ -23,6 +26,10 @@ from conceptseg.backbones.transformers.latent_model import LatentModel
 from conceptseg.backbones.transformers.prompts import POOLINGS, Prompts, own_tokens, pooled_tokens
 from conceptseg.errors import ConfigError, DataError, did_you_mean, one_of
 
+log = logging.getLogger(__name__)
+
+SAY_AGAIN = 5.0
+"""Seconds between two lines that say how many texts are encoded."""
 TEXTS_AT_ONCE = 16
 """How many texts go through an encoder together; a T5-XXL keeps 0.2 GB of activations a text."""
 
@@ -46,6 +53,8 @@ class MultiModalBackbone(LatentModel):
     """Names the family in run ids."""
     carrier: ClassVar[type[ConceptCarrier]]
     spaces: ClassVar[tuple[str, ...]] = tuple(SPACES)
+    text_encoder_name: ClassVar[str] = "T5"
+    """What a reader calls the text encoders."""
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
     """Attributes that hold text encoders."""
 
@@ -71,6 +80,7 @@ class MultiModalBackbone(LatentModel):
         self.releases_text_encoders = text_encoders == "release"
         self.texts = TextCache(text_cache, self.text_identity)
         self.forward_passes = 0
+        self._encoded_before = False
 
     # ------------------------------------------------------------ what it is
 
@@ -113,7 +123,7 @@ class MultiModalBackbone(LatentModel):
         """The checkpoint's own pipeline with nothing but its text parts, in families whose text comes from a chat model."""
         from diffusers import DiffusionPipeline
 
-        with self.checkpoint.loading("text_encoder"):
+        with self.checkpoint.loading("text_encoder"), announced(f"reading the text encoder of {self.checkpoint.path}"):
             pipeline = DiffusionPipeline.from_pretrained(
                 transformer=None, vae=None, torch_dtype=self.dtype, **self.checkpoint.source()
             )
@@ -159,12 +169,20 @@ class MultiModalBackbone(LatentModel):
             return
         if self.releases_text_encoders:
             self.release("transformer", "vae")
-        waiting = list(new.items())
-        while waiting:
-            some, waiting = dict(waiting[:TEXTS_AT_ONCE]), waiting[TEXTS_AT_ONCE:]
-            with torch.inference_mode():
+        waiting, count = list(new.items()), len(new)
+        texts = f"encoding {count} text{'' if count == 1 else 's'} with {self.text_encoder_name}"
+        # A run's first texts may wait for an encoder of 10 GB on a processor; later ones come batch by batch, with its progress.
+        short = self._encoded_before or self.checkpoint.path.startswith("lab:")
+        self._encoded_before = True
+        with announced(texts, short), torch.inference_mode():
+            said = time.monotonic()
+            while waiting:
+                some, waiting = dict(waiting[:TEXTS_AT_ONCE]), waiting[TEXTS_AT_ONCE:]
                 for name, record in zip(some, encode(list(some.values())), strict=True):
                     self.texts[name] = {kind: _on_host(tensor) for kind, tensor in record.items()}
+                if waiting and time.monotonic() - said >= SAY_AGAIN:
+                    log.info("%s: %d of %d", texts, count - len(waiting), count)
+                    said = time.monotonic()
         if self.releases_text_encoders:
             self.release(*self.text_parts)
 

@@ -72,6 +72,7 @@ class QwenImageBackbone(MultiModalBackbone):
     transformer_class = "QwenImageTransformer2DModel"
     carrier = QwenImageCarrier
     autoencoders = ("AutoencoderKLQwenImage",)
+    text_encoder_name = "Qwen2.5-VL"
     text_parts = ("text_pipeline",)
     classifier_free = True
 

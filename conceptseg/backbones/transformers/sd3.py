@@ -119,6 +119,7 @@ class SD3Backbone(MultiModalBackbone):
     transformer_class = "SD3Transformer2DModel"
     carrier = SD3Carrier
     spaces = tuple(s for s in SPACES if s != "output_projected")
+    text_encoder_name = "T5 and CLIP"
     text_parts = ("text_encoder", "text_encoders")
     classifier_free = True
 

@@ -97,6 +97,7 @@ class ZImageBackbone(MultiModalBackbone):
     kind = "z_image"
     transformer_class = "ZImageTransformer2DModel"
     carrier = ZImageCarrier
+    text_encoder_name = "Qwen3"
     text_parts = ("text_pipeline",)
     classifier_free = True
 

@@ -1,0 +1,64 @@
+"""Where messages go: the screen says what a reader needs, a file in each run folder keeps everything."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from conceptseg.errors import one_of
+
+LEVELS = {"quiet": logging.WARNING, "normal": logging.INFO, "verbose": logging.DEBUG}
+"""Setting runtime.verbosity -> least level of our messages on the screen."""
+NOISY = (
+    "absl", "accelerate", "datasets", "diffusers", "filelock", "fsspec", "h5py", "httpcore", "httpx", "httpx2", "huggingface_hub",
+    "matplotlib", "open_clip", "PIL", "timm", "torch", "torchao", "transformers", "urllib3",
+)  # fmt: skip
+"""Libraries whose warnings concern their callers, not who runs a command; they are kept in the file."""
+
+
+class _Screen(logging.Handler):
+    """Writes to what sys.stderr is now, so that lines come out above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except (OSError, ValueError):  # nobody listens any more
+            pass
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        return level + super().format(record)
+
+
+def show_logs(verbosity: str = "normal") -> None:
+    """Show our messages on stderr from `verbosity` on, and of libraries warnings; verbose shows theirs too.
+
+    Raises ConfigError for an unknown verbosity.
+    """
+    one_of("runtime.verbosity", verbosity, LEVELS)
+    root, ours = logging.getLogger(), logging.getLogger("conceptseg")
+    root.handlers = [handler for handler in root.handlers if not isinstance(handler, _Screen)]
+    screen = _Screen(LEVELS[verbosity])
+    if verbosity != "verbose":
+        screen.addFilter(lambda record: record.levelno >= logging.ERROR or record.name.partition(".")[0] not in NOISY)
+    root.addHandler(screen)
+    root.setLevel(logging.INFO if verbosity == "verbose" else logging.WARNING)
+    ours.setLevel(logging.DEBUG)
+
+
+@contextmanager
+def logged_to(file: Path) -> Iterator[None]:
+    """Keep every message in a file too, with its time; the file is made with the first one."""
+    handler = logging.FileHandler(file, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
