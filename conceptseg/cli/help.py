@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from textwrap import shorten, wrap
@@ -22,8 +22,9 @@ conceptseg: a benchmark harness for zero-shot segmentation with saliency methods
   conceptseg table=<name> 'table.only=[<row>]'      compute some of its rows
   conceptseg extractor=<option> dataset=<option>    compute one evaluation
   conceptseg plan [...]                             what it would take: GB, hours (--dry-run)
+  conceptseg -q ..., conceptseg -v ...              say less, or everything
   conceptseg --cfg job [...]                        print the configuration; compute nothing
-  conceptseg --help <group>                         list the options of a group (views/lab: a part)
+  conceptseg --help <group>                         list the options of a group or settings (views/lab, report)
 """
 MORE = """\
 The options have settings of their own, which --cfg job prints. Add a missing key with +key=value.
@@ -46,17 +47,22 @@ def asked(arguments: Sequence[str]) -> list[str] | None:
 
 
 def print_help(arguments: Sequence[str]) -> int:
-    """Print all of the help, or the options of the groups that are named. Raises ConfigError for an unknown group."""
+    """Print all of the help, or the options of groups and the settings that are named. Raises ConfigError for unknown ones."""
     offered = groups(added_folders(arguments))
     words = asked(arguments)
     for word in words or ():
+        if word in FRAME:
+            print(*_settings([word]), sep="\n")
+            continue
         group, _, family = word.partition("@")[0].partition("/")
         if group not in offered:
-            raise ConfigError(f'conceptseg --help: no group "{group}". {did_you_mean(group, offered)}')
+            raise ConfigError(f'conceptseg --help: no group "{group}". {did_you_mean(group, [*offered, *FRAME])}')
         listed = {name: path for name, path in offered[group].items() if not family or name.startswith(f"{family}/")}
         print(*_options(group, listed), sep="\n")
     if not words:
-        print(COMMANDS, *_groups({name: len(options) for name, options in offered.items()}), "", *_settings(), MORE, sep="\n")
+        print(
+            COMMANDS, *_groups({name: len(options) for name, options in offered.items()}), "", *_settings(FRAME), MORE, sep="\n"
+        )
     return 0
 
 
@@ -82,19 +88,29 @@ def _comment(path: Path) -> str:
     return next((line for line in lines if not line.startswith("@package")), "")
 
 
-def _settings() -> Iterator[str]:
-    """Every setting of `runtime` and `report` with its default and the text under it in the schema."""
-    for key, schema, said in (
-        ("runtime", Runtime, "how a run is carried out; no number depends on it"),
-        ("report", Report, "how numbers are printed"),
-    ):
+FRAME: dict[str, tuple[type, str]] = {
+    "runtime": (Runtime, "how a run is carried out; no number depends on it"), "report": (Report, "how numbers are printed")
+}  # fmt: skip
+"""Settings that every run has."""
+
+
+def _settings(parts: Iterable[str]) -> Iterator[str]:
+    """Every setting of some parts of the frame with its default and the text under it in the schema."""
+    for key in parts:
+        schema, said = FRAME[key]
         yield f"{key}.*: {said} (change with key=value)"
         yield ""
         texts, defaults = _texts(schema), schema()
         for name in (field.name for field in fields(schema)):
             value = getattr(defaults, name)
             shown = (
-                f"[{','.join(value)}]" if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else value
+                f"[{','.join(value)}]"
+                if isinstance(value, list)
+                else "null"
+                if value is None
+                else str(value).lower()
+                if isinstance(value, bool)
+                else value
             )
             setting = f"  {key}.{name}={shown}"
             if len(setting) > 38:

@@ -89,13 +89,13 @@ def evaluate(config: dict[str, Any], shards: int) -> None:
     from conceptseg.evaluation.readings import readings, write_readings
     from conceptseg.report.results import save
     from conceptseg.tables.pictures import draw_sheet
-    from conceptseg.tables.table import single_table
+    from conceptseg.tables.table import columns_of_evaluation, single_table
 
     for shard in reversed(range(shards)):
         config["runtime"] |= {"shard_index": shard, "shard_count": shards}
         evaluation = assemble(config)
         carry_out(evaluation)
-    found = readings(evaluation, config["report"]["columns"])
+    found = readings(evaluation, columns_of_evaluation(config["report"]))
     write_readings(evaluation, found)
     save(evaluation.store.folder / "table.json", single_table(evaluation, found, "conceptseg"))
     view = next(iter(evaluation.views.values())).key

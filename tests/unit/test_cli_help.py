@@ -48,6 +48,12 @@ def test_help_counts_the_options_of_every_group_that_can_be_chosen_and_says_how_
         assert all(f"  {key}.{field.name}=" in text for field in fields(schema))
 
 
+def test_the_settings_of_reports_are_listed_alone(said):
+    text = said("--help", "report")
+    assert "report.top=null " in text and all(f"report.{field.name}=" in text for field in fields(Report))
+    assert "  runtime." not in text
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_group_lists_each_option_with_the_beginning_of_its_comment(said, group):
     head, _, *lines = said("--help", group).splitlines()
