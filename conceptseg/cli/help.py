@@ -24,7 +24,7 @@ conceptseg: a benchmark harness for zero-shot segmentation with saliency methods
   conceptseg plan [...]                             what it would take: GB, hours (--dry-run)
   conceptseg -q ..., conceptseg -v ...              say less, or everything
   conceptseg --cfg job [...]                        print the configuration; compute nothing
-  conceptseg --help <group>                         list the options of a group or settings (views/lab, report)
+  conceptseg --help <group>                         list a group (views/lab) or settings (report)
 """
 MORE = """\
 The options have settings of their own, which --cfg job prints. Add a missing key with +key=value.

@@ -121,7 +121,7 @@ def identity_of(
 
 def _check_decisions(protocol: SegmentationProtocol, extractor: Extractor) -> None:
     """Raise ConfigError where a protocol decides between words only, and the extractor's maps of words can't be compared."""
-    if not extractor.comparable and all(s.decision == "argmax" for s in protocol.segmenters):
+    if not extractor.comparable and all(s.decision.startswith("argmax") for s in protocol.segmenters):
         raise ConfigError(
             f"protocol {protocol.label} gives a pixel to the word with the greatest score, and {type(extractor).__name__}'s maps "
             "of different words can't be compared: nothing would be scored. Take a protocol that cuts one word's map, such as "

@@ -95,7 +95,7 @@ def evaluate(
     ends the loop, short of a kill, chunks that the model has answered are written first.
     """
     by_key = {view.key: view for view in views.values()}
-    segmenters = {s.key: s for s in protocol.segmenters if extractor.comparable or s.decision != "argmax"}
+    segmenters = {s.key: s for s in protocol.segmenters if extractor.comparable or not s.decision.startswith("argmax")}
     tally = Tally()
     todo: list[tuple[tuple[str, ...], tuple[View, ...]]] = []
     for chunk in shard.of(data.keys()):

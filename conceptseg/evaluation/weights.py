@@ -31,7 +31,7 @@ def samples_to_compute(evaluation: Evaluation) -> int:
     """Samples that lack a row under some view and segmenter."""
     by_key = {view.key for view in evaluation.views.values()}
     extractor, retry = evaluation.extractor, evaluation.config["runtime"]["retry_failed"]
-    segmenters = {s.key for s in evaluation.protocol.segmenters if extractor.comparable or s.decision != "argmax"}
+    segmenters = {s.key for s in evaluation.protocol.segmenters if extractor.comparable or not s.decision.startswith("argmax")}
     return sum(bool(evaluation.store.missing(key, by_key, segmenters, retry)) for key in tuple(evaluation.dataset.keys()))
 
 
