@@ -61,7 +61,7 @@ class GivenNames:
         ]
 
     def identity(self) -> dict[str, Any]:
-        """What belongs to the run id; nothing for "truth", under which older runs were made."""
+        """Return the part of the run id; empty for "truth", so that older runs keep their ids."""
         if self.rule == "truth":
             return {}
         if self.rule == "named":

@@ -48,7 +48,7 @@ def bare(text: str) -> str:
 
 
 def changes(settings: Mapping[str, Any], api: Any) -> Iterator[str]:
-    """What a hub says otherwise than a sheet does, one line each."""
+    """Yield the differences between a hub and a sheet, one line each."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     path, revision, known = settings["path"], settings["revision"], repository_of(settings)

@@ -38,7 +38,7 @@ LOADING_ERRORS = (
     OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError, AssertionError, ArithmeticError,
     SafetensorError,
 )  # fmt: skip
-"""What loaders raise for configs and weights that make no sense."""
+"""Errors that loaders raise for invalid configs and weights."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHIPPED = "digests.json"
 """File in conceptseg/lab/weights: the digest of each model there."""

@@ -20,7 +20,7 @@ NOT_READ = ("*.fp16*", "*.bf16*", "*.non_ema*", "*onnx*", "*openvino*", "*flax*"
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """What a sheet of conf/backbone says under `hub`. None and empty mean that it is not known."""
+    """Facts under `hub` in a sheet of conf/backbone. None and empty mean unknown."""
 
     gated: bool | None = None
     """Whether its licence has to be accepted on its page, and a token shown."""
@@ -41,7 +41,7 @@ class Repository:
 
 
 def repository_of(settings: Mapping[str, Any]) -> Repository:
-    """What the settings of a backbone say of its repository. Raises ConfigError for an unknown key under `hub`."""
+    """Return the facts about a backbone's repository from its settings. Raises ConfigError for an unknown key under `hub`."""
     said = dict(settings.get("hub") or {})
     known = [one.name for one in fields(Repository)]
     if unknown := sorted(said.keys() - known):

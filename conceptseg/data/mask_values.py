@@ -48,7 +48,7 @@ class MaskValues:
             self._table[value] = label
 
     def identity(self) -> tuple[Any, ...]:
-        """What decides the labels, for fingerprints."""
+        """Return the settings that decide the labels, for fingerprints."""
         return tuple(sorted(self.classes.items())), tuple(sorted(self.background)), tuple(sorted(self.void))
 
     def labels(self, mask: UInt8[np.ndarray, "H W"], key: str) -> UInt8[np.ndarray, "H W"]:

@@ -88,7 +88,7 @@ class PascalVOC(ListedDataset[str]):
         return Sample(
             key, image, mask, {label: VOC_WORDS[label] for label in present},
             {"official": {label: VOC_OFFICIAL[label] for label in present}},
-            {word: label for label, word in VOC_WORDS.items()},
+            {VOC_WORDS[label]: label for label in VOC_LABELS if label not in (BACKGROUND, VOID)},
         )  # fmt: skip
 
     def files(self, entry: str) -> list[Extent]:

@@ -107,7 +107,7 @@ def build_parts(config: Mapping[str, Any]) -> tuple[SegmentationDataset, Segment
 def identity_of(
     config: Mapping[str, Any], dataset: SegmentationDataset, protocol: SegmentationProtocol, extractor: Extractor
 ) -> dict[str, Any]:
-    """What a run is named by. Reads the data's files. Raises DataError, or ConfigError for a branch that can't be resolved."""
+    """Return the settings that name a run. Reads the data's files. Raises DataError or, for an unknown branch, ConfigError."""
     with announced(f"digesting the files of {dataset.name}", usually_short=True):
         fingerprint = dataset.fingerprint()
     with announced(f"digesting the weights of {type(extractor).__name__}", usually_short=True):

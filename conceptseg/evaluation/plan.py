@@ -1,4 +1,4 @@
-"""What an evaluation would take, before anything is fetched or computed: downloads, memory, time, disk, and what is done.
+"""Estimate an evaluation before anything is fetched or computed: downloads, memory, time, disk, and finished rows.
 
 Sizes are those of the sheets; what is not measured is marked as an estimate. Nothing is written.
 """
@@ -73,7 +73,7 @@ class RunPlan:
     seconds_measured: bool
     disk: int
     lacks: tuple[str, ...]
-    """What keeps it from running even if weights may be downloaded."""
+    """Requirements that are missing even if weights may be downloaded."""
 
     @property
     def download(self) -> float:
@@ -261,5 +261,5 @@ def _costs(runs: Path) -> dict[str, Any]:
 
 
 def _like(runs: Path, key: str) -> Any:
-    """What another run of the same method on the same weights cost; None where there is none."""
+    """Return the cost of another run of the same method on the same weights; None if there is none."""
     return _costs(runs).get(key)

@@ -55,7 +55,7 @@ class RunFolder:
         return f"{found.get('name', 'unknown')} v{found.get('version', '?')}"
 
     def readings(self) -> list[dict[str, Any]]:
-        """What readings.json holds; [] where nothing was read off yet, or the file is damaged."""
+        """Return the contents of readings.json; [] if there are no readings yet, or the file is damaged."""
         try:
             found = json.loads((self.folder / "readings.json").read_bytes())["readings"]
             return [one for one in found if isinstance(one, dict)]

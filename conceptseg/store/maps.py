@@ -154,7 +154,7 @@ class MapKeeper:
 
 
 def _state(path: Path) -> tuple[str, int, int, int]:
-    """What the members of a file are known by: they are found again when one of these changes."""
+    """Return the state of a file by which its list of members is cached; a change reads the list again."""
     status = os.stat(path)
     return str(path), status.st_size, status.st_mtime_ns, status.st_ino
 

@@ -9,12 +9,8 @@ from pathlib import Path
 import pytest
 from composing import CONF, plainly
 
-<<<<<<< HEAD
-from conceptseg.cli.evaluate import LAB_FILL
-from conceptseg.cli.table import row_settings
-=======
 from conceptseg.cli.evaluate import SHORT
->>>>>>> 9981b9b (cli: conceptseg --help report lists the settings of tables)
+from conceptseg.cli.table import row_settings
 
 PAGES = [CONF.parent / "README.md", *sorted((CONF.parent / "docs").glob("*.md"))]
 PAGES = [page for page in PAGES if not page.name.startswith("add_a_")]  # run in e2e, with the sheets that they write
@@ -30,11 +26,7 @@ def overrides_of(page: Path) -> list[tuple[str, ...]]:
             blank in line for blank in ("extractor=...", "<", " -m ", "hydra.searchpath", "=mine", "edge_energy")
         ):
             continue
-<<<<<<< HEAD
-        found.append(tuple(row_settings([LAB_FILL.get(word, word) for word in words if "=" in word])[0]))
-=======
-        found.append(tuple(SHORT.get(word, word) for word in words if "=" in word))
->>>>>>> 9981b9b (cli: conceptseg --help report lists the settings of tables)
+        found.append(tuple(row_settings([SHORT.get(word, word) for word in words if "=" in word])[0]))
     return found
 
 
