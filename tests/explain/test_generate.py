@@ -11,6 +11,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from diffusers.image_processor import VaeImageProcessor
 from tiny import tiny_flux, tiny_sd3
 
 from conceptseg.backbones.transformers.flux import FluxBackbone
@@ -130,3 +131,18 @@ def test_the_captions_clip_vector_is_used_where_the_checkpoint_has_a_clip(tmp_pa
     asked = FluxBackbone(backbone.checkpoint.path, pooled="caption", **settings())
     np.testing.assert_array_equal(asked.prompts(CAPTIONS).pooled, vectors)
     assert asked.identity() != backbone.identity()
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_an_image_is_encoded_as_the_stock_pipelines_encode_it(kind, tmp_path):
+    """Scaled to -1..1, encoded, shifted and scaled; images() is the way back, without loss where the codec is the exact one."""
+    family, tiny = {"flux": (FluxBackbone, tiny_flux), "sd3": (SD3Backbone, tiny_sd3)}[kind]
+    images = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(5))
+    backbone = family(tiny(tmp_path / "kl", kl=True), **settings())
+    vae = AutoencoderKL.from_pretrained(tmp_path / "kl", subfolder="vae").eval()
+    with torch.inference_mode():
+        encoded = vae.encode(VaeImageProcessor().normalize(images)).latent_dist.mean
+    wanted = (encoded - vae.config.shift_factor) * vae.config.scaling_factor
+    torch.testing.assert_close(backbone.latents(images), wanted, **CLOSE)
+    exact = family(tiny(tmp_path / "exact"), **settings())
+    torch.testing.assert_close(exact.images(exact.latents(images)), images, **CLOSE)

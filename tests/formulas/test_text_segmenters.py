@@ -6,7 +6,7 @@ from tiny_encoders import batch, one_by_one
 from tiny_transformers import made
 
 from conceptseg.backbones.encoders.transformers_model import TransformersBackbone
-from conceptseg.errors import ConfigError
+from conceptseg.errors import ConfigError, DataError
 from conceptseg.extractors.clipseg import CLIPSeg
 from conceptseg.extractors.grounded_sam import GroundedSAM
 from conceptseg.extractors.groupvit import GroupViT
@@ -102,3 +102,13 @@ def test_another_model_is_refused(models):
         ConfigError, match=r"extractor.masks is a GroundingDinoForObjectDetection, but this method reads a Sam2Model"
     ):
         GroundedSAM(boxes, boxes)
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_named_and_an_end_mark_is_no_such_word(models):
+    """CLIP's own tokenizer gives unknown bytes the id of its end mark, which every text has."""
+    backbone = reloaded(models["CLIPSegForImageSegmentation"], "float32")
+    with pytest.raises(DataError, match='the word "zebu" is unknown'):
+        backbone.token_ids(["apple", "zebu"])
+    backbone.tokenizer.unk_token = backbone.tokenizer.eos_token
+    ids, mask = backbone.token_ids(["apple"])
+    assert (ids == backbone.tokenizer.eos_token_id).any() and ids.shape == mask.shape == (1, backbone.text_tokens)
