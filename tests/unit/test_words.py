@@ -64,20 +64,24 @@ def test_concepts_refuse_a_word_twice_or_empty(words):
         protocol(task="multi", background=[]).prepare(sample(dict(enumerate(words, 1)), 1, 2))
 
 
-UNQUOTED = ["no", "yes", "on", "off", "null", "~", "true", "12:30", "1_000", "3", "1.5", ".nan", "2024-01-01", "0o7", "1e3"]
+UNQUOTED = ["no", "yes", "on", "off", "null", "~", "true", "12:30", "1_000", "3", "1.5", ".nan", "2024-01-01"]
+READ_AS_TEXT = ["0o7", "1e3", "nay", "12-30"]
 
 
 @pytest.mark.parametrize("word", UNQUOTED)
 def test_a_word_that_yaml_read_as_something_else_is_refused_with_the_quotes_to_set(tmp_path, word):
     read = yaml.safe_load(f"{{7: {word}}}")
-    if isinstance(read[7], str):
-        assert HubTable(tmp_path, "val", words=read).words == {7: word}
-        return
+    assert not isinstance(read[7], str)
     with pytest.raises(ConfigError, match=r'dataset\.words\.7: .*put the word in quotes, such as "no"'):
         HubTable(tmp_path, "val", words=read)
     with pytest.raises(ConfigError, match=r"protocol\.background\.1: .*in quotes"):
         protocol(background=["grass", read[7]])
     assert HubTable(tmp_path, "val", words=yaml.safe_load(f'{{7: "{word}"}}')).words == {7: word}
+
+
+@pytest.mark.parametrize("word", READ_AS_TEXT)
+def test_a_word_that_yaml_reads_as_text_needs_no_quotes(tmp_path, word):
+    assert HubTable(tmp_path, "val", words=yaml.safe_load(f"{{7: {word}}}")).words == {7: word}
 
 
 @pytest.mark.parametrize("words", [{True: "cat"}, {1.5: "cat"}, {None: "cat"}, {"1": "cat", 1: "dog"}, {1: " "}, ["cat"]])
