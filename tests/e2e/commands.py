@@ -38,6 +38,7 @@ class Warm:
 
     environment: Mapping[str, str]
     scratch: Path
+    options: tuple[str, ...] = ()
     count: int = 0
     _parent: Any = None
 
@@ -45,8 +46,9 @@ class Warm:
     def parent(self) -> subprocess.Popen[str]:
         if self._parent is None:
             self._parent = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("warm.py"))], stdin=-1, stdout=-1, text=True, env=self.environment
-            )
+                [sys.executable, str(Path(__file__).with_name("warm.py")), *self.options],
+                stdin=-1, stdout=-1, text=True, env=self.environment,
+            )  # fmt: skip
             assert self._parent.stdout.readline() == "ready\n"
         return self._parent
 

@@ -26,13 +26,12 @@ def refused_sockets(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def child_environment(tmp_path_factory, refused_sockets, request) -> dict[str, str]:
+def child_environment(tmp_path_factory, refused_sockets) -> dict[str, str]:
     site = tmp_path_factory.mktemp("site")
     (site / "sitecustomize.py").write_text(SITE.format(guard=str(TESTS / "loopback_only.py"), log=str(refused_sockets)))
-    # Bytecode of the libraries goes to a folder of pytest's, so that a second child starts in half the time.
-    cache = request.config.cache.mkdir("bytecode")
+    # Children keep the bytecode of this package, so that the second one starts sooner; pip wrote that of the libraries.
     return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {
-        "PYTHONPATH": str(site), "PYTHONPYCACHEPREFIX": str(cache), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+        "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
         "COLUMNS": "200",
     }  # fmt: skip
 

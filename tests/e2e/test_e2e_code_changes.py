@@ -6,15 +6,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import FAST, TESTS, Commands
+from commands import TESTS, Commands, Warm
 
 REPO = TESTS.parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FINISHED = ("oracle", "centre_prior", "naclip")
-ON_FOUR = ("dataset=scenes", "protocol=scenes_single", "dataset.objects=[1,1]", "dataset.count=4", *FAST)
+ON_FOUR = ("dataset=scenes", "protocol=scenes_single", "dataset.objects=[1,1]", "dataset.count=4")
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +27,19 @@ def tree(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture
-def there(tree, child_environment, tmp_path) -> Commands:
-    """Commands that import the second checkout, started elsewhere."""
+@pytest.fixture(scope="module")
+def warm_there(tree, child_environment, tmp_path_factory) -> Iterator[Warm]:
+    """Forks commands that import the second checkout."""
     path = os.pathsep.join((str(tree), child_environment["PYTHONPATH"]))
-    return Commands(None, tmp_path, {**child_environment, "PYTHONPATH": path})  # type: ignore[arg-type]  # all are cold
+    parent = Warm({**child_environment, "PYTHONPATH": path}, tmp_path_factory.mktemp("said"), ("--libraries",))
+    yield parent
+    parent.stop()
+
+
+@pytest.fixture
+def there(warm_there, tmp_path) -> Commands:
+    """Commands of the second checkout, started elsewhere."""
+    return Commands(warm_there, tmp_path, warm_there.environment)
 
 
 # ---------------------------------------------------------------- one tree
@@ -87,7 +96,7 @@ def rows(folder: Path) -> dict[str, bytes]:
 
 
 def evaluate(commands: Commands, *overrides: str, code: int = 0):
-    return commands.run_cold("-m", "conceptseg", *overrides, *ON_FOUR, code=code)
+    return commands.run(*overrides, *ON_FOUR, code=code)
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -97,7 +106,7 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 def test_a_new_method_costs_nobody_a_row_and_a_changed_statement_costs_its_own(there, tree):
-    all_of_them = ("-m", f"extractor={','.join(FINISHED)}")
+    all_of_them = ("hydra.mode=MULTIRUN", f"extractor={','.join(FINISHED)}")
     evaluate(there, *all_of_them)
     before = rows(there.folder)
     assert len(before) == len(FINISHED)
@@ -154,10 +163,9 @@ def test_a_method_of_another_package_answers_for_its_own_files(commands):
         "extractor=constant", "extractor._target_=mine_outside.bright.Bright",
         "runtime.allow_targets=[conceptseg.,mine_outside.]",
     )  # fmt: skip
-    where = {"PYTHONPATH": os.pathsep.join((str(commands.folder), commands.environment["PYTHONPATH"]))}
 
     def again(code=0):
-        return commands.run_cold("-m", "conceptseg", *ON_FOUR, *settings, code=code, env=where)
+        return evaluate(commands, *settings, code=code)
 
     again()
     edit(file, "Told nothing.", "Told nothing at all.")

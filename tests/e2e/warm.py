@@ -1,11 +1,13 @@
-"""A parent that has imported the libraries once and forks a process for every command: seconds instead of a quarter minute.
+"""A parent that has imported the libraries once and forks a process for every command: a second instead of a quarter minute.
 
 A child is a process of its own with its own folder, environment and output, and runs what `python -m conceptseg` runs.
-Requests and answers are lines of JSON on stdin and stdout.
+Requests and answers are lines of JSON on stdin and stdout. `warm.py --libraries` imports nothing of this package, so that each
+child imports it from the tree that PYTHONPATH names, as that tree is then.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -13,17 +15,39 @@ import sys
 from importlib import import_module
 from typing import Any
 
+LIBRARIES = (
+    "beartype.door", "datasets", "h5py", "diffusers.models.autoencoders", "diffusers.models.transformers",
+    "diffusers.models.unets", "hydra", "matplotlib.pyplot", "open_clip.model", "rich.progress",
+    "transformers.models.auto.tokenization_auto", "transformers.models.clip.modeling_clip",
+    "transformers.models.t5.modeling_t5",
+)  # fmt: skip
+PACKAGE = (
+    "cli.evaluate", "cli.refusals", "data.drawn", "evaluation.carry_out", "extractors.concept_attention", "extractors.controls",
+    "report.publish", "report.terminal", "tables.paper", "tables.table",
+)  # fmt: skip
+
 
 def import_libraries() -> None:
-    import datasets  # noqa: F401
-    import h5py  # noqa: F401
-    from diffusers import AutoencoderKL, FluxTransformer2DModel  # noqa: F401
-    from transformers import AutoTokenizer, T5EncoderModel  # noqa: F401
+    from PIL import Image
 
-    import conceptseg.evaluation.carry_out
-    import conceptseg.extractors.concept_attention
-    import conceptseg.extractors.controls
-    import conceptseg.tables.table  # noqa: F401
+    for name in LIBRARIES:
+        import_module(name)
+    Image.init()
+
+
+def import_package() -> None:
+    """And compose once: the parser of overrides is slow the first time."""
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    from conceptseg.config import register
+
+    for name in PACKAGE:
+        import_module(f"conceptseg.{name}")
+    register()
+    with initialize_config_module("conceptseg.conf", version_base="1.3"):
+        compose("evaluate", overrides=["extractor=constant"])
+    GlobalHydra.instance().clear()
 
 
 def be_the_command(request: dict[str, Any]) -> None:
@@ -63,6 +87,10 @@ def be_the_command(request: dict[str, Any]) -> None:
 
 def serve() -> None:
     import_libraries()
+    if "--libraries" not in sys.argv:
+        import_package()
+    gc.collect()
+    gc.freeze()  # or every child would go through the libraries' million objects again and again
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -78,3 +106,4 @@ def serve() -> None:
 
 if __name__ == "__main__":
     serve()
+    os._exit(0)  # taking all libraries down takes seconds

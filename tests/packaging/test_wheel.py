@@ -53,12 +53,11 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def python(installed, tmp_path, request):
+def python(installed, tmp_path):
     """Runs the interpreter in an empty folder, with the installed wheel before everything else."""
 
     def run(*arguments: str) -> str:
-        cache = str(request.config.cache.mkdir("bytecode"))
-        return called(sys.executable, *arguments, cwd=tmp_path, PYTHONPATH=str(installed), PYTHONPYCACHEPREFIX=cache)
+        return called(sys.executable, *arguments, cwd=tmp_path, PYTHONPATH=str(installed))
 
     return run
 
