@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -23,6 +24,21 @@ for rank in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
     os.environ.pop(rank, None)
 
 refuse_sockets()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "rows of the lab table that are computed: all of them, or those that cover every model and family of methods once"
+    parser.addoption("--lab-rows", default="all", choices=("all", "families"), help=text)
+
+
+def pytest_collection_finish() -> None:
+    """Libraries and collected tests live as long as the process: the collector need not go through them again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or native libraries report the objects as leaked when the process ends
 
 
 @pytest.fixture(autouse=True)

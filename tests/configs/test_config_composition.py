@@ -22,7 +22,7 @@ from conceptseg.saliency.views import Axes, expand_views
 TRIPLES = list(product(GROUPS["extractor"], GROUPS["dataset"], GROUPS["protocol"]))
 SAMPLED = [
     tuple(options[i % len(options)] for options in (GROUPS["extractor"], GROUPS["dataset"], GROUPS["protocol"]))
-    for i in range(72)
+    for i in range(max(map(len, (GROUPS["extractor"], GROUPS["dataset"], GROUPS["protocol"]))))
 ]
 
 

@@ -1,6 +1,7 @@
 """The lab table computed anew: it is the published one, and the findings of docs/lab.md hold in it.
 
-A regression test of every number maker at once. Only the first test reads what is published.
+A regression test of every number maker at once. The last tests look at what the command wrote, run it again and publish it.
+With --lab-rows=families the table has only the rows that cover every model and family of methods once: see FAMILIES.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import subprocess
 
 import pytest
 import yaml
-from commands import TESTS
+from commands import FAST, TESTS
 
 REPO = TESTS.parent
 SHEET = yaml.safe_load((REPO / "conf" / "table" / "lab.yaml").read_text())
@@ -21,6 +22,14 @@ BLOCKS = [block["name"] for block in SHEET["blocks"]]
 NAMED = ("constant", "random", "inverted oracle")
 
 
+REPEATED = ("every word its own", "given the class")
+"""Parts of the names of rows that run a method again, on the same model and through the same code, with other or more prompts."""
+FAMILIES = dict.fromkeys(
+    row["name"] for block in SHEET["blocks"] for row in block["rows"] if not any(part in row["name"] for part in REPEATED)
+)
+"""Rows that the arithmetic of another processor is checked with: every model of the lab, under every method that reads it."""
+WHOLE = ("report.resamples=2000",)
+HEAVY = {"diffusers", "transformers", "timm", "open_clip", "torchvision", "torchmetrics", "datasets", "matplotlib"}
 pytestmark = pytest.mark.timeout(900)  # the whole table, while another process tests beside it
 
 
@@ -30,26 +39,40 @@ def git(folder, *words):
 
 
 @pytest.fixture(scope="module")
-def computed(shared):
-    """The whole lab table, computed anew by the README's first command, in a checkout of what that command could write to."""
+def table(shared, request):
+    """What the README's first command says, in a checkout of what it could write to: the whole lab table, computed anew."""
     for name in (".gitignore", "RESULTS.md", "benchmarks"):
         source = REPO / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, shared.folder / name)
     git(shared.folder, "init", "--quiet")
     git(shared.folder, "add", ".")
     git(shared.folder, "commit", "--quiet", "--message", "all")
-    shared.run("report.resamples=2000")
-    return json.loads((shared.folder / "runs" / "tables" / "lab" / "results.json").read_text())
+    if request.config.getoption("lab_rows") == "families":
+        names = ", ".join("'" + name.replace("'", "\\'") + "'" for name in FAMILIES)
+        return shared.run("table=lab", *WHOLE, f"table.only=[{names}]")
+    return shared.run(*WHOLE)
 
 
-def test_the_first_command_leaves_the_checkout_clean(shared, computed):
-    assert git(shared.folder, "status", "--porcelain") == ""
+@pytest.fixture(scope="module")
+def computed(shared, table):
+    (path,) = (shared.folder / "runs" / "tables").glob("lab*/results.json")
+    return json.loads(path.read_text())
 
 
 @pytest.fixture
 def rows(computed):
     """Block -> row -> metric -> value with its interval."""
     return {block["name"]: {row["name"]: row["values"] for row in block["rows"]} for block in computed["blocks"]}
+
+
+def test_rows_of_a_block_share_data_and_protocol_and_those_of_the_group_controls_are_controls(shared, computed):
+    """As their runs recorded it."""
+    for block in computed["blocks"]:
+        manifests = {row["name"]: shared.folder / "runs" / row["run_id"] / "manifest.json" for row in block["rows"]}
+        configs = {name: json.loads(path.read_text())["config"] for name, path in manifests.items()}
+        assert len({json.dumps([config["dataset"], config["protocol"]], sort_keys=True) for config in configs.values()}) == 1
+        controls = {name for name, config in configs.items() if ".controls." in config["extractor"]["_target_"]}
+        assert controls == {row["name"] for row in block["rows"] if row["group"] == "controls"}
 
 
 def tolerances():
@@ -71,6 +94,8 @@ def cells(results):
 def test_the_lab_table_is_the_published_one(computed):
     published = cells(json.loads((REPO / "benchmarks" / "lab" / "results.json").read_text()))
     mine, allowed = cells(computed), tolerances()
+    if "table.only" in computed["command"]:
+        published = {key: value for key, value in published.items() if key[1] in FAMILIES}
     assert allowed.keys() == {column["name"] for column in computed["columns"]}
     assert mine.keys() == published.keys()
     far = {key: (mine[key], published[key]) for key in mine if abs(mine[key] - published[key]) > allowed[key[2]]}
@@ -150,3 +175,76 @@ def test_controls_score_their_closed_forms(rows, block):
     if block == "one object":
         assert found["constant"]["miou_dataset"] == pytest.approx(share / 2)
     assert found["constant"]["released_miou_from_accuracy"] == pytest.approx(share / (2 - share))
+
+
+# ---------------------------------------------------------------- what the command wrote, and the same command again
+
+
+def test_a_table_says_where_its_results_and_pictures_are_and_how_to_publish_it(shared, table):
+    assert "oracle" in table.out and "ConceptAttention" in table.out
+    folder = shared.folder / "runs" / "tables" / "lab"
+    (page,) = (line.partition("Page: ")[2] for line in table.out.splitlines() if "Page: " in line)
+    assert shared.folder / page == folder / "lab.html" and (shared.folder / page).exists()
+    (beside,) = (line.partition(": ")[2] for line in table.out.splitlines() if line.startswith("Beside it: "))
+    assert beside.split(", ") == ["results.json", "lab.csv", "lab.tex", "sheet.png"]
+    assert all((folder / name).exists() for name in beside.split(", "))
+    assert "Next: conceptseg table=lab" in table.out and "report.publish=yes" in table.out
+
+
+def test_a_table_again_computes_nothing(shared, table):
+    rows = {p: p.read_bytes() for p in shared.folder.rglob("rows-*.jsonl")}
+    said = shared.run(*WHOLE)
+    assert "was made from has changed: it is printed as it stands" in said.said and "samples computed" not in said.said
+    assert said.out == re.sub("Took [^.]+(\\.[0-9] s)?\\. ", "", table.out)
+    assert rows == {p: p.read_bytes() for p in shared.folder.rglob("rows-*.jsonl")}
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["unchanged", "perhaps changed"])
+def test_a_finished_table_composes_nothing_and_builds_and_loads_no_model(shared, table, marked):
+    """In a fresh process, where whatever costs more than looking up what is held is refused."""
+    (mark,) = (shared.folder / "runs" / "tables" / "finished").glob("*.json")
+    if not marked:
+        mark.unlink()
+    rows = {p: p.read_bytes() for p in shared.folder.rglob("rows-*.jsonl")}
+    written = {p: p.stat().st_mtime_ns for p in shared.folder.rglob("*") if p.name in ("sheet.png", "manifest.json")}
+    code = f"""
+import sys
+import hydra
+def refuse(*args, **settings): raise AssertionError("a finished table asked for this")
+hydra.compose = refuse
+if not {marked}:
+    import torch
+    torch.nn.Module.__init__ = refuse
+from conceptseg.cli.evaluate import evaluate
+sys.argv = ["conceptseg", *{[*FAST, *WHOLE]}]
+try:
+    evaluate()
+except SystemExit as end:
+    assert not end.code, end.code
+print("LOADED", *sorted({{name.split(".")[0] for name in sys.modules}}))
+"""
+    said = shared.run_cold("-c", code)
+    assert "oracle" in said.out and mark.exists()
+    if not marked:
+        assert " 0 samples computed, 64 held already" in said.said and "64 samples computed" not in said.said
+    loaded = set(said.out.rpartition("LOADED ")[2].split())
+    assert ("torch" in loaded) != marked and not loaded & HEAVY
+    assert rows == {p: p.read_bytes() for p in shared.folder.rglob("rows-*.jsonl")}
+    assert written == {p: p.stat().st_mtime_ns for p in written}
+
+
+def test_a_table_that_is_published_passes_the_check_and_a_changed_one_does_not(shared, table):
+    said = shared.run(*WHOLE, "report.publish=yes")
+    assert "samples computed" not in said.said  # the finished table is published as it stands
+    assert shared.run("--check", name="conceptseg-report").code == 0
+    before = {p: p.read_bytes() for p in (shared.folder / "benchmarks" / "lab").rglob("*") if p.is_file()}
+    assert {p.name for p in before} >= {"results.json", "sheet.png"}
+    said = shared.run(*WHOLE, "report.publish=yes")
+    assert " 0 of " in said.out and "kept: " in said.out and before == {p: p.read_bytes() for p in before}
+    written = shared.folder / "RESULTS.md"
+    text = written.read_text()
+    written.write_text(text.replace("| *oracle* |", "| *oracel* |"))
+    said = shared.run("--check", name="conceptseg-report", code=1)
+    assert "lab" in said.err and "stale" in said.said
+    shared.run("--write", name="conceptseg-report")
+    assert written.read_text() == text
