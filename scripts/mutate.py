@@ -314,7 +314,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--seed", type=int, default=18)
     parser.add_argument("--limit", type=float, default=900, help="seconds that one call of pytest may take")
-    parser.add_argument("--distance", type=int, default=2, help="imports between a test file and the module with the fault")
+    parser.add_argument("--distance", type=int, default=3, help="imports between a test file and the module with the fault")
     parser.add_argument("--list", action="store_true", help="print the faults, run nothing")
     parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="faults to run, by their number in the list")
     settings = parser.parse_args()
