@@ -6,7 +6,7 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from test_trace import FOLDER
 
-from conceptseg.backbones.unets.word_tokens import placed, positions_of
+from conceptseg.backbones.unets.word_tokens import occurrences, placed, positions_of
 from conceptseg.data.hub import HubTable
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.protocols import Excluded, SegmentationProtocol
@@ -145,3 +145,14 @@ def test_words_of_a_caption_are_pooled_with_those_of_the_list_the_longest_first(
 def test_a_word_without_a_token_or_a_place_is_refused(tokenizer):
     with pytest.raises(DataError, match=r'looking for "boat".*it is not there'):
         positions_of("exact", tokenizer, placed("{caption}", "a dog", ("boat",), "{concept}", " "))
+
+
+@pytest.mark.parametrize(
+    ("text", "word", "found"),
+    [
+        ("an at-shirt and a T-shirt", "t-shirt", [(18, 25)]), ("a go-ed, a go-e", "go-e", [(11, 15)]),
+        ("catnip, tomcat, Cat", "cat", [(16, 19)]), ("c++x", "c++", [(0, 3)]),
+    ],
+)  # fmt: skip
+def test_a_word_is_no_part_of_a_longer_one_whatever_its_second_letter_is(text, word, found):
+    assert occurrences(text, word) == found
