@@ -8,9 +8,9 @@ import logging
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -227,6 +227,37 @@ def cached_commit(repository: str, revision: str | None) -> str | None:
     reference = Path(HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "refs", revision)
     found = reference.read_text(encoding="utf-8").strip() if reference.is_file() else ""
     return found if COMMIT.fullmatch(found) else None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedCheckpoint(Checkpoint):
+    """Parts in memory under the names that a checkpoint's folders have. No files stand behind it, so nothing is read."""
+
+    parts: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
+
+    @property
+    def provenance(self) -> Provenance:
+        """ "local": nothing but the model's name is known."""
+        return "local"
+
+    def pinned(self) -> None:
+        return None
+
+    def folder(self) -> None:
+        return None
+
+    def card(self) -> None:
+        return None
+
+    def digest(self) -> str:
+        raise ConfigError(f'"{self.path}" is in memory, and a run needs weights that can be had again: name its checkpoint.')
+
+    def source(self) -> dict[str, Any]:
+        raise ConfigError(f'"{self.path}" is in memory and lacks a part that is wanted; it has {", ".join(self.parts)}.')
+
+    def identity(self) -> dict[str, Any]:
+        """The model's own name: its weights may have been changed since they were read."""
+        return {"in_memory": self.path}
 
 
 def shipped_digests() -> dict[str, str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar
 
-from conceptseg.backbones.base import GREATEST_SIDE, RESIZES, Backbone, Checkpoint
+from conceptseg.backbones.base import GREATEST_SIDE, RESIZES, Backbone, Checkpoint, LoadedCheckpoint
 from conceptseg.backbones.planned_weights import load_part
 from conceptseg.backbones.settings import check_length, device_of, dtype_of
 from conceptseg.errors import ConfigError, DataError, did_you_mean, in_range, one_of
@@ -59,6 +60,8 @@ class LatentCheckpoint(Backbone):
 
     def config_of(self, part: str) -> dict[str, Any]:
         """config.json of one part, read without loading weights. Raises ConfigError where there is none."""
+        if isinstance(self.checkpoint, LoadedCheckpoint):
+            return dict(self.checkpoint.parts[part].config)
         folder = self.checkpoint.folder()
         if folder is not None:
             file = folder / part / "config.json"
@@ -94,8 +97,52 @@ class LatentCheckpoint(Backbone):
         config = self.vae_config
         return int(config["patch"] if "patch" in config else 2 ** (len(config["block_out_channels"]) - 1))
 
+    @property
+    def pixels_per_token(self) -> int:
+        """Side of the cells that must tile an image."""
+        return self.pixels_per_latent
+
+    @property
+    def largest_grid(self) -> int | None:
+        """Tokens a side above which the model has no positions; None where it has for any."""
+        return None
+
+    def fitting_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of these proportions that tokens tile, at about the area of `size`."""
+        step = self.pixels_per_token
+        scale = (self.size[0] * self.size[1] / (height * width)) ** 0.5
+        if self.largest_grid is not None:
+            scale = min(scale, step * self.largest_grid / max(height, width))
+        return max(step, round(height * scale / step) * step), max(step, round(width * scale / step) * step)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises ConfigError for a size that tokens do not tile, or with more tokens a side than the model has positions."""
+        step = self.pixels_per_token
+        for side in (height, width):
+            if self.largest_grid is not None and side > step * self.largest_grid:
+                raise ConfigError(
+                    f"extractor.backbone.image_size is {side}; this model has positions for {self.largest_grid} tokens a side: "
+                    f"at most {step * self.largest_grid} pixels."
+                )
+            if side % step:
+                raise ConfigError(
+                    f"extractor.backbone.image_size is {side}; this model's tokens are {step} pixels wide, so a multiple "
+                    f"of {step} is wanted, for example {max(step, round(side / step) * step)}."
+                )
+
+    @contextmanager
+    def shown_at(self, size: tuple[int, int]) -> Iterator[None]:
+        """Images are shown at this (height, width) inside the block."""
+        before, self.size = self.size, size
+        try:
+            yield
+        finally:
+            self.size = before
+
     def placed(self, model: Any) -> Any:
-        """A model on the device, without dropout and gradients."""
+        """A model on the device, without dropout and gradients; a model that was in memory before stays as it is."""
+        if isinstance(self.checkpoint, LoadedCheckpoint):
+            return model
         return model.to(self.device).eval().requires_grad_(False)
 
     def part(self, name: str, loader: Any, **options: Any) -> Any:
@@ -103,6 +150,10 @@ class LatentCheckpoint(Backbone):
 
         Raises ConfigError for a model whose config does not fit its weights, and for weights that are absent.
         """
+        if isinstance(self.checkpoint, LoadedCheckpoint) and name in self.checkpoint.parts:
+            found = self.checkpoint.parts[name]
+            # Of a scheduler a copy: setting its timesteps must not disturb the pipeline's own.
+            return loader.from_config(found.config) if name == "scheduler" else found
         return load_part(self.checkpoint, name, loader, subfolder=name, **options)
 
     def check_length(self, string: str) -> None:

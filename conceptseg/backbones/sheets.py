@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from importlib import import_module, metadata, resources
 from typing import Any
 
 import yaml
 
-from conceptseg.backbones.base import Checkpoint
-from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
+from conceptseg.backbones.base import Backbone, Checkpoint
 from conceptseg.errors import ConfigError, did_you_mean
 
 FAMILIES = {
@@ -32,30 +32,66 @@ def families() -> dict[str, str]:
     return {**added, **FAMILIES}
 
 
+UNET = "conceptseg.backbones.unets.unet.UNetBackbone"
+CLIP = "conceptseg.backbones.encoders.clip.CLIPBackbone"
+VIT = "conceptseg.backbones.encoders.vit.ViTBackbone"
+
+
 def sheets() -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, settings) of every sheet of conf/backbone that describes a multi-modal transformer."""
+    """(name, settings) of every sheet of conf/backbone."""
     folder = resources.files("conceptseg.conf").joinpath("backbone")
     for file in sorted(folder.iterdir(), key=lambda f: f.name):
         if file.name.endswith(".yaml"):
             settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-            if isinstance(settings, dict) and settings.get("_target_") in FAMILIES.values():
+            if isinstance(settings, dict) and "_target_" in settings:
                 yield file.name.removesuffix(".yaml"), settings
 
 
-def backbone_of(path: str, revision: str | None = None, device: str = "cpu", **settings: Any) -> MultiModalBackbone:
-    """The backbone of a hub repository, a folder in diffusers layout, "lab:<name>", or the name of a sheet.
-
-    A checkpoint that a sheet of conf/backbone names gets that sheet's settings (revision, text length, ...), under those given
-    here. Raises ConfigError for a checkpoint of no known family, or a hub repository without a revision.
-    """
+def sheet_of(path: str) -> dict[str, Any] | None:
+    """Settings of the sheet of this name, or of the first sheet whose checkpoint this is; None where there is none."""
     known = dict(sheets())
-    sheet = known.get(path) or next((s for s in known.values() if s["path"] == path), None)
+    found = known.get(path) or next((sheet for sheet in known.values() if sheet.get("path") == path), None)
+    return None if found is None else dict(found)
+
+
+def backbone_of(
+    path: str, revision: str | None = None, device: str = "cpu", family: str | None = None, **settings: Any
+) -> Backbone:
+    """The backbone of a hub repository, a local folder, "lab:<name>", or the name of a sheet of conf/backbone.
+
+    A checkpoint that a sheet names gets that sheet's settings (revision, text length, ...), under those given here. family: the
+    class of a hub repository that no sheet names, where its files can't tell. Raises ConfigError for a checkpoint of no known
+    family, or a hub repository without a revision.
+    """
+    sheet = sheet_of(path)
     if sheet is None:
-        sheet = {"_target_": _family(path, revision), "path": path}
+        sheet = {**_described(path, revision, family), "path": path}
     given = {**sheet, "device": device, **settings, **({"revision": revision} if revision else {})}
     module, _, name = given.pop("_target_").rpartition(".")
-    backbone: MultiModalBackbone = getattr(import_module(module), name)(**given)
+    backbone: Backbone = getattr(import_module(module), name)(**given)
     return backbone
+
+
+def _described(path: str, revision: str | None, family: str | None) -> dict[str, Any]:
+    """Class, and what it must be told, of a checkpoint that no sheet names."""
+    folder = Checkpoint(path, revision).folder()
+    if folder is not None and not (folder / "transformer" / "config.json").exists():
+        if (folder / "unet" / "config.json").exists():
+            return {"_target_": UNET}
+        if (folder / "open_clip_config.json").exists():
+            return {"_target_": CLIP, "trained_on": "images and captions"}
+        if (folder / "config.json").exists():
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if "architecture" in config:  # timm's layout
+                return {"_target_": VIT, "trained_on": "class labels" if config.get("num_classes") else "images"}
+            raise ConfigError(
+                f'"{path}": its config.json is of {" ".join(config.get("architectures") or ["an unknown model"])}, which does '
+                f"not say how images are prepared. Name the sheet and the folder: backbone=<sheet of conf/backbone>, "
+                f"path=<folder>."
+            )
+    if folder is None and family is not None and family not in FAMILIES.values():
+        return {"_target_": family, **({} if family == UNET else {"trained_on": "images and captions"})}
+    return {"_target_": _family(path, revision)}
 
 
 def _family(path: str, revision: str | None) -> str:

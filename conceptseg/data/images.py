@@ -75,6 +75,13 @@ def read_image(source: Path | bytes, key: str, name: str = "", upright: bool = T
         return as_rgb(picture, where, upright)
 
 
+@contextmanager
+def open_picture(source: Path | bytes, where: str) -> Iterator[Image.Image]:
+    """An image file as Pillow decodes it, for callers that lay its transparent pixels on a colour. Raises DataError."""
+    with _opened(source, where, IMAGE_FORMATS) as (picture, _):
+        yield picture
+
+
 def as_rgb(picture: Image.Image, where: str, upright: bool = True) -> UInt8[np.ndarray, "H W 3"]:
     """A picture of Pillow's as RGB, 0..255, under the same rules as `read_image`. Raises DataError."""
     if picture.format is not None and picture.format not in (*IMAGE_FORMATS, "MPO"):

@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from copy import copy
+from inspect import signature
+from typing import Any, ClassVar, Self, overload
 
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
 from conceptseg.backbones.base import Backbone
-from conceptseg.saliency.views import Axes, View
-from conceptseg.types import LEAST_KNOWN_FIRST, Batch, Provenance, SaliencyMaps, Task, Told, TrainedOn
+from conceptseg.backbones.latent_checkpoint import LatentCheckpoint
+from conceptseg.backbones.sheets import backbone_of
+from conceptseg.errors import ConfigError, DataError, whole_number
+from conceptseg.extractors.explaining import (
+    Picture,
+    checked_size,
+    checked_words,
+    progress_bar,
+    python_names,
+    read_picture,
+    refuse,
+)
+from conceptseg.extractors.explanation import Explanation, checked_maps
+from conceptseg.extractors.sheets import lab_view, sheet_of_class
+from conceptseg.saliency.views import Axes, Normalize, Softmax, View, expand_views
+from conceptseg.types import (
+    BACKGROUND,
+    LEAST_KNOWN_FIRST,
+    Batch,
+    Concepts,
+    Provenance,
+    SaliencyMaps,
+    Task,
+    Told,
+    TrainedOn,
+    check_distinct,
+)
+
+WITHOUT_WORDS: dict[Told, str] = {"nothing": "the image", "own prediction": "the predicted class"}
+"""The name of the one map of a method that is asked for no words."""
 
 
 class Extractor(ABC):
@@ -61,6 +93,250 @@ class Extractor(ABC):
             "class": type(self).__name__, "version": self.version,
             **{name: part.identity() for name, part in self.parts().items()},
         }  # fmt: skip
+
+    # ------------------------------------------------------------ for people
+
+    family: ClassVar[str | None] = None
+    """Class of the backbone of a hub repository that no sheet names; None where its files tell."""
+    makes_images: ClassVar[bool] = False
+    """Whether `explain(prompt=...)` makes an image and reads it on the way."""
+
+    @property
+    def reads_caption(self) -> bool:
+        """Whether maps depend on what a caption says of the image, beside the words."""
+        return False
+
+    @classmethod
+    def from_pretrained(cls, path: str, revision: str | None = None, device: str = "cpu", **settings: Any) -> Self:
+        """This method on a hub repository, a local folder, "lab:<name>", or a sheet of conf/backbone ("flux_schnell").
+
+        settings: of this class or of the backbone; what is not given is as in the method's sheet of conf/extractor. A repository
+        that a sheet of conf/backbone names needs no revision. No weights are read yet. Raises ConfigError for a setting that
+        neither takes, and for a checkpoint of no known family.
+        """
+        sheet = sheet_of_class(cls)
+        plain, models = ({}, {}) if sheet is None else (sheet.settings, sheet.models)
+        with python_names():
+            own = {key: settings.pop(key) for key in list(settings) if key in signature(cls).parameters and key != "backbone"}
+            _, changed = models.pop("backbone", ("", {}))
+            given = {**plain, **own, "backbone": backbone_of(path, revision, device, cls.family, **{**changed, **settings})}
+            for name, (option, others) in models.items():
+                if name not in own:
+                    given[name] = backbone_of(option, device=device, **others)
+            return cls(**given)
+
+    def asked_for_words(self) -> Extractor:
+        """This method as it explains given words; methods that can also explain their own prediction set that aside."""
+        return self
+
+    def default_view(self) -> dict[str, Any]:
+        """Settings of the view that is read unless others are given: the first one of the method's sheet of conf/extractor.
+
+        Of the lab's models the space, layers and noise level that were best on development scenes (conf/views/lab).
+        """
+        sheet, backbone = sheet_of_class(type(self)), self.parts().get("backbone")
+        chosen = {} if backbone is None else lab_view(backbone.checkpoint.path, self.axes().spaces)
+        return chosen or ({} if sheet is None else dict(sheet.view))
+
+    @overload
+    def explain(self, image: list[Any], words: Sequence[Any] = ..., **settings: Any) -> list[Explanation]: ...
+    @overload
+    def explain(self, image: Picture | None = ..., words: Sequence[Any] = ..., **settings: Any) -> Explanation: ...
+    def explain(
+        self,
+        image: Any = None,
+        words: Sequence[Any] = (),
+        *,
+        prompt: str | None = None,
+        background: Sequence[Any] = (),
+        caption: str | None = None,
+        ground: Any = None,
+        size: Any = None,
+        seed: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        batch_size: int = 8,
+        progress: bool | None = None,
+        **view: Any,
+    ) -> Explanation | list[Explanation]:
+        """Where the model finds each word in an image, or in the image that it makes of a prompt.
+
+        image: a PIL image, path, URL, array or tensor (see `read_picture`); a list of them gives a list of explanations. For a
+            video model also frames [F H W 3], whose maps are [C f h w].
+        prompt: a sentence to make an image of, in place of `image`.
+        words: what to look for; class names for methods that explain a class score. Without words, methods that need none give
+            the one map they have: of the image, or of the class that the model predicts.
+        background: words that compete with those and are not shown, such as ["sky", "grass"].
+        caption: what is said of the image ("a x and a y" of the words). ground: the colour under transparent pixels (refused).
+        size: (height, width) that the model is shown; by default of the image's proportions, at the area of the backbone's own.
+        seed: of the noise. steps, guidance: for prompts (4 and 0). batch_size: images that go through the model together.
+        progress: whether a bar is shown; by default for several images and in a terminal.
+        view: settings of the view, over those of `default_view`: space, layers, timesteps, draws, normalize, softmax,
+            temperature, fold, blur.
+        Raises ConfigError or ViewError for a setting that is wrong or would change nothing, before the model runs; DataError for
+        an image or word that can't be explained, and for maps that hold NaN or are the same number everywhere.
+        """
+        with python_names():
+            if (image is None) == (prompt is None):
+                raise ConfigError('explain: wanted one of image=... and prompt="a dragon on a rock".')
+            method, names, competing = self._asked(words, background)
+            if seed is not None:
+                if not hasattr(method, "seed"):
+                    refuse(type(self).__name__, {"seed": seed}, "draws nothing at random")
+                method = copy(method)
+                method.seed = whole_number("seed", seed, -(2**63))  # type: ignore[attr-defined]
+            one, notes = method._view(names, competing, view)
+            if prompt is not None:
+                refuse("a prompt", {"caption": caption, "ground": ground}, "is all that is said of an image that is made")
+                if "timesteps" in view or "draws" in view:
+                    refuse(
+                        "a prompt", {key: view.get(key) for key in ("timesteps", "draws")}, "is read at the steps that are taken"
+                    )
+                return method._explained_prompt(prompt, names, competing, size, steps, guidance, one, notes)
+            refuse("an image", {"steps": steps, "guidance": guidance}, "is read, not made")
+            if caption is not None and not method.reads_caption:
+                refuse(type(self).__name__, {"caption": caption}, "is told the words alone")
+            whole_number("batch_size", batch_size, 1)
+            given = list(image) if isinstance(image, list | tuple) else [image]
+            if not given:
+                raise DataError("explain: the list of images is empty.")
+            pictures = [read_picture(each, ground) for each in given]
+            found = method._explained(pictures, names, competing, caption, size, one, notes, batch_size, progress)
+        return found if isinstance(image, list | tuple) else found[0]
+
+    def _asked(self, words: Sequence[Any], background: Sequence[Any]) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
+        """This method as it is asked, the words, and the background words. Raises ConfigError for words that it can't use."""
+        name = type(self).__name__
+        if self.needs_truth:
+            raise ConfigError(f"explain: {name} is a control that is shown the mask; a picture alone has none. Choose a method.")
+        if not len(words) and self.told in WITHOUT_WORDS:
+            refuse(name, {"background": background}, "is asked for no words")
+            return self, (WITHOUT_WORDS[self.told],), ()
+        if self.told == "nothing":
+            raise ConfigError(
+                f"explain: {name} reads no words: its map would be the same whatever is asked for. Leave words out, or choose "
+                f"a method that takes words, such as concept_attention, daam or naclip."
+            )
+        method, names = self.asked_for_words(), checked_words(words)
+        competing = checked_words(background, "background") if len(background) else ()
+        check_distinct((*names, *competing), "words and background", ConfigError)
+        if competing and not method.comparable:
+            refuse(name, {"background": list(competing)}, "gives every word a scale of its own, so that no other word competes")
+        return method, names, competing
+
+    def _view(self, names: Sequence[str], competing: Sequence[str], view: Mapping[str, Any]) -> tuple[View, list[str]]:
+        """The view that is read, and notes on it. Raises ConfigError or ViewError for a setting that is wrong."""
+        axes, notes = self.axes(), []
+        settings = {"layers": axes.layers, "timesteps": axes.has_timesteps, "draws": axes.has_timesteps}
+        for key, offered in settings.items():
+            if key in view and not offered:
+                refuse(type(self).__name__, {key: view[key]}, f"has no {key}")
+        chosen = {**self.default_view(), **view}
+        alone = len(names) + len(competing) == 1
+        if alone and "softmax" not in view and chosen.get("softmax", "none") != "none":
+            chosen["softmax"] = "none"
+            notes.append(
+                f'"{names[0]}" is the only word, so its score is shown without a softmax over words. Name words that compete '
+                f"with it for shares: background=[...]."
+            )
+        views = list(expand_views({"explained": chosen}, axes).values())
+        if len(views) != 1:
+            raise ConfigError(f"explain: {len(views)} views were asked for; name one space, and leave out each.")
+        (one,) = views
+        compares = one.softmax in (Softmax.PER_CELL, Softmax.OF_MEAN) or one.normalize is Normalize.LINEAR
+        if alone and compares:
+            raise ConfigError(
+                f'explain: "{names[0]}" is the only concept, and softmax={one.softmax}, normalize={one.normalize} compare '
+                f"concepts: its map would be the same everywhere. Name words that compete with it (background=[...]), or set "
+                f"softmax=none and normalize=none."
+            )
+        return one, notes
+
+    def _explained(
+        self,
+        pictures: Sequence[np.ndarray],
+        names: tuple[str, ...],
+        competing: tuple[str, ...],
+        caption: str | None,
+        size: Any,
+        view: View,
+        notes: Sequence[str],
+        batch_size: int,
+        progress: bool | None,
+    ) -> list[Explanation]:
+        concepts = Concepts((*names, *competing), (*range(1, len(names) + 1), *(BACKGROUND for _ in competing)))
+        said = (" and ".join(f"a {name}" for name in names) if caption is None else caption) if self.reads_caption else ""
+        shown = [self._shown_size(picture, size) for picture in pictures]
+        about = {
+            "method": type(self).__name__, "view": view.key, "provenance": self.provenance, **self.identity(),
+            "shares": view.softmax in (Softmax.PER_CELL, Softmax.OF_MEAN),
+            **({"caption": said} if said else {}), **({"background": list(competing)} if competing else {}),
+        }  # fmt: skip
+        found: list[Explanation] = []
+        with progress_bar(len(pictures), progress) as advance:
+            while len(found) < len(pictures):
+                start = len(found)
+                same = next((k for k in range(start, len(pictures)) if shown[k] != shown[start]), len(pictures))
+                some = pictures[start : min(same, start + batch_size)]
+                for picture, scores in zip(some, self._scores(some, concepts, said, shown[start], view), strict=True):
+                    maps = checked_maps(concepts.names, scores.detach().float().cpu())
+                    flat = [name for name, one in zip(names, maps, strict=False) if bool((one == one.flatten()[0]).all())]
+                    said_of = [
+                        f'the map of "{name}" is the same number everywhere: it says nothing of the image' for name in flat
+                    ]
+                    others = maps[len(names) :] if competing else None
+                    found.append(
+                        Explanation(names, maps[: len(names)], picture, about, None, self.comparable, (*notes, *said_of), others)
+                    )
+                advance(len(some))
+        return found
+
+    def _shown_size(self, picture: np.ndarray, size: Any) -> tuple[int, int] | None:
+        """(height, width) that the model is shown, or None where the model has one of its own."""
+        backbone = self.parts().get("backbone")
+        if not isinstance(backbone, LatentCheckpoint):
+            if size is not None:
+                refuse(type(self).__name__, {"size": size}, "shows every image at the size of its model (image_size)")
+            return None
+        if size is None:
+            return backbone.fitting_size(picture.shape[-3], picture.shape[-2])
+        backbone.check_size(*checked_size(size))
+        return checked_size(size)
+
+    def _scores(
+        self, pictures: Sequence[np.ndarray], concepts: Concepts, caption: str, size: tuple[int, int] | None, view: View
+    ) -> Float[Tensor, "B C *f h w"]:
+        """Maps of one view, read as a run reads them."""
+        if any(picture.ndim == 4 for picture in pictures):
+            raise DataError("explain: frames of a video were given, but this model reads single images. Give a list of images.")
+        tasks = tuple(
+            Task(
+                "explained", picture.astype(np.float32) / 255, np.zeros(picture.shape[:2], np.uint8), concepts, caption,
+                tuple(sorted({BACKGROUND, *concepts.labels})),
+            )
+            for picture in pictures
+        )  # fmt: skip
+        backbone = self.parts().get("backbone")
+        with backbone.shown_at(size) if isinstance(backbone, LatentCheckpoint) and size else nullcontext():
+            (maps,) = self.stream(Batch(tasks), [view])
+        return maps.scores
+
+    def _explained_prompt(
+        self,
+        prompt: str,
+        names: tuple[str, ...],
+        competing: tuple[str, ...],
+        size: Any,
+        steps: int | None,
+        guidance: float | None,
+        view: View,
+        notes: Sequence[str],
+    ) -> Explanation:
+        """Make an image of the prompt and read it on the way."""
+        raise ConfigError(
+            f"explain: {type(self).__name__} reads images and makes none. Give image=..., or choose a method that makes images "
+            f"(concept_attention, daam)."
+        )
 
 
 class OneView(Extractor):

@@ -21,6 +21,8 @@ from torch.nn.functional import interpolate, normalize
 from conceptseg.backbones.base import stack_images
 from conceptseg.backbones.encoders.clip import CLIPBackbone
 from conceptseg.backbones.encoders.tower import Tower, tap_block, tap_normed
+from conceptseg.backbones.in_memory import Loaded
+from conceptseg.backbones.sheets import CLIP
 from conceptseg.backbones.taps import TapSet
 from conceptseg.errors import ConfigError
 from conceptseg.extractors.dense_crf import DenseCRF
@@ -48,12 +50,13 @@ class CLIPasRNN(ImageModelMethod):
     version = 2
     told = "true name"
     comparable = False
+    family = CLIP
     backbone: CLIPBackbone
 
     def __init__(
         self,
-        backbone: CLIPBackbone,
-        judge: CLIPBackbone,
+        backbone: CLIPBackbone | Loaded,
+        judge: CLIPBackbone | Loaded,
         background: Sequence[Any],
         prompts: Sequence[str] = PROPOSAL_PROMPTS,
         mask_level: float = 0.4,
@@ -117,7 +120,7 @@ class CLIPasRNN(ImageModelMethod):
 class _Proposals:
     """CLIP-ES: GradCAM of a text at the last block, spread by the last blocks' attention; one forward pass per batch."""
 
-    def __init__(self, backbone: CLIPBackbone, batch: Batch) -> None:
+    def __init__(self, backbone: CLIPBackbone | Loaded, batch: Batch) -> None:
         tower = backbone.tower
         depth = len(tower.blocks)
         self.backbone, self.tower = backbone, tower

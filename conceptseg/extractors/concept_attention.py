@@ -10,30 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from inspect import signature
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
-from PIL import Image
 from torch import Tensor
 
-from conceptseg.backbones.base import GREATEST_SIDE, sample_noise, sample_seed, shared_noise, stack_images
-from conceptseg.backbones.sheets import backbone_of
+from conceptseg.backbones.base import sample_noise, sample_seed, shared_noise, stack_images
+from conceptseg.backbones.in_memory import Loaded, backbone_from
 from conceptseg.backbones.transformers.concept_stream import SPACES, ConceptStream, ConceptTokens, StreamActivations
 from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
 from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.errors import ConfigError, DataError, one_of, real_number, whole_number
 from conceptseg.extractors.base import Extractor
-from conceptseg.extractors.explanation import Explanation, as_pixels, checked_maps, read_pixels
+from conceptseg.extractors.explaining import checked_size
+from conceptseg.extractors.explanation import Explanation, as_pixels, checked_maps
 from conceptseg.saliency.cells import CellStore, background_words, cell_scores, kinds_by_layer
 from conceptseg.saliency.normalize import linear_over_concepts, unit_length
-from conceptseg.saliency.views import Axes, CellKind, Normalize, Softmax, View, expand_views
-from conceptseg.types import Batch, SaliencyMaps, Task, check_distinct, checked_word
+from conceptseg.saliency.views import Axes, CellKind, Normalize, Softmax, View
+from conceptseg.types import Batch, Concepts, SaliencyMaps, Task
 
 
 class ConceptAttention(Extractor):
@@ -52,7 +50,7 @@ class ConceptAttention(Extractor):
 
     def __init__(
         self,
-        backbone: MultiModalBackbone,
+        backbone: MultiModalBackbone | Loaded,
         concept_cross_attention: bool = True,
         concept_self_attention: bool = True,
         noise: str = "per_sample",
@@ -60,7 +58,12 @@ class ConceptAttention(Extractor):
         guidance: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self.backbone = backbone
+        self.backbone = backbone_from(backbone)
+        if not isinstance(self.backbone, MultiModalBackbone):
+            raise ConfigError(
+                f"extractor.backbone is a {type(self.backbone).__name__}, and {type(self).__name__} reads a multi-modal "
+                f"diffusion transformer. Choose one of its sheets, such as backbone@extractor.backbone=lab_flux."
+            )
         self.cross_attention, self.self_attention = concept_cross_attention, concept_self_attention
         one_of("extractor.noise", noise, ("per_sample", "shared"))
         one_of("extractor.posterior", posterior, ("mode", "sample"))
@@ -196,83 +199,60 @@ class ConceptAttention(Extractor):
 
     # ------------------------------------------------------------ for people
 
-    @classmethod
-    def from_pretrained(cls, path: str, revision: str | None = None, device: str = "cpu", **settings: Any) -> ConceptAttention:
-        """ConceptAttention on a hub repository, a folder, "lab:<name>", or a sheet of conf/backbone.
+    makes_images = True
 
-        settings: of the backbone or of this class. Repositories that conf/backbone knows need no revision. No weights are read.
-        """
-        own = {k: settings.pop(k) for k in list(settings) if k in signature(cls).parameters}
-        return cls(backbone_of(path, revision, device, **settings), **own)
+    @property
+    def reads_caption(self) -> bool:
+        """The caption is the prompt."""
+        return True
 
-    def explain(
+    def _scores(
+        self, pictures: Sequence[np.ndarray], concepts: Concepts, caption: str, size: tuple[int, int] | None, view: View
+    ) -> Float[Tensor, "B C *f h w"]:
+        if not any(picture.ndim == 4 for picture in pictures):
+            return super()._scores(pictures, concepts, caption, size, view)
+        if len(self.backbone.grid(torch.zeros(1, *self.backbone.latent_shape(*self.backbone.size)))) != 3:
+            return super()._scores(pictures, concepts, caption, size, view)  # which says that it reads single images
+        if self.posterior == "sample":
+            raise ConfigError("explain: posterior=sample is drawn for still images only. Set posterior=mode to read frames.")
+        assert size is not None
+        found = []
+        for frames in pictures:
+            stacked = stack_images([frame.astype(np.float32) / 255 for frame in frames], size, self.backbone.resize)
+            prompts, tokens = self.backbone.prompts([caption]), self.backbone.concepts([concepts.names])
+            latents = self.backbone.latents(rearrange(stacked, "F c H W -> 1 c F H W"))
+            cells = self.read_cells(latents, prompts, tokens, ["explained"], [view])
+            found.append(cells.read(view, self.backbone.grid(latents))[0])
+        return torch.stack(found)
+
+    def _explained_prompt(
         self,
-        image_or_prompt: Image.Image | np.ndarray | Path | str,
-        concepts: Sequence[Any],
-        caption: str | None = None,
-        size: Any = None,
-        steps: int = 4,
-        guidance: float = 0.0,
-        **view: Any,
+        prompt: str,
+        names: tuple[str, ...],
+        competing: tuple[str, ...],
+        size: Any,
+        steps: int | None,
+        guidance: float | None,
+        view: View,
+        notes: Sequence[str],
     ) -> Explanation:
-        """Map each concept in an image, or in the image that the model makes of a prompt.
-
-        image_or_prompt: a PIL image, RGB array ([H W 3], uint8, or float in 0..1) or Path to read; for a video model also frames
-        [F H W 3], whose maps are [C f h w]; a string is a prompt.
-        caption: describes a real image; by default "a x and a y" of the concepts. size: (height, width) of the model's input;
-        by default the image's own proportions at the area of the backbone's image size. steps, guidance: for prompts.
-        view: settings of the view: space, layers, timesteps, draws, normalize, softmax, fold, blur; by default the paper's:
-        output space, upper half of the layers, t = 0.5 (prompts: all steps), softmax over concepts (none for a single concept).
-        Raises ConfigError or ViewError for a setting, before the model runs; DataError for an image or word that can't be
-        explained, and for maps that hold NaN or are the same number everywhere.
-        """
-        names = _checked_concepts(concepts)
-        softmax = "per_cell" if len(names) > 1 else "none"
-        chosen = {"space": "output", "layers": "last half", "timesteps": [0.5], "softmax": softmax, **view}
-        views = list(expand_views({"view": chosen}, self.axes()).values())
-        if len(views) != 1:
-            raise ConfigError(f"explain: {len(views)} views are selected, one is wanted; name one space, and leave out each.")
-        (one,) = views
-        if len(names) == 1 and (
-            one.softmax in (Softmax.PER_CELL, Softmax.OF_MEAN, Softmax.SHAPLEY) or one.normalize is Normalize.LINEAR
-        ):
-            raise ConfigError(
-                f'explain: "{names[0]}" is the only concept, and softmax={one.softmax}, normalize={one.normalize} compare '
-                f"concepts: its map would be the same everywhere. Name a second one, or set softmax=none and normalize=none."
-            )
-        size = None if size is None else self._checked_size(size)
-        steps = whole_number("explain: steps", steps, 1, 100_000)
-        guidance = real_number("explain: guidance", guidance, 0)
-        about = {"backbone": self.backbone.identity(), "provenance": self.provenance}
-        if isinstance(image_or_prompt, str):
-            images, (maps,) = self.generate([image_or_prompt], [names], [one], steps, size, guidance)
-            if not bool(images.isfinite().all()):
-                raise DataError("the image that was made holds NaN or infinity. Try dtype=float32 or bfloat16.")
-            return Explanation(
-                names,
-                checked_maps(names, maps.scores[0]),
-                as_pixels(images[0]),
-                {**about, "prompt": image_or_prompt, "view": maps.view},
-            )
-        image = read_pixels(image_or_prompt)
-        size = size or self.backbone.fitting_size(image.shape[-3], image.shape[-2])
-        frames = list(image) if image.ndim == 4 else [image]
-        shown = stack_images([frame.astype(np.float32) / 255 for frame in frames], size, self.backbone.resize)
-        if image.ndim == 4:
-            shown = rearrange(shown, "F c H W -> 1 c F H W")
-        said = " and ".join(f"a {name}" for name in names) if caption is None else caption
-        prompts, tokens = self.backbone.prompts([said]), self.backbone.concepts([names])
-        latents = self.backbone.latents(shown)
-        found = self.read_cells(latents, prompts, tokens, ["explained"], [one]).read(one, self.backbone.grid(latents))[0]
-        return Explanation(names, checked_maps(names, found), image, {**about, "caption": said, "view": one.key})
-
-    def _checked_size(self, size: Any) -> tuple[int, int]:
-        """Raises ConfigError for what is no (height, width) that the model can be shown."""
-        if isinstance(size, str) or not isinstance(size, Sequence) or len(size) != 2:
-            raise ConfigError(f"explain: size is {size!r}; wanted [height, width] in pixels, such as [512, 768].")
-        height, width = (whole_number("explain: size", side, 1, GREATEST_SIDE) for side in size)
-        self.backbone.check_size(height, width)
-        return height, width
+        steps = whole_number("explain: steps", 4 if steps is None else steps, 1, 100_000)
+        guidance = real_number("explain: guidance", 0.0 if guidance is None else guidance, 0)
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ConfigError(f"explain: prompt is {prompt!r}; wanted a sentence to make an image of.")
+        shown = None if size is None else checked_size(size)
+        if shown is not None:
+            self.backbone.check_size(*shown)
+        images, (maps,) = self.generate([prompt], [[*names, *competing]], [view], steps, shown, guidance)
+        if not bool(images.isfinite().all()):
+            raise DataError("the image that was made holds NaN or infinity. Try dtype=float32 or bfloat16.")
+        scores = checked_maps([*names, *competing], maps.scores[0].float().cpu())
+        about = {
+            "method": type(self).__name__, "view": maps.view, "provenance": self.provenance, **self.identity(), "prompt": prompt,
+            "steps": steps, "guidance": guidance, "shares": view.softmax in (Softmax.PER_CELL, Softmax.OF_MEAN),
+        }  # fmt: skip
+        others = scores[len(names) :] if competing else None
+        return Explanation(names, scores[: len(names)], as_pixels(images[0]), about, None, self.comparable, tuple(notes), others)
 
     # ------------------------------------------------------------ noise
 
@@ -289,15 +269,6 @@ class ConceptAttention(Extractor):
         )
         mixed = self.backbone.mix(noise, latents[:, None].to(dtype), level)
         return rearrange(mixed, "B N ... -> (B N) ..."), float(torch.tensor(level, dtype=dtype))
-
-
-def _checked_concepts(concepts: Sequence[Any]) -> tuple[str, ...]:
-    """Raises ConfigError for what is no list of words, and for a word that is empty or given twice."""
-    if isinstance(concepts, str) or not isinstance(concepts, Sequence) or not concepts:
-        raise ConfigError(f"explain: wanted a list of concepts, such as ['dragon', 'rock'], but got {concepts!r}.")
-    names = tuple(checked_word(word, f"concepts.{k}") for k, word in enumerate(concepts))
-    check_distinct(names, "concepts", ConfigError)
-    return names
 
 
 def _vectors(found: StreamActivations, kind: CellKind, concepts: ConceptTokens) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from conceptseg.backbones.in_memory import Loaded
 from conceptseg.backbones.transformers.concept_stream import ConceptStream, ConceptTokens, StreamActivations
 from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
 from conceptseg.backbones.transformers.prompts import Prompts
@@ -39,13 +40,20 @@ class PromptCrossAttention(ConceptAttention):
 
     def __init__(
         self,
-        backbone: MultiModalBackbone,
+        backbone: MultiModalBackbone | Loaded,
         noise: str = "per_sample",
         posterior: str = "mode",
         guidance: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__(backbone, noise=noise, posterior=posterior, guidance=guidance, seed=seed)
+
+    makes_images = False
+
+    @property
+    def reads_caption(self) -> bool:
+        """The words themselves are the prompt."""
+        return False
 
     def axes(self) -> Axes:
         return Axes(spaces=tuple(SPACES), layers=self.backbone.layers, has_timesteps=True, has_vectors=False)

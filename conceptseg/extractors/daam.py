@@ -14,6 +14,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from conceptseg.backbones.in_memory import Loaded
 from conceptseg.backbones.unets.attention_maps import CFG_ROWS, Attended, upsample
 from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.backbones.unets.word_tokens import POSITION_RULES, placed, positions_of, prompt_length
@@ -71,7 +72,7 @@ class DAAM(UNetMaps):
 
     def __init__(
         self,
-        backbone: UNetBackbone,
+        backbone: UNetBackbone | Loaded,
         prompt: str = "{concepts}",
         concept: str = "a {concept}",
         join: str = ", ",
@@ -101,6 +102,11 @@ class DAAM(UNetMaps):
         super().__init__(backbone, cfg_rows, exclude_factor, include_mid, upsampling, map_side, noise, posterior, seed)
         self.prompt, self.concept, self.join, self.encode, self.background = prompt, concept, join, encode, background
         self.indexed_prompt, self.token_match = indexed_prompt, token_match
+
+    @property
+    def reads_caption(self) -> bool:
+        """Only where a template names it."""
+        return any("{caption}" in template for template in (self.prompt, self.indexed_prompt or ""))
 
     def spaces(self, most_heads: int) -> tuple[str, ...]:
         return (*SPACES, *(f"head_{number}" for number in range(most_heads)))

@@ -12,6 +12,7 @@ from torch.nn.functional import linear, normalize
 
 from conceptseg.backbones.encoders.image_encoder import ImageEncoder
 from conceptseg.backbones.encoders.tower import Tower, tap_input, tap_normed
+from conceptseg.backbones.in_memory import Loaded
 from conceptseg.backbones.taps import TapSet
 from conceptseg.extractors.image_model import PatchTextMethod, last_layers
 from conceptseg.types import Batch
@@ -45,7 +46,7 @@ class GEM(PatchTextMethod):
 
     version = 1
 
-    def __init__(self, backbone: ImageEncoder, layers: int = 6, iterations: int = 1) -> None:
+    def __init__(self, backbone: ImageEncoder | Loaded, layers: int = 6, iterations: int = 1) -> None:
         super().__init__(backbone)
         self.layers, self.iterations = layers, iterations
 

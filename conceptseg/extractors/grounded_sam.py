@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from conceptseg.backbones.encoders.transformers_model import TransformersBackbone
+from conceptseg.backbones.in_memory import Loaded, backbone_from
 from conceptseg.errors import ConfigError
 from conceptseg.extractors.text_segmenter import TextSegmenter, needs_architecture
 from conceptseg.types import Batch
@@ -27,9 +28,14 @@ class GroundedSAM(TextSegmenter):
     architecture = "GroundingDinoForObjectDetection"
 
     def __init__(
-        self, backbone: TransformersBackbone, masks: TransformersBackbone, boxes: int = 8, threshold: float = 0.25
+        self,
+        backbone: TransformersBackbone | Loaded,
+        masks: TransformersBackbone | Loaded,
+        boxes: int = 8,
+        threshold: float = 0.25,
     ) -> None:
         super().__init__(backbone)
+        masks = backbone_from(masks)
         needs_architecture(masks, "Sam2Model", "masks")
         if boxes < 1:
             raise ConfigError(f"extractor.boxes is {boxes}: at least one is needed.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from copy import copy
 
 import torch
 from einops import rearrange, repeat
@@ -15,6 +16,8 @@ from conceptseg.backbones.encoders.clip import CLIPBackbone
 from conceptseg.backbones.encoders.image_encoder import Explained, ImageEncoder
 from conceptseg.backbones.encoders.tower import tap_normed
 from conceptseg.backbones.encoders.transformers_model import TransformersBackbone
+from conceptseg.backbones.in_memory import Loaded, backbone_from
+from conceptseg.backbones.sheets import CLIP
 from conceptseg.backbones.taps import TapSet
 from conceptseg.errors import ConfigError, one_of
 from conceptseg.extractors.base import OneView
@@ -26,9 +29,14 @@ TOLD_BY_CLASS: dict[str, Told] = {"predicted": "own prediction", "given": "true 
 class ModelMethod(OneView):
     """A method on one model: its numbers rest on what that model was trained on."""
 
-    def __init__(self, backbone: ImageEncoder | TransformersBackbone) -> None:
-        self.backbone = backbone
-        self.trained_on = backbone.trained_on
+    def __init__(self, backbone: ImageEncoder | TransformersBackbone | Loaded) -> None:
+        self.backbone = backbone_from(backbone)
+        if not isinstance(self.backbone, ImageEncoder | TransformersBackbone):
+            raise ConfigError(
+                f"extractor.backbone is a {type(self.backbone).__name__}, and {type(self).__name__} shows images to a vision "
+                f"encoder. Choose one of its sheets, such as backbone@extractor.backbone=lab_clip."
+            )
+        self.trained_on = self.backbone.trained_on
 
 
 class ImageModelMethod(ModelMethod):
@@ -52,10 +60,18 @@ class ClassMethod(ImageModelMethod):
 
     comparable = False
 
-    def __init__(self, backbone: ImageEncoder, explained_class: str = "predicted") -> None:
+    def __init__(self, backbone: ImageEncoder | Loaded, explained_class: str = "predicted") -> None:
         super().__init__(backbone)
         one_of("extractor.explained_class", explained_class, TOLD_BY_CLASS)
         self.explained_class, self.told = explained_class, TOLD_BY_CLASS[explained_class]
+
+    def asked_for_words(self) -> ClassMethod:
+        """With explained_class "given": whoever names classes asks for them."""
+        if self.explained_class == "given":
+            return self
+        given = copy(self)
+        given.explained_class, given.told = "given", TOLD_BY_CLASS["given"]
+        return given
 
     def by_class(
         self, batch: Batch, output: Float[Tensor, "B k"], explain: Callable[[Explained], Float[Tensor, "B h w"]]
@@ -85,9 +101,10 @@ class PatchTextMethod(ImageModelMethod):
     """Cosine of patch vectors with the vector of each word: implement `patch_vectors`."""
 
     told = "true name"
+    family = CLIP
     backbone: CLIPBackbone
 
-    def __init__(self, backbone: ImageEncoder) -> None:
+    def __init__(self, backbone: ImageEncoder | Loaded) -> None:
         super().__init__(needs_text(backbone))
 
     def last_query_key_value(
@@ -118,8 +135,9 @@ def word_vectors(backbone: CLIPBackbone, batch: Batch) -> Float[Tensor, "B C k"]
     return rearrange(backbone.text_vectors(flat), "(B C) k -> B C k", B=len(batch))
 
 
-def needs_text(backbone: ImageEncoder) -> CLIPBackbone:
+def needs_text(backbone: ImageEncoder | Loaded) -> CLIPBackbone:
     """The encoder itself. Raises ConfigError for one that reads no text."""
+    backbone = backbone_from(backbone)
     if not isinstance(backbone, CLIPBackbone):
         raise ConfigError(
             f"extractor.backbone is a {type(backbone).__name__}, which reads no text, and this method compares patches with "

@@ -12,6 +12,8 @@ from torch.nn.functional import normalize
 from conceptseg.backbones.encoders.clip import CLIPBackbone
 from conceptseg.backbones.encoders.image_encoder import Explained, ImageEncoder
 from conceptseg.backbones.encoders.tower import tap_attended, tap_block, tap_normed
+from conceptseg.backbones.in_memory import Loaded
+from conceptseg.backbones.sheets import CLIP
 from conceptseg.backbones.taps import TapSet
 from conceptseg.extractors.image_model import ClassMethod, last_layers, needs_gradient, needs_text
 from conceptseg.types import Batch
@@ -25,9 +27,10 @@ class LeGrad(ClassMethod):
     """
 
     version = 1
+    family = CLIP
     backbone: CLIPBackbone
 
-    def __init__(self, backbone: ImageEncoder, layers: int = 2) -> None:
+    def __init__(self, backbone: ImageEncoder | Loaded, layers: int = 2) -> None:
         super().__init__(needs_text(backbone), "given")
         self.layers = layers
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from conceptseg.backbones.encoders.activations import Activations
 from conceptseg.backbones.encoders.image_encoder import Explained, ImageEncoder
 from conceptseg.backbones.encoders.relevance import patch_relevance, relevance_graph, token_relevance
+from conceptseg.backbones.in_memory import Loaded
 from conceptseg.extractors.relevance_method import RelevanceMethod
 
 
@@ -22,11 +23,11 @@ class LRP(RelevanceMethod):
 
     version = 1
 
-    def __init__(self, backbone: ImageEncoder, rules: str = "orig", explained_class: str = "predicted") -> None:
+    def __init__(self, backbone: ImageEncoder | Loaded, rules: str = "orig", explained_class: str = "predicted") -> None:
         super().__init__(backbone, explained_class, first_layer=0)
         self.rules = rules
 
-    def explain(
+    def relevance_map(
         self,
         images: Float[Tensor, "B 3 H W"],
         output: Float[Tensor, "B k"],

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from conceptseg.backbones.encoders.image_encoder import ImageEncoder
+from conceptseg.backbones.in_memory import Loaded
 from conceptseg.extractors.image_model import PatchTextMethod
 from conceptseg.types import Batch
 
@@ -28,7 +29,7 @@ class NACLIP(PatchTextMethod):
 
     version = 1
 
-    def __init__(self, backbone: ImageEncoder, sigma: float = 5.0) -> None:
+    def __init__(self, backbone: ImageEncoder | Loaded, sigma: float = 5.0) -> None:
         super().__init__(backbone)
         self.sigma = sigma
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from conceptseg.backbones.base import stack_images
+from conceptseg.backbones.in_memory import Loaded
 from conceptseg.backbones.unets.attention_maps import Attended, CrossAttention, CrossAttentionTap, grid_factor, upsample
 from conceptseg.backbones.unets.optimised_tokens import digest_of, read_tokens
 from conceptseg.backbones.unets.unet import UNetBackbone
@@ -109,7 +110,7 @@ class OVAM(UNetMaps):
 
     def __init__(
         self,
-        backbone: UNetBackbone,
+        backbone: UNetBackbone | Loaded,
         prompt: str = "{caption}",
         attribution: str = "{concepts}",
         concept: str = "{concept}",
@@ -152,10 +153,15 @@ class OVAM(UNetMaps):
         self.activation, self.self_attention_floor = activation, self_attention_floor
         self.crf_level, self.comparable = crf_level, crf_level is None
         self.tokens_file = None if tokens is None else Path(tokens)
-        self.tokens = {} if self.tokens_file is None else read_tokens(self.tokens_file, backbone.checkpoint.identity())
+        self.tokens = {} if self.tokens_file is None else read_tokens(self.tokens_file, self.backbone.checkpoint.identity())
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), **({} if self.tokens_file is None else {"tokens": digest_of(self.tokens_file)})}
+
+    @property
+    def reads_caption(self) -> bool:
+        """Only where a template names it."""
+        return any("{caption}" in template for template in (self.prompt, self.attribution))
 
     def spaces(self, most_heads: int) -> tuple[str, ...]:
         return tuple(SPACES)

@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate, linear, normalize
 from conceptseg.backbones.encoders.image_encoder import ImageEncoder
 from conceptseg.backbones.encoders.tower import tap_block
 from conceptseg.backbones.encoders.vit import ViTBackbone
+from conceptseg.backbones.in_memory import Loaded, backbone_from
 from conceptseg.backbones.taps import TapSet
 from conceptseg.extractors.image_model import PatchTextMethod
 from conceptseg.types import Batch
@@ -39,9 +40,11 @@ class ProxyCLIP(PatchTextMethod):
 
     version = 1
 
-    def __init__(self, backbone: ImageEncoder, proxy: ViTBackbone, beta: float = 1.2, gamma: float = 3.0) -> None:
+    def __init__(
+        self, backbone: ImageEncoder | Loaded, proxy: ViTBackbone | Loaded, beta: float = 1.2, gamma: float = 3.0
+    ) -> None:
         super().__init__(backbone)
-        self.proxy, self.beta, self.gamma = proxy, beta, gamma
+        self.proxy, self.beta, self.gamma = backbone_from(proxy), beta, gamma
 
     def patch_vectors(self, batch: Batch) -> Float[Tensor, "B h w k"]:
         tower, last = self.backbone.tower, len(self.backbone.tower.blocks) - 1

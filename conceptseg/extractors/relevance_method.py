@@ -14,6 +14,7 @@ from torch import Tensor
 from conceptseg.backbones.encoders.activations import Activations, tap_activations
 from conceptseg.backbones.encoders.image_encoder import Explained, ImageEncoder
 from conceptseg.backbones.encoders.relevance import check_tower, full_precision
+from conceptseg.backbones.in_memory import Loaded
 from conceptseg.backbones.taps import TapSet
 from conceptseg.extractors.image_model import ClassMethod, needs_gradient
 from conceptseg.types import Batch
@@ -22,14 +23,14 @@ log = logging.getLogger(__name__)
 
 
 class RelevanceMethod(ClassMethod):
-    """Implement `explain`. needs_gradients: whether the host's forward pass is kept for ordinary gradients too."""
+    """Implement `relevance_map`. needs_gradients: whether the host's forward pass is kept for ordinary gradients too."""
 
     needs_gradients: ClassVar[bool] = False
 
-    def __init__(self, backbone: ImageEncoder, explained_class: str, first_layer: int) -> None:
+    def __init__(self, backbone: ImageEncoder | Loaded, explained_class: str, first_layer: int) -> None:
         super().__init__(backbone, explained_class)
         self.first_layer = first_layer
-        if backbone.dtype == torch.float32:
+        if self.backbone.dtype == torch.float32:
             log.warning(
                 "extractor.backbone.dtype is float32: rounding decides the relevance maps of single images, so numbers differ "
                 "between machines. Use float64, the default of this method's sheet."
@@ -44,10 +45,10 @@ class RelevanceMethod(ClassMethod):
                 gathered = tap_activations(taps, tower, range(len(tower.blocks))[self.first_layer])
                 output = self.backbone.run(needs_gradient(images), taps)
                 activations = gathered()
-            return self.by_class(batch, output, partial(self.explain, images, output, activations))
+            return self.by_class(batch, output, partial(self.relevance_map, images, output, activations))
 
     @abstractmethod
-    def explain(
+    def relevance_map(
         self, images: Float[Tensor, "B 3 H W"], output: Float[Tensor, "B k"], activations: Activations, explained: Explained
     ) -> Float[Tensor, "B h w"]:
         """Return one map per image, of its explained class. Called with float32 products in full precision.

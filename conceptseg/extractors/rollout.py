@@ -14,6 +14,7 @@ from torch import Tensor
 
 from conceptseg.backbones.encoders.image_encoder import ImageEncoder
 from conceptseg.backbones.encoders.tower import Tower, tap_normed
+from conceptseg.backbones.in_memory import Loaded
 from conceptseg.backbones.taps import StopForward, TapSet
 from conceptseg.errors import ConfigError
 from conceptseg.extractors.image_model import ImageModelMethod, on_every_channel
@@ -37,7 +38,7 @@ class Rollout(ImageModelMethod):
     told = "nothing"
     comparable = False
 
-    def __init__(self, backbone: ImageEncoder, start_layer: int = 1) -> None:
+    def __init__(self, backbone: ImageEncoder | Loaded, start_layer: int = 1) -> None:
         super().__init__(backbone)
         self.start_layer = start_layer
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from conceptseg.backbones.encoders.image_encoder import ImageEncoder
 from conceptseg.backbones.encoders.tower import Tower, tap_normed
+from conceptseg.backbones.in_memory import Loaded
 from conceptseg.backbones.taps import StopForward, TapSet
 from conceptseg.extractors.image_model import ImageModelMethod, on_every_channel
 from conceptseg.types import Batch
@@ -29,7 +30,7 @@ class SelfAttention(ImageModelMethod):
     told = "nothing"
     comparable = False
 
-    def __init__(self, backbone: ImageEncoder) -> None:
+    def __init__(self, backbone: ImageEncoder | Loaded) -> None:
         super().__init__(backbone)
 
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:

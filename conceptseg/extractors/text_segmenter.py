@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from conceptseg.backbones.encoders.transformers_model import TransformersBackbone
+from conceptseg.backbones.in_memory import Loaded, backbone_from
 from conceptseg.errors import ConfigError
 from conceptseg.extractors.image_model import ModelMethod
 
@@ -16,7 +17,8 @@ class TextSegmenter(ModelMethod):
     architecture: ClassVar[str]
     backbone: TransformersBackbone
 
-    def __init__(self, backbone: TransformersBackbone) -> None:
+    def __init__(self, backbone: TransformersBackbone | Loaded) -> None:
+        backbone = backbone_from(backbone)
         needs_architecture(backbone, self.architecture, "backbone")
         super().__init__(backbone)
 

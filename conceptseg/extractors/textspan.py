@@ -8,6 +8,7 @@ Source: yossigandelsman/clip_text_span at 49f70f3, compute_segmentations.py.
 
 from __future__ import annotations
 
+from copy import copy
 from functools import partial
 
 import torch
@@ -19,6 +20,8 @@ from torch.nn.functional import interpolate
 from conceptseg.backbones.encoders.clip import CLIPBackbone
 from conceptseg.backbones.encoders.image_encoder import ImageEncoder
 from conceptseg.backbones.encoders.tower import Tower, tap_block, tap_normed
+from conceptseg.backbones.in_memory import Loaded
+from conceptseg.backbones.sheets import CLIP
 from conceptseg.backbones.taps import TapSet
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.extractors.image_model import ClassMethod, needs_text, on_every_channel, word_vectors
@@ -38,16 +41,28 @@ class TextSpan(ClassMethod):
     """
 
     version = 1
+    family = CLIP
     backbone: CLIPBackbone
 
     def __init__(
-        self, backbone: ImageEncoder, explained_class: str = "predicted", reference: str = "labels", clip_at_zero: bool = True
+        self,
+        backbone: ImageEncoder | Loaded,
+        explained_class: str = "predicted",
+        reference: str = "labels",
+        clip_at_zero: bool = True,
     ) -> None:
         super().__init__(needs_text(backbone), explained_class)
         if reference not in REFERENCES:
             raise ConfigError(f'extractor.reference: unknown "{reference}". {did_you_mean(reference, REFERENCES)}')
         self.comparable = explained_class == "given"
         self.reference, self.clip_at_zero = reference, clip_at_zero
+
+    def asked_for_words(self) -> TextSpan:
+        """As of every method that explains a class; maps of given words share a scale."""
+        given = copy(super().asked_for_words())
+        assert isinstance(given, TextSpan)
+        given.comparable = True
+        return given
 
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
         backbone = self.backbone

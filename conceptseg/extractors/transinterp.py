@@ -13,6 +13,7 @@ from torch import Tensor
 from conceptseg.backbones.encoders.activations import Activations
 from conceptseg.backbones.encoders.image_encoder import Explained, ImageEncoder
 from conceptseg.backbones.encoders.relevance import relevance_graph
+from conceptseg.backbones.in_memory import Loaded
 from conceptseg.extractors.relevance_method import RelevanceMethod
 from conceptseg.extractors.rollout import layers_from
 from conceptseg.types import Batch
@@ -32,14 +33,14 @@ class TransInterp(RelevanceMethod):
     version = 1
     needs_gradients = True
 
-    def __init__(self, backbone: ImageEncoder, start_layer: int = 1, explained_class: str = "predicted") -> None:
+    def __init__(self, backbone: ImageEncoder | Loaded, start_layer: int = 1, explained_class: str = "predicted") -> None:
         super().__init__(backbone, explained_class, start_layer)
 
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
         layers_from(self.first_layer, len(self.backbone.tower.blocks))
         return super().saliency(batch)
 
-    def explain(
+    def relevance_map(
         self,
         images: Float[Tensor, "B 3 H W"],
         output: Float[Tensor, "B k"],

@@ -17,6 +17,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from conceptseg.backbones.base import sample_noise, sample_seed, shared_noise, stack_images
+from conceptseg.backbones.in_memory import Loaded, backbone_from
+from conceptseg.backbones.sheets import UNET
 from conceptseg.backbones.unets.attention_maps import (
     UPSAMPLINGS,
     Attended,
@@ -110,10 +112,11 @@ class UNetMaps(Extractor):
 
     told = "name and prompt"
     trained_on = "images and captions"
+    family = UNET
 
     def __init__(
         self,
-        backbone: UNetBackbone,
+        backbone: UNetBackbone | Loaded,
         cfg_rows: str,
         exclude_factor: int | None,
         include_mid: bool,
@@ -126,7 +129,12 @@ class UNetMaps(Extractor):
         one_of("extractor.upsampling", upsampling, UPSAMPLINGS)
         one_of("extractor.noise", noise, ("per_sample", "shared"))
         one_of("extractor.posterior", posterior, ("mode", "sample"))
-        self.backbone, self.cfg_rows = backbone, cfg_rows
+        self.backbone, self.cfg_rows = backbone_from(backbone), cfg_rows
+        if not isinstance(self.backbone, UNetBackbone):
+            raise ConfigError(
+                f"extractor.backbone is a {type(self.backbone).__name__}, and {type(self).__name__} reads a diffusion U-Net. "
+                f"Choose one of its sheets, such as backbone@extractor.backbone=lab_sd."
+            )
         self.exclude_factor, self.include_mid = exclude_factor, include_mid
         self.upsampling, self.map_side = upsampling, map_side
         self.noise, self.posterior, self.seed = noise, posterior, seed

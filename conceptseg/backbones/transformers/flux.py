@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from conceptseg.backbones.base import LoadedCheckpoint
 from conceptseg.backbones.latents import image_ids, pack, unpack
 from conceptseg.backbones.settings import token_count
 from conceptseg.backbones.taps import TapSet
@@ -161,7 +162,11 @@ class FluxBackbone(MultiModalBackbone):
 
     def generation_prompts(self, captions: Sequence[str]) -> Prompts:
         """As the model was trained: with the captions' CLIP vectors where the checkpoint has a CLIP, zeros where it has none."""
-        has_clip = self.checkpoint.folder() is None or (self.checkpoint.folder() / "text_encoder").exists()  # type: ignore[operator]
+        folder, checkpoint = self.checkpoint.folder(), self.checkpoint
+        if isinstance(checkpoint, LoadedCheckpoint):
+            has_clip = "text_encoder" in checkpoint.parts
+        else:
+            has_clip = folder is None or (folder / "text_encoder").exists()
         return Prompts(super().prompts(captions).hidden, self.caption_vectors(captions) if has_clip else None)
 
     def zero_pooled(self, rows: int) -> Float[Tensor, "R p"]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from conceptseg.backbones.latent_checkpoint import LatentCheckpoint
 from conceptseg.backbones.latents import spread_out
 from conceptseg.backbones.transformers.quantized_weights import WEIGHTS, to_eight_bits
-from conceptseg.errors import ConfigError, one_of
+from conceptseg.errors import one_of
 
 
 class LatentModel(LatentCheckpoint, ABC):
@@ -85,21 +85,6 @@ class LatentModel(LatentCheckpoint, ABC):
             z = latents.to(self.vae_dtype) / self.vae.config["scaling_factor"] + (self.vae.config["shift_factor"] or 0.0)
             return (self.vae.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
-    def check_size(self, height: int, width: int) -> None:
-        """Raises ConfigError for a size that tokens do not tile, or with more tokens a side than the model has positions."""
-        step = self.pixels_per_token
-        for side in (height, width):
-            if self.largest_grid is not None and side > step * self.largest_grid:
-                raise ConfigError(
-                    f"extractor.backbone.image_size is {side}; this model has positions for {self.largest_grid} tokens a side: "
-                    f"at most {step * self.largest_grid} pixels."
-                )
-            if side % step:
-                raise ConfigError(
-                    f"extractor.backbone.image_size is {side}; this model's tokens are {step} pixels wide, so a multiple "
-                    f"of {step} is wanted, for example {max(step, round(side / step) * step)}."
-                )
-
     @property
     def pixels_per_token(self) -> int:
         """Side of an image token: the autoencoder's factor times the 2 x 2 patches of the transformer."""
@@ -117,19 +102,6 @@ class LatentModel(LatentCheckpoint, ABC):
     def grid(self, latents: Float[Tensor, "R *c H W"]) -> tuple[int, ...]:
         """Return the shape of the maps of these latents, in image tokens: (h, w), or (f, h, w) for video."""
         return latents.shape[-2] // 2, latents.shape[-1] // 2
-
-    def fitting_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of these proportions that tokens tile, at about the area of `size`."""
-        step = self.pixels_per_token
-        scale = (self.size[0] * self.size[1] / (height * width)) ** 0.5
-        if self.largest_grid is not None:
-            scale = min(scale, step * self.largest_grid / max(height, width))
-        return max(step, round(height * scale / step) * step), max(step, round(width * scale / step) * step)
-
-    @property
-    def largest_grid(self) -> int | None:
-        """Tokens a side above which the model has no positions; None where it has for any."""
-        return None
 
     # ------------------------------------------------------------ making images
 

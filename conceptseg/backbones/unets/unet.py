@@ -180,6 +180,21 @@ class UNetBackbone(LatentCheckpoint):
 
     # ------------------------------------------------------------ images
 
+    @property
+    def pixels_per_token(self) -> int:
+        """Side of a cell of the coarsest grid."""
+        return self.pixels_per_latent * 2 ** (len(self.config["block_out_channels"]) - 1)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises ConfigError for a size that the coarsest grid does not tile."""
+        step = self.pixels_per_token
+        if height % step or width % step:
+            near = max(step, round(width / step) * step)
+            raise ConfigError(
+                f"extractor.backbone.image_size is {height} x {width}; this model's coarsest grid has cells "
+                f"{step} pixels wide, so a multiple of {step} is wanted, for example {near}."
+            )
+
     def latents(
         self, images: Float[Tensor, "B 3 H W"], generators: Sequence[torch.Generator] | None = None
     ) -> Float[Tensor, "B c h w"]:
@@ -187,13 +202,7 @@ class UNetBackbone(LatentCheckpoint):
 
         Raises ConfigError for a size that the coarsest grid does not tile.
         """
-        step = self.pixels_per_latent * 2 ** (len(self.config["block_out_channels"]) - 1)
-        if images.shape[-2] % step or images.shape[-1] % step:
-            near = max(step, round(images.shape[-1] / step) * step)
-            raise ConfigError(
-                f"extractor.backbone.image_size is {images.shape[-2]} x {images.shape[-1]}; this model's coarsest grid has cells "
-                f"{step} pixels wide, so a multiple of {step} is wanted, for example {near}."
-            )
+        self.check_size(images.shape[-2], images.shape[-1])
         with torch.inference_mode():
             z = spread_out(self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)).latent_dist, generators)
         return (z * self.vae_config["scaling_factor"]).float()
