@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
@@ -32,3 +33,36 @@ class _OwnFolders:
 
 
 sys.meta_path.insert(0, _OwnFolders)
+
+
+_LAZY = {
+    "evaluate": "conceptseg.tables.single",
+    "example_scene": "conceptseg.data.scenes",
+    "load_extractor": "conceptseg.extractors.loading",
+    "Explanation": "conceptseg.extractors.explanation",
+    "side_by_side": "conceptseg.extractors.explanation",
+    "trace": "conceptseg.trace",
+    **{
+        name: f"conceptseg.extractors.{module}"
+        for name, module in {
+            "AttentionGradCAM": "attention_gradcam", "CLIPasRNN": "clip_as_rnn", "CLIPSeg": "clipseg",
+            "ConceptAttention": "concept_attention", "DAAM": "daam", "GEM": "gem", "GroundedSAM": "grounded_sam",
+            "GroupViT": "groupvit", "LRP": "lrp", "LeGrad": "legrad", "MaskCLIP": "maskclip", "NACLIP": "naclip", "OVAM": "ovam",
+            "PartialLRP": "partial_lrp", "PromptCrossAttention": "cross_attention", "ProxyCLIP": "proxyclip",
+            "Rollout": "rollout", "SelfAttention": "self_attention", "TextSpan": "textspan", "TransInterp": "transinterp",
+        }.items()
+    },
+}  # fmt: skip
+"""Name -> the module that is imported when the name is first asked for: importing the package alone loads no torch."""
+__all__ = ["__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_LAZY[name])
+    return module if name == "trace" else getattr(module, name)  # the package `trace` can be called
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

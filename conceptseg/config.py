@@ -480,3 +480,27 @@ def _check_settings(config: Any, path: str, base: str | None, nested: str | None
     for key, parameter in accepted.items():
         if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD and key not in given:
             raise ConfigError(f"{path}.{key} is not set, and {name} needs it.")
+
+
+def composed(overrides: Sequence[str], name: str = "evaluate") -> dict[str, Any]:
+    """The configuration that a command with these overrides composes, as plain data; Hydra is left as it was found.
+
+    Raises ConfigError for overrides that do not fit.
+    """
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.singleton import Singleton
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    before = Singleton.get_state()
+    GlobalHydra.instance().clear()
+    register()
+    try:
+        with initialize_config_module("conceptseg.conf", version_base="1.3"):
+            found: dict[str, Any] = plain(compose(name, overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"composing {', '.join(overrides)} failed: {' '.join(str(error).split())}") from error
+    finally:
+        Singleton.set_state(before)
+    return found

@@ -1,4 +1,6 @@
-"""conceptseg-explain image=photo.jpg concepts=[dragon,rock]: maps of a photograph, or of an image made of a prompt."""
+"""conceptseg-explain image=photo.jpg concepts=[dragon,rock] extractor=naclip: where a method finds words in an image.
+
+Alone it explains a drawn scene with three methods of the lab, side by side."""
 
 from __future__ import annotations
 
@@ -12,32 +14,42 @@ from conceptseg.reading import check_aliases
 from conceptseg.types import check_distinct, checked_word
 
 SETTINGS: dict[str, str] = {
-    "image": "an image file to explain, or",
-    "prompt": "a sentence to make an image of",
-    "concepts": "the words to look for: [dragon,rock]",
-    "model": "a sheet of conf/backbone, a hub repository, a folder, or lab:<name> (lab_flux)",
+    "image": "an image file or URL to explain, or",
+    "prompt": "a sentence to make an image of; without both, a drawn scene",
+    "concepts": "the words to look for: [dragon,rock]; class names for methods that explain a class",
+    "background": "words that compete with those and are not shown: [sky,grass]",
+    "extractor": "a sheet of conf/extractor, or several side by side: [naclip,gem] (concept_attention)",
+    "model": "a sheet of conf/backbone, a hub repository, a folder, or lab:<name> (the extractor's own)",
     "out": "where pictures go: .png or .jpg (explained.png); the image of a prompt, alone, beside it; a video as .gif",
     "maps": "where the numbers go: .safetensors (nowhere)",
     "caption": 'what is said of the image ("a dragon and a rock")',
     "size": "[height,width] that the model is shown (the image's own proportions)",
+    "ground": "the colour under transparent pixels: white (refused)",
     "device": "cpu, cuda, mps (cpu)",
     "seed": "of the noise (0)",
     "steps": "for a prompt: denoising steps (4)",
     "guidance": "for a prompt: guidance strength (0)",
-    "space": "output, cross, value, ... (output)",
-    "layers": '"14-17", "last 4", all (last half)',
-    "timesteps": "for an image: noise levels in (0, 1] ([0.5])",
-    "draws": "for an image: noise draws that are averaged (1)",
-    "softmax": "per_cell, of_mean, tokens, none (per_cell, of one concept none)",
+    "space": "what is scored, such as output, cross, value, words (as in the extractor's rows; so are those below)",
+    "layers": '"14-17", "last 4", all',
+    "timesteps": "for an image: noise levels in (0, 1]: [0.5]",
+    "draws": "for an image: noise draws that are averaged",
+    "softmax": "per_cell, of_mean, tokens, none (of one concept none)",
     "normalize": "none, linear, unit (none)",
     "blur": "sigma of a 3 x 3 Gaussian (0)",
 }
 VIEW = ("space", "layers", "timesteps", "draws", "softmax", "normalize", "blur")
 
 
-TEXTS = ("image", "prompt", "model", "out", "maps", "caption", "device", "space", "layers", "softmax", "normalize")
+FIRST = {
+    "ConceptAttention": ("concept_attention", "lab_flux"),
+    "DAAM": ("daam", "lab_sdxl"),
+    "TextSpan": ("textspan", "lab_clip"),
+}
+"""Title -> method and model of the picture that is drawn without any setting."""
+TEXTS = ("image", "prompt", "model", "out", "maps", "caption", "ground", "device", "space", "layers", "softmax", "normalize")
 """Settings taken as they are written; others are read as YAML."""
-FOR_PROMPTS, FOR_IMAGES = ("steps", "guidance"), ("caption", "timesteps", "draws")
+FOR_PROMPTS, FOR_IMAGES = ("steps", "guidance"), ("caption", "ground", "timesteps", "draws")
+PASSED_ON = ("background", "caption", "ground", "size", "seed", "steps", "guidance")
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
@@ -45,6 +57,7 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
+        key = "concepts" if key == "words" else key
         if not equals or key not in SETTINGS:
             raise ConfigError(f'conceptseg-explain: can\'t read "{word}". {did_you_mean(key, SETTINGS)} Write key=value.')
         if key in given:
@@ -52,15 +65,38 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         given[key] = value if key in TEXTS else _read(key, value)
         if value == "" and key != "caption":
             raise ConfigError(f"conceptseg-explain: {key} is empty; wanted {SETTINGS[key]}.")
-    if ("image" in given) == ("prompt" in given):
+    if "image" in given and "prompt" in given:
         raise ConfigError("conceptseg-explain: wanted one of image=photo.jpg and prompt='a dragon on a rock'.")
-    if not isinstance(given.get("concepts"), list):
+    if "image" not in given and "prompt" not in given:
+        if others := sorted(given.keys() - {"out", "device", "seed", "extractor", "model", "maps"}):
+            raise ConfigError(
+                f"conceptseg-explain: {others[0]} is given, and neither image=photo.jpg nor prompt='a dragon on a rock'. Name "
+                f"one of them; without both, words of a drawn scene are explained."
+            )
+    elif "concepts" not in given and "extractor" in given:
+        given["concepts"] = []  # some methods need no words
+    elif "concepts" not in given:
+        raise ConfigError("conceptseg-explain: wanted the words to look for, such as concepts=[dragon,rock].")
+    if not isinstance(given.get("concepts", []), list):
         raise ConfigError("conceptseg-explain: wanted the words to look for, such as concepts=[dragon,rock].")
     unused, what = (FOR_IMAGES, "image=") if "prompt" in given else (FOR_PROMPTS, "prompt=")
     if useless := [key for key in unused if key in given]:
         raise ConfigError(f"conceptseg-explain: {useless[0]} changes nothing here, it goes with {what}. Leave it out.")
-    given["concepts"] = [checked_word(word, f"concepts.{k}") for k, word in enumerate(given["concepts"])]
-    check_distinct(given["concepts"], "concepts", ConfigError)
+    if given.get("concepts") == [] and "extractor" not in given:
+        raise ConfigError("conceptseg-explain: wanted a list of concepts, such as concepts=[dragon,rock].")
+    for key in ("concepts", "background"):
+        if not isinstance(given.get(key, []), list):
+            raise ConfigError(f"conceptseg-explain: {key} is {given[key]}; wanted a list of words, such as [sky,grass].")
+        words_of = [checked_word(word, f"{key}.{k}") for k, word in enumerate(given.get(key, []))]
+        check_distinct(words_of, key, ConfigError)
+        if key in given:
+            given[key] = words_of
+    chosen = given.get("extractor", [])
+    given["extractor"] = [chosen] if isinstance(chosen, str) else chosen
+    if not isinstance(given["extractor"], list) or not all(isinstance(name, str) for name in given["extractor"]):
+        raise ConfigError(f"conceptseg-explain: extractor is {chosen}; wanted a name, or several: [concept_attention,naclip].")
+    if "maps" in given and len(given["extractor"]) > 1:
+        raise ConfigError("conceptseg-explain: maps holds the numbers of one method. Name one extractor, or leave maps out.")
     return given
 
 
@@ -88,32 +124,58 @@ def _read(key: str, value: str) -> Any:
 
 def explain(given: dict[str, Any]) -> list[Path]:
     """Do what the settings say; the files that were written."""
-    from conceptseg.extractors.concept_attention import ConceptAttention
-    from conceptseg.extractors.explanation import NUMBERS, PICTURES, checked_place
+    from conceptseg.extractors.explanation import NUMBERS, PICTURES, Explanation, checked_place, side_by_side
+    from conceptseg.extractors.loading import load_extractor
 
     out = checked_place(given.get("out", "explained.png"), PICTURES, "conceptseg-explain: out")
     if "maps" in given:
         checked_place(given["maps"], (NUMBERS,), "conceptseg-explain: maps")
-    method = ConceptAttention.from_pretrained(
-        given.get("model", "lab_flux"), device=given.get("device", "cpu"), seed=given.get("seed", 0)
-    )
-    chosen = {key: given[key] for key in (*VIEW, "caption", "steps", "guidance") if key in given}
-    size = tuple(given["size"]) if "size" in given else None
-    about = Path(given["image"]) if "image" in given else given["prompt"]
-    found = method.explain(about, given["concepts"], size=size, **chosen)
-    written = [found.save(out)]
+    device, model = given.get("device", "cpu"), given.get("model")
+    alone = "image" not in given and "prompt" not in given
+    if alone and not given["extractor"] and model is None:
+        methods = {title: load_extractor(name, sheet, device=device) for title, (name, sheet) in FIRST.items()}
+    else:
+        names = given["extractor"] or ["concept_attention"]
+        methods = {name: load_extractor(name, model, device=device) for name in names}
+    settings = {key: given[key] for key in (*VIEW, *PASSED_ON) if key in given}
+    if alone:
+        from conceptseg.data.scenes import example_scene
+
+        scene = example_scene()
+        about: dict[str, Any] = {"image": scene.image, "words": [placed.word for placed in scene.objects]}
+    else:
+        about = {"words": given["concepts"], **{key: given[key] for key in ("image", "prompt") if key in given}}
+    found: dict[str, Explanation] = {}
+    for title, method in methods.items():
+        found[title] = method.explain(**about, **_for_scene(method, alone), **settings)
+        for note in found[title].notes:
+            print(f"{title}: {note}", file=sys.stderr)
+    first = next(iter(found.values()))
+    if len(found) == 1:
+        written = [first.save(out)]
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        side_by_side(found).save(out)
+        written = [out]
     if "prompt" in given:
-        written.append(found.save_image(out.with_stem(f"{out.stem}_image")))
+        written.append(first.save_image(out.with_stem(f"{out.stem}_image")))
     if "maps" in given:
-        written.append(found.save(given["maps"]))
+        written.append(first.save(given["maps"]))
     return written
+
+
+def _for_scene(method: Any, alone: bool) -> dict[str, Any]:
+    """The drawn scene's ground competes with its objects where words compete."""
+    from conceptseg.data.scenes import example_scene
+
+    return {"background": [example_scene().ground]} if alone and method.comparable else {}
 
 
 @guarded
 def main() -> None:
     """conceptseg-explain key=value ...: see --help."""
     words = sys.argv[1:]
-    if not words or set(words) & {"-h", "--help"}:
+    if set(words) & {"-h", "--help"}:
         print(f"{__doc__}\n")
         print("\n".join(f"  {key + '=':12}{meaning}" for key, meaning in SETTINGS.items()))
         return

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
 from inspect import signature
-from typing import Any, ClassVar, Self, overload
+from typing import Any, ClassVar, TypeVar, overload
 
 import numpy as np
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from conceptseg.backbones.sheets import backbone_of
 from conceptseg.errors import ConfigError, DataError, whole_number
 from conceptseg.extractors.explaining import (
     Picture,
+    check_no_prompt,
     checked_size,
     checked_words,
     progress_bar,
@@ -42,6 +43,7 @@ from conceptseg.types import (
     check_distinct,
 )
 
+Method = TypeVar("Method", bound="Extractor")
 WITHOUT_WORDS: dict[Told, str] = {"nothing": "the image", "own prediction": "the predicted class"}
 """The name of the one map of a method that is asked for no words."""
 
@@ -107,7 +109,9 @@ class Extractor(ABC):
         return False
 
     @classmethod
-    def from_pretrained(cls, path: str, revision: str | None = None, device: str = "cpu", **settings: Any) -> Self:
+    def from_pretrained(
+        cls: type[Method], path: str, revision: str | None = None, device: str = "cpu", **settings: Any
+    ) -> Method:
         """This method on a hub repository, a local folder, "lab:<name>", or a sheet of conf/backbone ("flux_schnell").
 
         settings: of this class or of the backbone; what is not given is as in the method's sheet of conf/extractor. A repository
@@ -179,12 +183,14 @@ class Extractor(ABC):
         with python_names():
             if (image is None) == (prompt is None):
                 raise ConfigError('explain: wanted one of image=... and prompt="a dragon on a rock".')
+            for each in image if isinstance(image, list | tuple) else [image]:
+                check_no_prompt(each)
             method, names, competing = self._asked(words, background)
             if seed is not None:
                 if not hasattr(method, "seed"):
                     refuse(type(self).__name__, {"seed": seed}, "draws nothing at random")
                 method = copy(method)
-                method.seed = whole_number("seed", seed, -(2**63))  # type: ignore[attr-defined]
+                method.seed = whole_number("seed", seed, -(2**63))
             one, notes = method._view(names, competing, view)
             if prompt is not None:
                 refuse("a prompt", {"caption": caption, "ground": ground}, "is all that is said of an image that is made")

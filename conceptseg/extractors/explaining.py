@@ -41,11 +41,7 @@ def read_picture(image: Any, ground: Any = None) -> UInt8[np.ndarray, "*F H W 3"
     if isinstance(image, str):
         if _URL.match(image):
             return _decoded(_downloaded(image), colour, image)
-        if not (_ENDING.search(image) or "/" in image or "\\" in image or Path(image).exists()):
-            raise ConfigError(
-                f'image is the text "{image[:80]}", which is no file and no URL. To make an image of it say '
-                f'prompt="{image[:40]}"; to read a file of this name say image=Path("{image[:40]}").'
-            )
+        check_no_prompt(image)
         image = Path(image)
     if isinstance(image, Path):
         return _decoded(image, colour, str(image))
@@ -54,6 +50,17 @@ def read_picture(image: Any, ground: Any = None) -> UInt8[np.ndarray, "*F H W 3"
     if isinstance(image, Tensor):
         image = image.detach().float().cpu().numpy() if image.is_floating_point() else image.detach().cpu().numpy()
     return _of_array(np.asarray(image), colour)
+
+
+def check_no_prompt(image: Any) -> None:
+    """Raises ConfigError for a text that is neither URL nor path: it may be meant as a prompt, or as a file that is not there."""
+    if not isinstance(image, str) or _URL.match(image) or _ENDING.search(image) or "/" in image or "\\" in image:
+        return
+    if not Path(image).exists():
+        raise ConfigError(
+            f'image is the text "{image[:80]}", which is no file and no URL. To make an image of it say '
+            f'prompt="{image[:40]}"; to read a file of this name say image=Path("{image[:40]}").'
+        )
 
 
 def _decoded(source: Path | bytes, colour: tuple[int, int, int] | None, name: str) -> UInt8[np.ndarray, "H W 3"]:
@@ -161,7 +168,7 @@ def progress_bar(total: int, shown: bool | None) -> Iterator[Callable[[int], obj
     if not (shown if shown is not None else total > 1 and sys.stderr.isatty()):
         yield lambda count: None
         return
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     with tqdm(total=total, desc="explaining", unit="image") as bar:
         yield bar.update

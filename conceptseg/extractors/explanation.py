@@ -243,8 +243,9 @@ def side_by_side(found: Mapping[str, Explanation]) -> Image.Image:
     ticks = figure.colorbar(scale, cax=bar, orientation="horizontal")
     ticks.set_ticks([0, 1], labels=_legend([one for _, one in rows]))
     bar.tick_params(labelsize=9, length=2)
-    for label, side in zip(bar.get_xticklabels(), ("left", "right"), strict=True):
-        label.set_horizontalalignment(side)
+    least, greatest = bar.get_xticklabels()
+    least.set_horizontalalignment("left")
+    greatest.set_horizontalalignment("right")
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 

@@ -8,7 +8,21 @@ Any pipeline that denoises with a UNet2DConditionModel can be traced: text-to-im
 embeddings, several prompts, several images, any aspect ratio. Its attention stays as it is; everything is put back on leaving.
 """
 
+import sys
+from types import ModuleType
+from typing import Any
+
 from conceptseg.trace.maps import MaskRule, PromptMaps, WordMap
 from conceptseg.trace.tracer import Trace, trace
 
 __all__ = ["MaskRule", "PromptMaps", "Trace", "WordMap", "trace"]
+
+
+class _CallablePackage(ModuleType):
+    """`from conceptseg import trace` gives this package, whose name it is; called, it opens a trace as `trace.trace` does."""
+
+    def __call__(self, pipe: Any, **options: Any) -> Trace:
+        return Trace(pipe, **options)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

@@ -46,18 +46,18 @@ def photo(tmp_path_factory):
 def test_maps_have_names_and_the_images_proportions(method, photo):
     found = method.explain(photo, WORDS)
     assert list(found) == WORDS and len(found) == 3 and found.image.shape == (50, 90, 3)
-    assert found["boat"].shape == (6, 11) and torch.equal(found["boat"], found.maps[1])  # 24 x 44 px: 50 x 90 at 32 x 32's area
-    torch.testing.assert_close(found.maps.sum(0), torch.ones(6, 11))  # shares of 1
+    assert found["boat"].shape == (6, 11) and torch.equal(found["boat"], found.scores[1])  # 24 x 44 px: 50 x 90 at 32 x 32's area
+    torch.testing.assert_close(found.scores.sum(0), torch.ones(6, 11))  # shares of 1
     assert found.winner().shape == (6, 11) and found.about["provenance"] == "random"
     with pytest.raises(ConfigError, match=r'there is no map of "bat"\. Did you mean "boat"'):
         found["bat"]
 
 
 def test_a_path_a_picture_and_its_bytes_are_explained_alike(method, photo):
-    one = method.explain(photo, WORDS).maps
+    one = method.explain(photo, WORDS).scores
     picture = Image.open(photo)
     for same in (picture, np.asarray(picture), np.asarray(picture).astype(np.float32) / 255):
-        assert torch.equal(one, method.explain(same, WORDS).maps)
+        assert torch.equal(one, method.explain(same, WORDS).scores)
 
 
 def test_explaining_is_what_the_benchmark_reads(method):
@@ -68,21 +68,21 @@ def test_explaining_is_what_the_benchmark_reads(method):
     concepts = Concepts(tuple(WORDS), (1, 0, 0))
     task = Task("explained", image.astype(np.float32), np.zeros((32, 32), np.uint8), concepts, "a fish", (0, 1))
     (maps,) = method.stream(Batch((task,)), list(expand_views({"v": view}, method.axes()).values()))
-    assert torch.equal(maps.scores[0], method.explain(image, WORDS, caption="a fish").maps)
+    assert torch.equal(maps.scores[0], method.explain(image, WORDS, caption="a fish").scores)
 
 
 def test_view_settings_size_and_caption_are_used(method, photo):
     plain = method.explain(photo, WORDS)
     for other in ({"layers": "0"}, {"space": "cross"}, {"draws": 2}, {"timesteps": [0.2]}, {"blur": 1.0}, {"caption": "a fish"}):
-        assert not torch.equal(plain.maps, method.explain(photo, WORDS, **other).maps), other
-    assert method.explain(photo, WORDS, size=(16, 40)).maps.shape == (3, 4, 10)
+        assert not torch.equal(plain.scores, method.explain(photo, WORDS, **other).scores), other
+    assert method.explain(photo, WORDS, size=(16, 40)).scores.shape == (3, 4, 10)
     with pytest.raises(ConfigError, match="layrs"):
         method.explain(photo, WORDS, layrs="0")
 
 
 def test_a_string_is_a_prompt_and_its_image_comes_along(method):
-    found = method.explain("a fish on sky", WORDS, steps=2, size=(24, 32))
-    assert found.image.shape == (24, 32, 3) and found.maps.shape == (3, 6, 8) and found.about["prompt"] == "a fish on sky"
+    found = method.explain(prompt="a fish on sky", words=WORDS, steps=2, size=(24, 32))
+    assert found.image.shape == (24, 32, 3) and found.scores.shape == (3, 6, 8) and found.about["prompt"] == "a fish on sky"
     assert "t1," in found.about["view"]  # the levels that were read
 
 
@@ -110,7 +110,7 @@ def test_pictures_and_numbers_are_written(method, photo, tmp_path):
     with Image.open(found.save(tmp_path / "new" / "sheet.png")) as sheet:
         assert sheet.size[0] > 4 * 90 and sheet.size[1] > 2 * 50
     with safe_open(found.save(tmp_path / "maps.safetensors"), "pt") as opened:
-        assert torch.equal(opened.get_tensor("maps"), found.maps) and json.loads(opened.metadata()["names"]) == WORDS
+        assert torch.equal(opened.get_tensor("maps"), found.scores) and json.loads(opened.metadata()["names"]) == WORDS
     with pytest.raises(ConfigError, match=r'unknown ending ".gif"'):
         found.save(tmp_path / "maps.gif")
 

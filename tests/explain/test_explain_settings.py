@@ -91,31 +91,41 @@ def test_wrong_settings_for_a_prompt_are_refused(said, wanted):
         ({"size": (32, 33)}, ConfigError, "multiple of 4"),
         ({"timesteps": 0.5}, ConfigError, "timesteps is 0.5; wanted a list"),
         ({"timesteps": [2]}, ViewError, "out of range"),
-        ({"steps": 0}, ConfigError, "steps is 0"),
-        ({"guidance": float("nan")}, ConfigError, "guidance is nan"),
+        ({"steps": 4}, ConfigError, "steps=4 would change nothing"),
+        ({"guidance": 3.0}, ConfigError, "guidance=3.0 would change nothing"),
+        ({"prompt": "a boat"}, ConfigError, "wanted one of image"),
+        ({"image": "a boat"}, ConfigError, r'no file and no URL.*prompt="a boat"'),
+        ({"image": None, "prompt": "a boat", "steps": 0}, ConfigError, "steps is 0"),
+        ({"image": None, "prompt": "a boat", "guidance": float("nan")}, ConfigError, "guidance is nan"),
+        ({"image": None, "prompt": "a boat", "caption": "a boat"}, ConfigError, "caption='a boat' would change nothing"),
+        ({"image": None, "prompt": "a boat", "timesteps": [0.5]}, ConfigError, "timesteps=.* would change nothing"),
+        ({"seed": "abc"}, ConfigError, "^seed is 'abc'"),
+        ({"blurr": 1}, ConfigError, "^blurr: a view has no such setting.*blur"),
         ({"blur": -1}, ConfigError, "blur is -1"),
         ({"draws": "two"}, ConfigError, "draws is 'two'"),
         ({"space": ["output", "cross"]}, ConfigError, "2 views"),
         ({"space": None}, ConfigError, "space is None; wanted a name"),
         ({"layers": 1.5}, ConfigError, "layers is 1.5"),
-        ({"softmax": "per_cell", "concepts": ["kite"]}, ConfigError, '"kite" is the only concept'),
-        ({"normalize": "linear", "concepts": ["kite"]}, ConfigError, '"kite" is the only concept'),
-        ({"concepts": ["Kite", "kite "]}, ConfigError, "one word but for case and blanks"),
-        ({"concepts": ["kite", ""]}, ConfigError, "is empty"),
-        ({"concepts": ["kite", False]}, ConfigError, "the bool False was read"),
+        ({"softmax": "per_cell", "words": ["kite"]}, ConfigError, '"kite" is the only concept'),
+        ({"normalize": "linear", "words": ["kite"]}, ConfigError, '"kite" is the only concept'),
+        ({"words": ["Kite", "kite "]}, ConfigError, "one word but for case and blanks"),
+        ({"words": ["kite", ""]}, ConfigError, "is empty"),
+        ({"words": ["kite", False]}, ConfigError, "the bool False was read"),
     ],
 )
 def test_the_same_settings_are_refused_from_python(method, monkeypatch, settings, error, wanted):
     monkeypatch.setattr(method, "read_cells", lambda *a, **k: pytest.fail("the model ran"))
-    given = {"concepts": ["kite", "boat"], **settings}
+    given = {"image": IMAGE, "words": ["kite", "boat"], **settings}
     with pytest.raises(error, match=wanted):
-        method.explain(IMAGE, **given)
+        method.explain(**given)
 
 
 def test_a_single_concept_is_scored_without_a_softmax(method):
     found = method.explain(IMAGE, ["kite"])
-    assert "softmax" not in found.about["view"] and found["kite"].std() > 0
-    assert torch.equal(found.maps, method.explain(IMAGE, ["kite"], softmax="none").maps)
+    assert "softmax" not in found.about["view"] and found["kite"].std() > 0 and "only word" in found.notes[0]
+    shares = method.explain(IMAGE, ["kite"], background=["boat"], softmax="per_cell")
+    assert list(shares) == ["kite"] and 0 < shares["kite"].max() < 1 and shares.others.shape[0] == 1
+    assert torch.equal(found.scores, method.explain(IMAGE, ["kite"], softmax="none").scores)
 
 
 def test_a_size_beyond_the_models_positions_is_refused(tmp_path):
@@ -132,7 +142,7 @@ def test_a_model_that_answers_nan_is_refused_as_in_a_run(tmp_path):
     with pytest.raises(DataError, match="the map holds NaN or infinity"):
         method.explain(IMAGE, ["kite", "boat"])
     with pytest.raises(DataError, match="NaN or infinity"):
-        method.explain("a kite", ["kite", "boat"], steps=1)
+        method.explain(prompt="a kite", words=["kite", "boat"], steps=1)
 
 
 def test_maps_that_are_the_same_everywhere_are_refused_or_named(caplog):

@@ -57,8 +57,8 @@ def test_frames_give_maps_of_frames_height_and_width(method):
     frames = np.random.default_rng(0).integers(0, 256, (5, 40, 56, 3), np.uint8)  # 4k + 1 frames: two latent ones
     found = method.explain(frames, WORDS, caption="a fish", size=(32, 48))
     assert method.backbone.kind == "cogvideox"
-    assert found.maps.shape == (3, 2, 2, 3) and found["boat"].shape == (2, 2, 3) and found.image.shape == (5, 40, 56, 3)
-    torch.testing.assert_close(found.maps.sum(0), torch.ones(2, 2, 3))
+    assert found.scores.shape == (3, 2, 2, 3) and found["boat"].shape == (2, 2, 3) and found.image.shape == (5, 40, 56, 3)
+    torch.testing.assert_close(found.scores.sum(0), torch.ones(2, 2, 3))
 
 
 def test_a_still_image_is_one_frame_to_the_benchmark(method):
@@ -137,9 +137,9 @@ def test_other_concepts_leave_the_same_video_and_other_maps(method):
 
 
 def test_a_prompt_gives_frames_a_sheet_and_a_moving_picture(method, tmp_path):
-    found = method.explain("a fish", WORDS, size=(32, 32), steps=2, guidance=6.0)
-    assert found.image.shape == (9, 32, 32, 3) and found.maps.shape == (3, 3, 2, 2)
-    assert found.frame(1).scale == (float(found.maps.min()), float(found.maps.max()))
+    found = method.explain(prompt="a fish", words=WORDS, size=(32, 32), steps=2, guidance=6.0)
+    assert found.image.shape == (9, 32, 32, 3) and found.scores.shape == (3, 3, 2, 2)
+    assert found.frame(1).scale == (float(found.scores.min()), float(found.scores.max()))
     np.testing.assert_array_equal(found.frame(1).image, found.image[4])  # the second of three maps stands in the middle
     one = found.frame(0).sheet()
     assert found.sheet().size == (one.width, 3 * one.height)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from conceptseg.data.images import read_image
 from conceptseg.errors import DataError
-from conceptseg.extractors.explanation import read_pixels
+from conceptseg.extractors.explaining import read_picture
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
 
@@ -25,8 +25,8 @@ def test_a_photo_is_shown_upright_as_a_file_and_as_a_picture(tmp_path, tag):
     (tmp_path / "a.png").write_bytes(phone(tag))
     wanted = read_image(phone(tag), "k")
     assert wanted.shape == ((8, 6, 3) if tag > 4 else (6, 8, 3))
-    assert np.array_equal(read_pixels(tmp_path / "a.png"), wanted)
-    assert np.array_equal(read_pixels(Image.open(tmp_path / "a.png")), wanted)
+    assert np.array_equal(read_picture(tmp_path / "a.png"), wanted)
+    assert np.array_equal(read_picture(Image.open(tmp_path / "a.png")), wanted)
 
 
 BAD = {
@@ -44,11 +44,11 @@ def test_what_a_run_refuses_is_refused(tmp_path, kind):
     with pytest.raises(DataError) as of_a_run:
         read_image(path, "explaining")
     with pytest.raises(DataError) as of_explain:
-        read_pixels(path)
+        read_picture(path)
     assert str(of_explain.value) == str(of_a_run.value)
     for picture in (BAD[kind], Image.open(path)):
         with pytest.raises(DataError, match="explaining a picture: it is of mode"):
-            read_pixels(picture)
+            read_picture(picture)
 
 
 def test_a_cut_file_is_a_data_error_also_where_it_was_opened_before(tmp_path):
@@ -58,9 +58,9 @@ def test_a_cut_file_is_a_data_error_also_where_it_was_opened_before(tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     for one in (path, Image.open(path)):
         with pytest.raises(DataError, match="can't be decoded"):
-            read_pixels(one)
+            read_picture(one)
     with pytest.raises(DataError, match=r"none\.jpg is missing"):
-        read_pixels(tmp_path / "none.jpg")
+        read_picture(tmp_path / "none.jpg")
 
 
 @pytest.mark.parametrize(
@@ -68,4 +68,4 @@ def test_a_cut_file_is_a_data_error_also_where_it_was_opened_before(tmp_path):
 )
 def test_arrays_that_are_no_image_are_refused(array):
     with pytest.raises(DataError, match="explaining an array"):
-        read_pixels(array)
+        read_picture(array)
