@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Where does a model find a word in a picture?
 #
-# Here on the lab's models, which know a drawn world of twelve objects and six grounds and ship with the package, so that nothing is
+# Here on the lab's models, which know a drawn world of twelve objects and six grounds and ship with the package: nothing is
 # downloaded; with `"black-forest-labs/FLUX.1-schnell"` the same lines run on photographs.
 # Run this file with `python docs/explain.py`, or cell by cell in an editor that knows `# %%`. Pictures go to `explained/`.
 

@@ -32,9 +32,6 @@ def backbone_from(model: Any) -> Any:
     if isinstance(model, str):
         raise ConfigError(f'backbone is the text "{model}"; wanted a model. To read one by name use from_pretrained("{model}").')
     first, second = model if isinstance(model, tuple) and len(model) == 2 else (model, None)
-    for part in (first, *(getattr(first, name, None) for name in ("transformer", "unet"))):
-        if isinstance(part, nn.Module) and part.training:
-            raise ConfigError(f"the {type(part).__name__} is in training mode, where its maps are random: call .eval() first.")
     if hasattr(first, "components"):
         return _of_pipeline(first)
     if isinstance(first, nn.Module):
@@ -93,6 +90,11 @@ def _of_clip(model: nn.Module, tokenizer: Any) -> Backbone | None:
     visual: Any = getattr(model, "visual", None)
     if visual is None or not hasattr(model, "encode_text"):
         return None
+    if getattr(visual, "image_mean", None) is None or getattr(visual, "image_std", None) is None:
+        raise ConfigError(
+            "the CLIP does not say how images are normalised (visual.image_mean and visual.image_std, which open_clip.create_model "
+            "sets). Set both to those that it was trained with."
+        )
     size = visual.image_size if isinstance(visual.image_size, int) else list(visual.image_size)
     length = int(getattr(model, "context_length", 77))
     found = _built(
@@ -103,8 +105,8 @@ def _of_clip(model: nn.Module, tokenizer: Any) -> Backbone | None:
     found.config = {
         "model_cfg": {"vision_cfg": {"image_size": size}, "text_cfg": {"context_length": length}},
         "preprocess_cfg": {
-            "mean": getattr(visual, "image_mean", None) or (0.48145466, 0.4578275, 0.40821073),
-            "std": getattr(visual, "image_std", None) or (0.26862954, 0.26130258, 0.27577711),
+            "mean": visual.image_mean,
+            "std": visual.image_std,
         },
     }
     found.clip, found.tokenizer = model, getattr(tokenizer, "tokenizer", tokenizer)
@@ -117,6 +119,10 @@ def _of_vit(model: nn.Module, _: Any) -> Backbone | None:
     if not isinstance(model, VisionTransformer):
         return None
     about = dict(getattr(model, "pretrained_cfg", None) or {})
+    if "mean" not in about or "std" not in about:
+        raise ConfigError(
+            "the VisionTransformer has no pretrained_cfg with mean and std, so how images are normalised is unknown."
+        )
     size = tuple(model.patch_embed.img_size)
     labels = about.get("label_names") or ("imagenet" if model.num_classes == 1000 else None)
     found = _built(
@@ -125,7 +131,7 @@ def _of_vit(model: nn.Module, _: Any) -> Backbone | None:
     )  # fmt: skip
     found.config = {
         "num_classes": model.num_classes,
-        "pretrained_cfg": {"input_size": (3, *size), "mean": about.get("mean", (0.5,) * 3), "std": about.get("std", (0.5,) * 3)},
+        "pretrained_cfg": {"input_size": (3, *size), "mean": about["mean"], "std": about["std"]},
     }
     found.model = model
     return found
@@ -151,6 +157,8 @@ def _of_transformers(model: nn.Module, processor: Any) -> Backbone | None:
 
 
 def _built(target: str, name: str, parts: Mapping[str, Any], device: torch.device, model: nn.Module, **settings: Any) -> Any:
+    if model.training:
+        raise ConfigError(f"the {type(model).__name__} is in training mode, where dropout is random: call .eval() first.")
     module, _, kind = target.rpartition(".")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     found = getattr(import_module(module), kind)(path=name, device=str(device), dtype=dtype, **settings)

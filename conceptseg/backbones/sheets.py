@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from importlib import import_module, metadata, resources
+from inspect import signature
 from typing import Any
 
 import yaml
@@ -68,7 +69,11 @@ def backbone_of(
         sheet = {**_described(path, revision, family), "path": path}
     given = {**sheet, "device": device, **settings, **({"revision": revision} if revision else {})}
     module, _, name = given.pop("_target_").rpartition(".")
-    backbone: Backbone = getattr(import_module(module), name)(**given)
+    kind = getattr(import_module(module), name)
+    known = {key for base in kind.__mro__[:-1] if "__init__" in vars(base) for key in signature(base.__init__).parameters}
+    if unknown := sorted(settings.keys() - known):
+        raise ConfigError(f"extractor.backbone.{unknown[0]}: no such setting. {did_you_mean(unknown[0], known - {'self'})}")
+    backbone: Backbone = kind(**given)
     return backbone
 
 

@@ -100,8 +100,6 @@ class Extractor(ABC):
 
     family: ClassVar[str | None] = None
     """Class of the backbone of a hub repository that no sheet names; None where its files tell."""
-    makes_images: ClassVar[bool] = False
-    """Whether `explain(prompt=...)` makes an image and reads it on the way."""
 
     @property
     def reads_caption(self) -> bool:
@@ -173,7 +171,8 @@ class Extractor(ABC):
         background: words that compete with those and are not shown, such as ["sky", "grass"].
         caption: what is said of the image ("a x and a y" of the words). ground: the colour under transparent pixels (refused).
         size: (height, width) that the model is shown; by default of the image's proportions, at the area of the backbone's own.
-        seed: of the noise. steps, guidance: for prompts (4 and 0). batch_size: images that go through the model together.
+        seed: of the noise. steps, guidance: for prompts (ConceptAttention: 4 and 0; DAAM: the pipeline's own).
+        batch_size: images that go through the model together.
         progress: whether a bar is shown; by default for several images and in a terminal.
         view: settings of the view, over those of `default_view`: space, layers, timesteps, draws, normalize, softmax,
             temperature, fold, blur.

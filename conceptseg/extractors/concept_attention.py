@@ -199,8 +199,6 @@ class ConceptAttention(Extractor):
 
     # ------------------------------------------------------------ for people
 
-    makes_images = True
-
     @property
     def reads_caption(self) -> bool:
         """The caption is the prompt."""

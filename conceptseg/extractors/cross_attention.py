@@ -14,7 +14,9 @@ from conceptseg.backbones.in_memory import Loaded
 from conceptseg.backbones.transformers.concept_stream import ConceptStream, ConceptTokens, StreamActivations
 from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
 from conceptseg.backbones.transformers.prompts import Prompts
+from conceptseg.errors import ConfigError
 from conceptseg.extractors.concept_attention import ConceptAttention
+from conceptseg.extractors.explanation import Explanation
 from conceptseg.saliency.cells import CellStore, kinds_by_layer, softmax_of_cell
 from conceptseg.saliency.normalize import softmax_over_concepts
 from conceptseg.saliency.views import Axes, CellKind, Fold, View
@@ -48,12 +50,16 @@ class PromptCrossAttention(ConceptAttention):
     ) -> None:
         super().__init__(backbone, noise=noise, posterior=posterior, guidance=guidance, seed=seed)
 
-    makes_images = False
-
     @property
     def reads_caption(self) -> bool:
         """The words themselves are the prompt."""
         return False
+
+    def _explained_prompt(self, *asked: Any) -> Explanation:
+        raise ConfigError(
+            "explain: PromptCrossAttention reads images and makes none: its prompt is the words. Give image=..., or choose "
+            "concept_attention."
+        )
 
     def axes(self) -> Axes:
         return Axes(spaces=tuple(SPACES), layers=self.backbone.layers, has_timesteps=True, has_vectors=False)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Float, Int
@@ -18,8 +20,12 @@ from conceptseg.backbones.in_memory import Loaded
 from conceptseg.backbones.unets.attention_maps import CFG_ROWS, Attended, upsample
 from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.backbones.unets.word_tokens import POSITION_RULES, placed, positions_of, prompt_length
-from conceptseg.errors import ConfigError, DataError, one_of
+from conceptseg.errors import ConfigError, DataError, one_of, real_number, whole_number
+from conceptseg.extractors.explaining import checked_size
+from conceptseg.extractors.explanation import Explanation, checked_maps
 from conceptseg.extractors.unet_maps import Asked, Kind, UNetMaps, check_template
+from conceptseg.saliency.views import Softmax, View
+from conceptseg.trace.tracer import Trace
 from conceptseg.types import BACKGROUND, Batch, Concepts, Task
 
 SPACES = {
@@ -107,6 +113,46 @@ class DAAM(UNetMaps):
     def reads_caption(self) -> bool:
         """Only where a template names it."""
         return any("{caption}" in template for template in (self.prompt, self.indexed_prompt or ""))
+
+    def _explained_prompt(
+        self,
+        prompt: str,
+        names: tuple[str, ...],
+        competing: tuple[str, ...],
+        size: Any,
+        steps: int | None,
+        guidance: float | None,
+        view: View,
+        notes: Sequence[str],
+    ) -> Explanation:
+        """Trace the pipeline that is in memory while it makes the image, as DAAM does (see `conceptseg.trace`)."""
+        pipe = getattr(self.backbone, "pipeline", None)
+        if pipe is None:
+            raise ConfigError(
+                "explain: to make images DAAM needs the pipeline itself: DAAM(pipe).explain(prompt=...), with "
+                "pipe = StableDiffusionPipeline.from_pretrained(...)."
+            )
+        if view.space != "words" or view.softmax is not Softmax.NONE or view.blur:
+            raise ConfigError(
+                f'explain: of a prompt DAAM reads space="words" as it is, not {view.key}. Leave out space and softmax.'
+            )
+        options = {} if size is None else dict(zip(("height", "width"), checked_size(size), strict=True))
+        if guidance is not None:
+            options["guidance_scale"] = real_number("guidance", guidance, 0)
+        if steps is not None:
+            options["num_inference_steps"] = whole_number("steps", steps, 1, 100_000)
+        with Trace(
+            pipe, cfg_rows=self.cfg_rows, exclude_factor=self.exclude_factor, upsampling=self.upsampling, layers=view.layers,
+            token_match=self.token_match, map_side=self.map_side,
+        ) as traced:  # fmt: skip
+            generator = torch.Generator().manual_seed(self.seed)
+            made = pipe(prompt, generator=generator, output_type="np", **options).images[0]
+        found = torch.stack([traced.word_map(word).values for word in (*names, *competing)])
+        scores = checked_maps((*names, *competing), found.float().cpu())
+        about = {"method": type(self).__name__, "view": view.key, "provenance": self.provenance, "prompt": prompt, **options}
+        others = scores[len(names) :] if competing else None
+        image = np.round(255 * np.clip(made, 0, 1)).astype(np.uint8)
+        return Explanation(names, scores[: len(names)], image, about, None, self.comparable, tuple(notes), others)
 
     def spaces(self, most_heads: int) -> tuple[str, ...]:
         return (*SPACES, *(f"head_{number}" for number in range(most_heads)))

@@ -22,9 +22,10 @@ from torch import nn
 from conceptseg.backbones.taps import TapSet
 from conceptseg.config import instantiate
 from conceptseg.data.drawn import Scenes
-from conceptseg.errors import ConfigError, ViewError
+from conceptseg.errors import ConfigError, DataError, ViewError
 from conceptseg.evaluation.assemble import method_identity
-from conceptseg.extractors.base import Extractor, Told, TrainedOn
+from conceptseg.extractors.base import WITHOUT_WORDS, Extractor, Told, TrainedOn
+from conceptseg.extractors.sheets import extractor_sheet
 from conceptseg.keys import run_id
 from conceptseg.lab.models import build_flux, build_sd, save
 from conceptseg.saliency.views import expand_views
@@ -292,6 +293,40 @@ def test_a_view_setting_is_done_or_refused_but_never_ignored(extractor, tasks):
         if one.key != two.key and torch.equal(maps, changed) and not flat:
             ignored.append(two.key)
     assert ignored == []
+
+
+@every_extractor
+def test_explain_gives_named_maps_or_refuses_by_name(name, config, extractor, tasks):
+    """Also of one word, where a softmax over words would be 1 everywhere."""
+    sheet = extractor_sheet(name)  # what Python loads without Hydra is what a run composes
+    plain = {key: value for key, value in config["extractor"].items() if key not in ("_target_", "device", *sheet.models)}
+    assert {key: value for key, value in sheet.settings.items() if key != "device"} == plain
+    assert sheet.view.items() <= next(iter(config["views"].values())).items() or isinstance(sheet.view.get("space"), str)
+    image = np.round(255 * tasks[0].image).astype(np.uint8)
+    words = [task.concepts.names[task.concepts.target] for task in tasks]
+    words = list(dict.fromkeys(words))[:2]
+    if extractor.needs_truth:
+        with pytest.raises(ConfigError, match=f"{type(extractor).__name__} is a control"):
+            extractor.explain(image, words)
+        return
+    if extractor.told == "nothing":
+        with pytest.raises(ConfigError, match=f"{type(extractor).__name__} reads no words"):
+            extractor.explain(image, words)
+        words = []
+    for asked in (words, words[:1]):
+        try:
+            found = extractor.explain(image, asked)
+        except DataError as error:  # random weights may say nothing, which is refused
+            assert "the same number everywhere" in str(error)
+            continue
+        assert list(found) == (asked or [WITHOUT_WORDS[extractor.told]]) and found.scores.dtype == torch.float32
+        assert len(asked) != 1 or found[asked[0]].std() > 0
+        assert (
+            found.at_image_size().scores.shape[1:] == image.shape[:2] and found.mask(next(iter(found))).shape == image.shape[:2]
+        )
+    ignored = {"timesteps": [0.5]} if not extractor.axes().has_timesteps else {"batch_size": 0}
+    with pytest.raises(ConfigError):
+        extractor.explain(image, words, **ignored)
 
 
 # ---------------------------------------------------------------- what is claimed

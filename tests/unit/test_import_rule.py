@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors", "keys"},
     "store": GROUND,
     **{peer: GROUND | PEERS for peer in PEERS},
-    "extractors": GROUND | PEERS,
+    "extractors": GROUND | PEERS | {"config", "trace"},
     "protocols": GROUND | PEERS,
     "report": {"errors", "files", "reading", "store", "metrics", "types"},
     "source": {"keys"},
