@@ -92,8 +92,8 @@ def _of_clip(model: nn.Module, tokenizer: Any) -> Backbone | None:
         return None
     if getattr(visual, "image_mean", None) is None or getattr(visual, "image_std", None) is None:
         raise ConfigError(
-            "the CLIP does not say how images are normalised (visual.image_mean and visual.image_std, which open_clip.create_model "
-            "sets). Set both to those that it was trained with."
+            "the CLIP does not say how images are normalised (visual.image_mean and visual.image_std, which "
+            "open_clip.create_model sets). Set both to those that it was trained with."
         )
     size = visual.image_size if isinstance(visual.image_size, int) else list(visual.image_size)
     length = int(getattr(model, "context_length", 77))

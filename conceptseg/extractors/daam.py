@@ -136,7 +136,7 @@ class DAAM(UNetMaps):
             raise ConfigError(
                 f'explain: of a prompt DAAM reads space="words" as it is, not {view.key}. Leave out space and softmax.'
             )
-        options = {} if size is None else dict(zip(("height", "width"), checked_size(size), strict=True))
+        options: dict[str, Any] = {} if size is None else dict(zip(("height", "width"), checked_size(size), strict=True))
         if guidance is not None:
             options["guidance_scale"] = real_number("guidance", guidance, 0)
         if steps is not None:

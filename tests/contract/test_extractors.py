@@ -321,9 +321,7 @@ def test_explain_gives_named_maps_or_refuses_by_name(name, config, extractor, ta
             continue
         assert list(found) == (asked or [WITHOUT_WORDS[extractor.told]]) and found.scores.dtype == torch.float32
         assert len(asked) != 1 or found[asked[0]].std() > 0
-        assert (
-            found.at_image_size().scores.shape[1:] == image.shape[:2] and found.mask(next(iter(found))).shape == image.shape[:2]
-        )
+        assert found.at_image_size().scores.shape[1:] == image.shape[:2] == found.mask(found.names[0]).shape
     ignored = {"timesteps": [0.5]} if not extractor.axes().has_timesteps else {"batch_size": 0}
     with pytest.raises(ConfigError):
         extractor.explain(image, words, **ignored)

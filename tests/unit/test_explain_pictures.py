@@ -88,10 +88,10 @@ def test_every_form_of_one_image_is_read_alike(tmp_path, monkeypatch):
 
 
 def test_transparent_pixels_are_laid_on_the_colour_that_is_named(tmp_path):
-    clear = np.zeros((4, 5, 4), np.uint8)
+    clear = np.zeros((6, 5, 4), np.uint8)
     Image.fromarray(clear).save(tmp_path / "clear.png")
     for form in (clear, clear / 255, Image.fromarray(clear), tmp_path / "clear.png"):
-        assert np.array_equal(read_picture(form, "white"), np.full((4, 5, 3), 255))
+        assert np.array_equal(read_picture(form, "white"), np.full((6, 5, 3), 255))
         assert np.array_equal(read_picture(form, (1, 2, 3))[0, 0], [1, 2, 3])
         with pytest.raises(DataError, match="opaque"):
             read_picture(form)
