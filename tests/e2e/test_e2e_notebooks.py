@@ -1,6 +1,7 @@
 """The notebooks of docs/ run from the first cell to the last, as they are kept: without outputs."""
 
 import json
+import re
 from pathlib import Path
 
 import matplotlib
@@ -25,3 +26,10 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [] and cell["execution_count"] is None
             exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), held)
+
+
+def test_the_first_example_of_the_readme_runs_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], {})
+    assert (tmp_path / "explained.png").stat().st_size > 50_000
