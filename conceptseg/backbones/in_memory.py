@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from conceptseg.backbones.base import Backbone, LoadedCheckpoint
-from conceptseg.backbones.sheets import CLIP, FAMILIES, UNET, VIT, sheet_of
+from conceptseg.backbones.sheets import CLIP, UNET, VIT, families, sheet_of
 from conceptseg.errors import ConfigError, did_you_mean
 
 Loaded: TypeAlias = Any
@@ -52,9 +52,9 @@ def _of_pipeline(pipe: Any) -> Backbone:
         raise ConfigError(f"the {type(pipe).__name__} has neither a transformer nor a unet, so no image is denoised in it.")
     model = parts[core]
     name = str(getattr(pipe.config, "_name_or_path", "") or getattr(model.config, "_name_or_path", "") or type(pipe).__name__)
-    if core == "transformer" and (kind := type(model).__name__) not in FAMILIES:
-        raise ConfigError(f"the pipeline's transformer is a {kind}. {did_you_mean(kind, FAMILIES)}")
-    target = UNET if core == "unet" else FAMILIES[type(model).__name__]
+    if core == "transformer" and (kind := type(model).__name__) not in families():
+        raise ConfigError(f"the pipeline's transformer is a {kind}. {did_you_mean(kind, families())}")
+    target = UNET if core == "unet" else families()[type(model).__name__]
     kept = {"image_size", "resize", "text_tokens", "concept_pooling", "pooled", "clip_tokens"}
     settings = {key: value for key, value in (sheet_of(name) or {}).items() if key in kept}
     settings.setdefault("image_size", _image_size(pipe, model))

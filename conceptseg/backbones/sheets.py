@@ -94,7 +94,7 @@ def _described(path: str, revision: str | None, family: str | None) -> dict[str,
                 f"not say how images are prepared. Name the sheet and the folder: backbone=<sheet of conf/backbone>, "
                 f"path=<folder>."
             )
-    if folder is None and family is not None and family not in FAMILIES.values():
+    if folder is None and family is not None and family not in families().values():
         return {"_target_": family, **({} if family == UNET else {"trained_on": "images and captions"})}
     return {"_target_": _family(path, revision)}
 

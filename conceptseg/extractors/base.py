@@ -238,7 +238,7 @@ class Extractor(ABC):
                 refuse(type(self).__name__, {key: view[key]}, f"has no {key}")
         chosen = {**self.default_view(), **view}
         alone = len(names) + len(competing) == 1
-        if alone and "softmax" not in view and chosen.get("softmax", "none") != "none":
+        if alone and "softmax" not in view and chosen.get("softmax", "none") not in ("none", "tokens"):
             chosen["softmax"] = "none"
             notes.append(
                 f'"{names[0]}" is the only word, so its score is shown without a softmax over words. Name words that compete '
@@ -248,7 +248,7 @@ class Extractor(ABC):
         if len(views) != 1:
             raise ConfigError(f"explain: {len(views)} views were asked for; name one space, and leave out each.")
         (one,) = views
-        compares = one.softmax in (Softmax.PER_CELL, Softmax.OF_MEAN) or one.normalize is Normalize.LINEAR
+        compares = one.softmax not in (Softmax.NONE, Softmax.TOKENS) or one.normalize is Normalize.LINEAR
         if alone and compares:
             raise ConfigError(
                 f'explain: "{names[0]}" is the only concept, and softmax={one.softmax}, normalize={one.normalize} compare '
