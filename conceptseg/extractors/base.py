@@ -149,15 +149,15 @@ class Extractor(ABC):
         image: Any = None,
         words: Sequence[Any] = (),
         *,
-        prompt: str | None = None,
+        prompt: Any = None,
         background: Sequence[Any] = (),
-        caption: str | None = None,
+        caption: Any = None,
         ground: Any = None,
         size: Any = None,
-        seed: int | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        batch_size: int = 8,
+        seed: Any = None,
+        steps: Any = None,
+        guidance: Any = None,
+        batch_size: Any = 8,
         progress: bool | None = None,
         **view: Any,
     ) -> Explanation | list[Explanation]:
@@ -191,7 +191,12 @@ class Extractor(ABC):
                 method = copy(method)
                 method.seed = whole_number("seed", seed, -(2**63))
             one, notes = method._view(names, competing, view)
+            for key, text in (("prompt", prompt), ("caption", caption)):
+                if text is not None and not isinstance(text, str):
+                    raise ConfigError(f"explain: {key} is {text!r}; wanted a text.")
             if prompt is not None:
+                if not prompt.strip():
+                    raise ConfigError(f"explain: prompt is {prompt!r}; wanted a sentence to make an image of.")
                 refuse("a prompt", {"caption": caption, "ground": ground}, "is all that is said of an image that is made")
                 if "timesteps" in view or "draws" in view:
                     refuse(
@@ -332,8 +337,8 @@ class Extractor(ABC):
         names: tuple[str, ...],
         competing: tuple[str, ...],
         size: Any,
-        steps: int | None,
-        guidance: float | None,
+        steps: Any,
+        guidance: Any,
         view: View,
         notes: Sequence[str],
     ) -> Explanation:

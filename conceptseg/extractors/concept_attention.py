@@ -229,15 +229,13 @@ class ConceptAttention(Extractor):
         names: tuple[str, ...],
         competing: tuple[str, ...],
         size: Any,
-        steps: int | None,
-        guidance: float | None,
+        steps: Any,
+        guidance: Any,
         view: View,
         notes: Sequence[str],
     ) -> Explanation:
         steps = whole_number("explain: steps", 4 if steps is None else steps, 1, 100_000)
         guidance = real_number("explain: guidance", 0.0 if guidance is None else guidance, 0)
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ConfigError(f"explain: prompt is {prompt!r}; wanted a sentence to make an image of.")
         shown = None if size is None else checked_size(size)
         if shown is not None:
             self.backbone.check_size(*shown)

@@ -120,8 +120,8 @@ class DAAM(UNetMaps):
         names: tuple[str, ...],
         competing: tuple[str, ...],
         size: Any,
-        steps: int | None,
-        guidance: float | None,
+        steps: Any,
+        guidance: Any,
         view: View,
         notes: Sequence[str],
     ) -> Explanation:

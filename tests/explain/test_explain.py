@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from tiny import tiny_flux, tiny_sd3
 
+from conceptseg.backbones.base import Backbone
 from conceptseg.backbones.sheets import backbone_of, sheets
 from conceptseg.backbones.transformers.prompts import pooled_tokens
 from conceptseg.cli.explain import SETTINGS, explain, parse
@@ -89,11 +90,11 @@ def test_a_string_is_a_prompt_and_its_image_comes_along(method):
 @pytest.mark.parametrize(
     ("image", "words", "error", "said"),
     [
-        (np.zeros((4, 4)), WORDS, DataError, r"shape \(4, 4\): wanted RGB"),
+        (np.zeros((5, 4, 2)), WORDS, DataError, r"shape \[5, 4, 2\]: wanted \[height, width, 3\]"),
         (np.full((4, 4, 3), 7.0), WORDS, DataError, "wanted uint8, or float in 0..1"),
         (Path("nowhere.jpg"), WORDS, DataError, "nowhere.jpg is missing"),
-        (np.zeros((8, 8, 3)), [], ConfigError, "wanted a list of concepts"),
-        (np.zeros((8, 8, 3)), "fish", ConfigError, "wanted a list of concepts"),
+        (np.zeros((8, 8, 3)), [], ConfigError, "wanted a list of words"),
+        (np.zeros((8, 8, 3)), "fish", ConfigError, "wanted a list of words"),
         (np.zeros((8, 8, 3)), ["fsh", "sky"], DataError, '"fsh" is unknown.*fish'),
     ],
 )
@@ -162,7 +163,7 @@ def test_a_known_repository_brings_its_pinned_sheet_and_given_settings_win():
     assert schnell.checkpoint.revision == "741f7c3ce8b383c54771c7003378a50191e9efe9" and schnell.text_tokens == 256
     assert backbone_of("flux_dev").text_tokens == 512 and backbone_of("flux_dev", text_tokens=99).text_tokens == 99
     assert backbone_of("black-forest-labs/FLUX.1-schnell", revision="abc").checkpoint.revision == "abc"
-    assert all(backbone_of(name).kind for name, _ in sheets())
+    assert all(isinstance(backbone_of(name), Backbone) for name, _ in sheets())
 
 
 def test_a_folder_is_known_by_its_transformer(folder, tmp_path):
