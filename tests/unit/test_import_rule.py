@@ -50,7 +50,10 @@ ALLOWED: dict[str, set[str]] = {
     "trace": GROUND | {"backbones"},
     "studies": GROUND | {"backbones", "data", "trace"},
     "cli": GROUND
-    | {"backbones", "config", "evaluation", "extractors", "lab", "logs", "metrics", "report", "store", "studies", "tables"},
+    | {
+        "backbones", "config", "data", "evaluation", "extractors", "lab", "logs", "metrics", "report", "store", "studies",
+        "tables",
+    },  # fmt: skip
     "__main__": {"cli"},
 }
 HYDRA_COMMANDS = ("composing", "doctor", "evaluate", "lab", "plan", "refusals", "table")
