@@ -279,7 +279,7 @@ class Extractor(ABC):
         shown = [self._shown_size(picture, size) for picture in pictures]
         about = {
             "method": type(self).__name__, "view": view.key, "provenance": self.provenance, **self.identity(),
-            "shares": view.softmax in (Softmax.PER_CELL, Softmax.OF_MEAN),
+            "shares": view.softmax not in (Softmax.NONE, Softmax.TOKENS),
             **({"caption": said} if said else {}), **({"background": list(competing)} if competing else {}),
         }  # fmt: skip
         found: list[Explanation] = []

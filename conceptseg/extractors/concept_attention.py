@@ -245,7 +245,7 @@ class ConceptAttention(Extractor):
         scores = checked_maps([*names, *competing], maps.scores[0].float().cpu())
         about = {
             "method": type(self).__name__, "view": maps.view, "provenance": self.provenance, **self.identity(), "prompt": prompt,
-            "steps": steps, "guidance": guidance, "shares": view.softmax in (Softmax.PER_CELL, Softmax.OF_MEAN),
+            "steps": steps, "guidance": guidance, "shares": view.softmax not in (Softmax.NONE, Softmax.TOKENS),
         }  # fmt: skip
         others = scores[len(names) :] if competing else None
         return Explanation(names, scores[: len(names)], as_pixels(images[0]), about, None, self.comparable, tuple(notes), others)

@@ -76,7 +76,7 @@ class Explanation(Mapping[str, Tensor]):
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
     def winner(self) -> Int[Tensor, "*f h w"]:
-        """Return the index of the word with the greatest score at each place. Raises ConfigError where words can't be compared."""
+        """Return the index of the word with the greatest score at each place. Raises ConfigError if words can't be compared."""
         if not self.comparable:
             raise ConfigError(
                 f"{self.about.get('method', 'this method')} gives every word a scale of its own: no word wins a place."

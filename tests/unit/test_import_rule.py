@@ -50,10 +50,8 @@ ALLOWED: dict[str, set[str]] = {
     "trace": GROUND | {"backbones"},
     "studies": GROUND | {"backbones", "data", "trace"},
     "cli": GROUND
-    | {
-        "backbones", "config", "data", "evaluation", "extractors", "lab", "logs", "metrics", "report", "store", "studies",
-        "tables",
-    },  # fmt: skip
+    | {"backbones", "config", "data", "evaluation", "extractors", "lab", "logs", "metrics"}
+    | {"report", "store", "studies", "tables"},
     "__main__": {"cli"},
 }
 HYDRA_COMMANDS = ("composing", "doctor", "evaluate", "lab", "plan", "refusals", "table")
