@@ -48,7 +48,7 @@ class Runtime:
     progress: bool = True
     """Whether a progress bar is shown on a terminal."""
     verbosity: str = "normal"
-    """What is said on stderr: quiet (-q), normal, or verbose (-v); the log of each run's folder keeps it all."""
+    """Messages on stderr: quiet (-q), normal, or verbose (-v); the log of each run's folder keeps it all."""
     download: bool = False
     """Whether weights that this machine lacks are fetched from the hub; conceptseg plan says how many GB."""
     allow_targets: list[str] = field(default_factory=lambda: ["conceptseg."])
@@ -80,7 +80,7 @@ class Report:
     trackers: list[str] = field(default_factory=list)
     """Experiment trackers that get every computed number: tensorboard, wandb, mlflow."""
     detail: str = "brief"
-    """What the terminal shows of a table: brief, or full (every row and column, definitions, notes and runs)."""
+    """Extent of a table on the terminal: brief, or full (every row and column, definitions, notes and runs)."""
     columns: list[str] = field(default_factory=list)
     """Metrics that are shown; [] takes mIoU and mAP (CSV: all). A single evaluation computes them."""
     rows: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What `Extractor.explain` reads and refuses, before any model runs: images in every form, words, settings by Python's names."""
+"""Input of `Extractor.explain`, checked before any model runs: images in every form, words, settings by Python's names."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ class Explanation(Mapping[str, Tensor]):
         return side_by_side({str(self.about.get("method", "")): self})
 
     def _repr_png_(self) -> bytes:
-        """What a notebook shows."""
+        """Return the picture that a notebook shows, as PNG."""
         buffer = io.BytesIO()
         self.sheet().save(buffer, "PNG")
         return buffer.getvalue()
@@ -251,7 +251,7 @@ def side_by_side(found: Mapping[str, Explanation]) -> Image.Image:
 
 
 def _legend(found: Sequence[Explanation]) -> tuple[str, str]:
-    """What the two ends of the colour scale stand for."""
+    """Return labels for the two ends of the colour scale."""
     ends = {one.ends(name) for one in found for name in one.names}
     if len(ends) == 1:
         low, high = ends.pop()

@@ -1,4 +1,4 @@
-"""What conf/extractor says of a method: its settings, its models and the view that its rows are read with. Needs no Hydra."""
+"""Sheets of conf/extractor: a method's settings, its models and the view that its rows are read with. Needs no Hydra."""
 
 from __future__ import annotations
 

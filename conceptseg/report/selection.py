@@ -20,7 +20,7 @@ _RANK: dict[Kind, int] = {"standard": 0, "released": 1, "quoted": 2, "difference
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What is shown of a table. The fields are settings of `report`; see docs/tables.md."""
+    """The part of a table that is shown. The fields are settings of `report`; see docs/tables.md."""
 
     columns: tuple[str, ...] = ()
     """Names of columns; () takes the output's own. In a paper's table a metric's name takes it in every group of columns."""

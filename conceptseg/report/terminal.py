@@ -119,7 +119,7 @@ def _brief_lines(shown: Results, whole: Mapping[str, Block], notes: Mapping[str,
 
 
 def _room(columns: Sequence[_BriefColumn], width: int) -> int:
-    """What is left for names beside some columns."""
+    """Return the width that is left for names beside some columns."""
     return width - sum(2 + column.width for column in columns)
 
 
@@ -171,7 +171,7 @@ def _usual_n(block: Block) -> int:
 
 
 def _behind_name(row: TableRow, block: Block, notes: Mapping[str, int]) -> str:
-    """What stands behind a row's name: its n or status where that is not its block's, and the number of its note."""
+    """Return the text behind a row's name: its n or status where that is not its block's, and the number of its note."""
     n = f" n={row.n}" if row.status == "ok" and row.n != _usual_n(block) else ""
     status = f" {row.status}" if row.status != "ok" and _usual_n(block) else ""
     return f"{n}{status}" + (f" ({notes[row.note]})" if row.note else "")

@@ -142,7 +142,7 @@ class _Setting(NamedTuple):
     kind: Protocol
     config: dict[str, Any]
     needs: list[str]
-    """What this machine lacks for it."""
+    """Weights and data that this machine lacks for it."""
     command: str
     """Runs it once that is there."""
 

@@ -4,21 +4,21 @@ q is the share of background among pixels that are not void.
 """
 
 from functools import cache
-from importlib import resources
 
 import numpy as np
 import pytest
 import torch
-from composing import plainly
+from composing import GROUPS, plainly
 
 from conceptseg.config import instantiate
 from conceptseg.extractors.controls import CentrePrior, ColourContrast, Constant, InvertedOracle, Oracle, RandomMap
 from conceptseg.metrics.definitions import DEFINITIONS, Rows
 from conceptseg.types import VOID, Batch, Sample, Task
 
-PROTOCOLS = sorted(f.name.removesuffix(".yaml") for f in resources.files("conceptseg.conf").joinpath("protocol").iterdir())
-SINGLE = [name for name in PROTOCOLS if "multi" not in name and name != "scenes_hard"]
-MULTI = [name for name in PROTOCOLS if "multi" in name or name == "scenes_hard"]
+SHEETS = {name: plainly(f"protocol={name}")["protocol"] for name in GROUPS["protocol"]}
+PROTOCOLS = list(SHEETS)
+SINGLE = [name for name, sheet in SHEETS.items() if sheet["task"] == "single"]
+MULTI = [name for name, sheet in SHEETS.items() if sheet["task"] == "multi" and sheet["background"]]
 EXACT = 1e-12  # ratios of whole numbers in float64
 
 
@@ -39,7 +39,7 @@ def samples(classes=1, void=True):
         if void:
             mask[:16, : 32 * (number + 1)] = VOID
         image = generator.integers(0, 256, (224, 224, 3)).astype(np.uint8)
-        found.append(Sample(f"made/{number}", image, mask, {1: "cat", 2: "dog"}))
+        found.append(Sample(f"made/{number}", image, mask, {1: "cat", 2: "dog"}, {}, {"cat": 1, "dog": 2}))
     return found
 
 

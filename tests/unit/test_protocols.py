@@ -1,10 +1,8 @@
 """Protocols: what a sample becomes, what is left out and why, and what every conf/protocol holds."""
 
-from importlib import resources
-
 import numpy as np
 import pytest
-from composing import plainly
+from composing import GROUPS, plainly
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
@@ -14,7 +12,7 @@ from conceptseg.protocols import Excluded, SegmentationProtocol
 from conceptseg.segment.segmenter import Segmenter
 from conceptseg.types import VOID, Sample, Task
 
-PROTOCOLS = sorted(f.name.removesuffix(".yaml") for f in resources.files("conceptseg.conf").joinpath("protocol").iterdir())
+PROTOCOLS = GROUPS["protocol"]
 PAPERS = ("chefer", "gandelsman")  # what their released code does, under the name it is known by
 WORDS = {3: "bird", 8: "cat", 12: "dog"}
 CAPTIONS = {"metagame_single": "", "metagame_multi": "", "seg4diff": "cat"}  # the others say "a cat"

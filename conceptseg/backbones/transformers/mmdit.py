@@ -54,7 +54,7 @@ class MultiModalBackbone(LatentModel):
     carrier: ClassVar[type[ConceptCarrier]]
     spaces: ClassVar[tuple[str, ...]] = tuple(SPACES)
     text_encoder_name: ClassVar[str] = "T5"
-    """What a reader calls the text encoders."""
+    """Name of the text encoders in messages."""
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
     """Attributes that hold text encoders."""
 
