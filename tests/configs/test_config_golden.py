@@ -2,7 +2,7 @@
 
 To write the files again, after making sure that the change is meant:
 
-    python tests/configs/test_config_golden.py
+    cd tests && python -m configs.test_config_golden
 """
 
 from __future__ import annotations
