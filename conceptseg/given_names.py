@@ -13,7 +13,7 @@ from typing import Any
 
 from conceptseg.errors import ConfigError, DataError, one_of
 from conceptseg.reading import read_json, read_lines
-from conceptseg.types import BACKGROUND, Sample, checked_word, folded
+from conceptseg.types import BACKGROUND, Sample, check_distinct, checked_word, folded
 
 RULES = ("truth", "named", "distractors", "all", "file")
 
@@ -28,7 +28,7 @@ class GivenNames:
     total: how many names an image is given under "distractors"; an image with more classes keeps them all, and 0 adds none.
     seed: of the draw, which depends on the sample's key too, so that it is the same on every machine and for every method.
     file: a JSON object of sample keys to lists of words (such as the labels that another model predicted), or a text file with
-        one word per line for all images.
+        one word per line for all images (.txt).
     Source: the rules of ConceptAttention (arXiv:2502.04320; classes of the truth), METAGAME (arXiv:2605.06295; up to 20 names),
     SCLIP (arXiv:2312.01597; all names) and DiffSegmenter (arXiv:2309.02773; predicted labels).
     """
@@ -110,9 +110,28 @@ class GivenNames:
     def _listed(self) -> list[str] | dict[str, list[str]]:
         path = Path(self.file or "")
         where = f"protocol.names_file {path}"
-        if path.suffix != ".json":
-            return [checked_word(line, where, DataError) for line in read_lines(path, where) if line.strip()]
+        if path.suffix.lower() == ".txt":
+            lines = [line for line in read_lines(path, where) if line]
+            if not lines or lines[0][0] in "[{":
+                raise DataError(
+                    f"{where} holds {'JSON' if lines else 'no word'}; a word a line was wanted. JSON goes into a .json file."
+                )
+            return _distinct([checked_word(line, where, DataError) for line in lines], where)
+        if path.suffix.lower() != ".json":
+            raise ConfigError(f"{where}: a .txt file with a word a line was wanted, or a .json file.")
         content = read_json(path, where)
         if not isinstance(content, dict) or not all(isinstance(words, list) for words in content.values()):
             raise DataError(f'{where} holds no object of sample keys to lists of words, such as {{"set/1": ["cat"]}}.')
-        return {key: [checked_word(word, f"{where}, {key}", DataError) for word in words] for key, words in content.items()}
+        if empty := [key for key, words in content.items() if not words]:
+            raise DataError(
+                f'{where} lists no word for "{empty[0]}". Name at least one, or leave the sample out of the data set.'
+            )
+        return {
+            key: _distinct([checked_word(word, f"{where}, {key}", DataError) for word in words], f"{where}, {key}")
+            for key, words in content.items()
+        }
+
+
+def _distinct(words: list[str], where: str) -> list[str]:
+    check_distinct(words, where)
+    return words

@@ -118,7 +118,10 @@ def read_rows(path: Path, columns: Sequence[str], where: str = "") -> Iterator[t
     where = where or str(path)
     text = read_text(path, where)
     first = text.partition("\n")[0]
-    heads = {mark: [head.strip() for head in next(csv.reader([first], delimiter=mark), [])] for mark in (",", ";", "\t")}
+    try:
+        heads = {mark: [head.strip() for head in next(csv.reader([first], delimiter=mark), [])] for mark in (",", ";", "\t")}
+    except csv.Error as error:
+        raise DataError(f"{where}, line 1: this is not CSV: {error}.\n  The first line must be: {','.join(columns)}.") from error
     mark = next((mark for mark, names in heads.items() if set(columns) <= set(names)), ",")
     names = heads[mark]
     lacking = [column for column in columns if column not in names]
@@ -155,7 +158,11 @@ def path_inside(folder: Path, name: str) -> Path | None:
     if "\0" in name:
         return None
     whole = os.path.normpath(os.path.join(os.path.abspath(folder), name))
-    for place, root in ((whole, os.path.abspath(folder)), (os.path.realpath(whole), os.path.realpath(folder))):
+    try:
+        resolved = os.path.realpath(whole)
+    except UnicodeEncodeError:  # half a surrogate, as JSON can write it: no file has that name
+        return None
+    for place, root in ((whole, os.path.abspath(folder)), (resolved, os.path.realpath(folder))):
         if Path(place).is_relative_to(root):
             return Path(whole)
     return None
@@ -183,6 +190,8 @@ def read_json(path: Path, where: str = "", largest: int = LARGEST_TEXT) -> Any:
         return json.loads(text, object_pairs_hook=once, parse_constant=finite)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}, line {error.lineno}: this is no JSON: {error.msg}.\n  Export the file again.") from error
+    except ValueError as error:  # a number of more digits than Python reads
+        raise DataError(f"{where}: this is no JSON that can be read: {error}.\n  Export the file again.") from error
     except RecursionError as error:
         raise DataError(f"{where}: its brackets are nested too deeply to be read.\n  Export the file again.") from error
 

@@ -76,7 +76,7 @@ class Coco(ListedDataset[ListedImage]):
             path = self._file(self.images, name, name)
             segments = None
             if content.panoptic:
-                if one["id"] not in content.by_image:
+                if not content.by_image[one["id"]]:
                     raise DataError(f"{content.where} holds no segments for {name}.\n  Take the file from the source again.")
                 segments = self._file(str(self.segments), content.by_image[one["id"]][0].get("file_name"), name)
             yield name.rpartition(".")[0] or name, ListedImage(one["id"], path, segments, one.get("height"), one.get("width"))
@@ -95,8 +95,8 @@ class Coco(ListedDataset[ListedImage]):
     def identity(self, entry: ListedImage) -> Any:
         """The entry's annotations and what their categories mean, but no path."""
         content = self._read_annotations()
-        chosen = [annotation.get("category_id") for annotation in content.by_image.get(entry.id, ())]
-        said = [entry.id, entry.height, entry.width, content.by_image.get(entry.id, []), [content.labels.get(c) for c in chosen]]
+        chosen = [annotation.get("category_id") for annotation in content.by_image[entry.id]]
+        said = [entry.id, entry.height, entry.width, content.by_image[entry.id], [content.labels.get(c) for c in chosen]]
         return hashlib.sha256(repr([said, content.words]).encode()).hexdigest()
 
     def source(self) -> str:
@@ -134,11 +134,21 @@ class Coco(ListedDataset[ListedImage]):
         content = self._read_annotations()
         coloured = read_image(path, key, f"of segments, {path}", upright=False).astype(np.int64)
         numbers = coloured @ np.array([1, 256, 65536])
-        known: dict[Any, int] = {0: VOID}
+        known: dict[int, int] = {0: VOID}
         for segment in _list(content.by_image[image][0], "segments_info", f"{key}: {content.where}"):
-            label = content.label(segment, key)
-            known[segment.get("id")] = VOID if segment.get("iscrowd") else label
+            label, number = content.label(segment, key), segment.get("id")
+            if type(number) is not int or number in known:
+                raise DataError(
+                    f"{key}: {content.where} describes the segment {number!r}; distinct whole numbers above 0 were wanted.\n"
+                    "  Export the file again."
+                )
+            known[number] = VOID if _is_crowd(segment, f"{key}: segment {number}") else label
         found, inverse = np.unique(numbers, return_inverse=True)
+        if lacking := sorted(set(known) - {0, *map(int, found)}):
+            raise DataError(
+                f"{key}: {content.where} describes the segment {lacking[0]}, which {path} does not show.\n"
+                "  Was the PNG resized, or is it of another file? Look at dataset.segments."
+            )
         if strange := [int(n) for n in found if int(n) not in known]:
             raise DataError(
                 f"{key}: {path} holds the segment {strange[0]}, which {content.where} does not describe.\n"
@@ -150,13 +160,13 @@ class Coco(ListedDataset[ListedImage]):
         content = self._read_annotations()
         height, width = _size(entry, key)
         mask, crowd = np.zeros((height, width), np.uint8), np.zeros((height, width), bool)
-        for annotation in content.by_image.get(entry.id, ()):
+        for annotation in content.by_image[entry.id]:
             label = content.label(annotation, key)
             if label == BACKGROUND:
                 continue
             where = f"{key}: annotation {annotation.get('id')}"
             covered = decode(annotation.get("segmentation"), height, width, where)
-            if annotation.get("iscrowd"):
+            if _is_crowd(annotation, where):
                 crowd |= covered
             else:
                 mask[covered & (mask != BACKGROUND) & (mask != label)] = VOID
@@ -177,21 +187,25 @@ class _Annotations:
         self.images = _list(body, "images", where)
         annotations, categories = _list(body, "annotations", where), _list(body, "categories", where)
         ids = [one.get("id") for one in self.images]
-        if any(not isinstance(i, int) for i in ids) or len(set(ids)) < len(ids):
+        if any(type(i) is not int for i in ids) or len(set(ids)) < len(ids):
             raise DataError(f"{where}: the ids of images are no distinct whole numbers.\n  Export the file again.")
         if nameless := [one["id"] for one in self.images if not isinstance(one.get("file_name"), str)]:
             raise DataError(f"{where}: image {nameless[0]} has no file_name.\n  Export the file again.")
-        self.by_image: dict[Any, list[Mapping[str, Any]]] = {}
+        self.by_image: dict[Any, list[Mapping[str, Any]]] = {one: [] for one in ids}
         for annotation in annotations:
-            self.by_image.setdefault(annotation.get("image_id"), []).append(annotation)
-        if strange := [i for i in self.by_image if i not in set(ids)]:
-            raise DataError(f"{where}: an annotation is of image {strange[0]}, which is not listed.\n  Export the file again.")
+            image = annotation.get("image_id")
+            if type(image) is not int or image not in self.by_image:
+                raise DataError(f"{where}: an annotation is of image {image!r}, which is not listed.\n  Export the file again.")
+            self.by_image[image].append(annotation)
         self.panoptic = bool(annotations) and all("segments_info" in one for one in annotations)
-        names: dict[Any, Any] = {
-            one.get("id"): one.get("name") for one in sorted(categories, key=lambda one: str(one.get("id")).zfill(12))
-        }
-        if len(names) < len(categories) or any(not isinstance(name, str) for name in names.values()):
-            raise DataError(f"{where}: categories are no distinct ids with names.\n  Export the file again.")
+        if self.panoptic and (twice := [image for image, said in self.by_image.items() if len(said) > 1]):
+            raise DataError(f"{where}: image {twice[0]} has two lists of segments; one was wanted.\n  Export the file again.")
+        numbers = [one.get("id") for one in categories]
+        if any(type(n) is not int for n in numbers) or len(set(numbers)) < len(numbers):
+            raise DataError(f"{where}: the ids of categories are no distinct whole numbers.\n  Export the file again.")
+        names: dict[Any, Any] = {one["id"]: one.get("name") for one in sorted(categories, key=lambda one: int(one["id"]))}
+        if nameless := [number for number, name in names.items() if not isinstance(name, str)]:
+            raise DataError(f"{where}: category {nameless[0]} has no name.\n  Export the file again.")
         if classes is not None and (unknown := [name for name in classes if name not in names.values()]):
             raise ConfigError(f'dataset.classes names "{unknown[0]}". {did_you_mean(unknown[0], names.values())}')
         asked: dict[Any, str] = {}
@@ -211,7 +225,7 @@ class _Annotations:
 
     def label(self, annotation: Mapping[str, Any], key: str) -> int:
         category = annotation.get("category_id")
-        if category not in self.labels:
+        if type(category) is not int or category not in self.labels:
             raise DataError(f"{key}: {self.where} holds the category {category!r}, which it does not list.")
         return self.labels[category]
 
@@ -220,8 +234,8 @@ def decode(segmentation: Any, height: int, width: int, where: str) -> Bool[np.nd
     """The pixels of polygons [[x, y, x, y, ...], ...], or of run lengths {"size", "counts"}, which go down the columns.
 
     Counts are a list, or text in pycocotools' packing. `where` names the annotation in messages. Raises DataError for run lengths
-    that do not add up to the image, and for polygons with fewer than three corners, or corners that are no finite numbers or far
-    outside.
+    that do not add up to the image, and for polygons with fewer than three corners, corners that are no finite numbers or far
+    outside, or no part in the image.
     """
     if isinstance(segmentation, Mapping):
         size, counts = segmentation.get("size"), segmentation.get("counts")
@@ -242,8 +256,13 @@ def decode(segmentation: Any, height: int, width: int, where: str) -> Bool[np.nd
     for polygon in segmentation:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
             raise DataError(f"{where}: a polygon is no list of three or more corners x, y.\n  Export the file again.")
-        if any(type(v) not in (int, float) or not math.isfinite(v) or abs(v) > far for v in polygon):
+        if any(type(v) not in (int, float) or abs(v) > far or not math.isfinite(v) for v in polygon):
             raise DataError(f"{where}: a polygon has a corner that is no number, or far outside the image.\n  Export it again.")
+    if not any(_reaches(polygon, height, width) for polygon in segmentation):
+        raise DataError(
+            f"{where}: its polygons lie outside the image of {height} x {width} (height x width).\n"
+            "  Are the annotations those of this image, at this size?"
+        )
     try:
         from pycocotools import mask as drawing
     except ImportError as error:
@@ -282,6 +301,19 @@ def unpacked(counts: str | bytes, where: str) -> list[int]:
     if shift:
         raise DataError(f"{where}: its packed run lengths end within a number.\n  Export it again.")
     return runs
+
+
+def _reaches(polygon: Sequence[float], height: int, width: int) -> bool:
+    """Whether the box around a polygon has a part in the image."""
+    columns, rows = polygon[::2], polygon[1::2]
+    return max(columns) >= 0 and min(columns) <= width and max(rows) >= 0 and min(rows) <= height
+
+
+def _is_crowd(annotation: Mapping[str, Any], where: str) -> bool:
+    crowd = annotation.get("iscrowd")
+    if crowd not in (None, 0, 1) or isinstance(crowd, float):
+        raise DataError(f"{where}: iscrowd is {crowd!r}; 0 or 1 was wanted.\n  Export the file again.")
+    return bool(crowd)
 
 
 def _size(entry: ListedImage, key: str) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from conceptseg.data.images import (
     read_mask,
 )
 from conceptseg.data.listed import ListedDataset
-from conceptseg.data.mask_values import MaskValues, checked_classes, labels_of, numbered
+from conceptseg.data.mask_values import MaskValues, checked_classes, labels_of, names_no_class, numbered
 from conceptseg.errors import ConfigError, DataError, did_you_mean, one_of
 from conceptseg.reading import read_lines, read_rows
 from conceptseg.types import BACKGROUND, VOID, Sample, checked_word, folded
@@ -32,6 +32,9 @@ PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".tif", ".tiff", ".bmp", 
 BESIDE = (".txt", ".csv", ".json", ".jsonl", ".xml", ".md", ".ini", ".db", ".yaml", ".yml")
 """Files that may lie among pictures and are not read."""
 _NUMBERED = re.compile(r"(?P<value>\d+)\s*[:=\t]\s*(?P<word>.+)")
+_NO_WORD = re.compile(r"""["'\[{].*|-\s.*|.*\t.*|\d+\s*[,;|].*|.*[:=,;|]\s*\d[\d\s,:;]*|[\W\d_]*""")
+"""Lines of CSV, JSON, YAML or of a colour map, and those without a letter."""
+_COUNTED = re.compile(r"\W*\d+\W*\s\D+|\D+\s\W*\d+\W*")
 _COUNTER = re.compile(r"[\s_.()-]*\d+[\s_.()-]*$")
 
 
@@ -99,7 +102,12 @@ class ImageFolder(ListedDataset[Photo]):
             raise DataError(f"Reading {self.name}: {self.root} is no folder.\n  Set dataset.root to that of {self.images}/.")
         images, masks = self._pictures(self.images), self._pictures(self.masks)
         if self.images == self.masks:
-            images = {stem: path for stem, path in images.items() if not stem.endswith(self.mask_suffix)}
+            # An image may have the suffix in its name: gas_mask.png, whose mask is gas_mask_mask.png.
+            images = {
+                stem: path
+                for stem, path in images.items()
+                if not (stem.endswith(self.mask_suffix) and stem.removesuffix(self.mask_suffix) in images)
+            }
         words = self._words(images)
         self._numbers = numbered(words.values())
         return (
@@ -272,21 +280,36 @@ def _named_by(stem: str) -> str:
 
 
 def _read_classes(path: Path) -> dict[int, str]:
-    """Mask value -> word. Raises DataError for lines of both kinds, and for a value or line that makes no class."""
+    """Mask value -> word. Raises DataError for lines of both kinds, for a value that makes no class, and for lines of other
+    formats, whose marks and numbers would be taken for parts of words.
+    """
     lines = [(number, line) for number, line in enumerate(read_lines(path), 1) if line and not line.startswith("#")]
     numbered = [_NUMBERED.fullmatch(line) for _, line in lines]
     if any(numbered) and not all(numbered):
         number, line = next(one for one, match in zip(lines, numbered, strict=True) if match is None)
         raise DataError(f'{path}, line {number}: "{line}" has no value, and other lines have: wanted such as "7: cat".')
+    words = [match["word"] if match else line for (_, line), match in zip(lines, numbered, strict=True)]
+    counted = not any(numbered) and all(_COUNTED.fullmatch(word) for word in words)
+    for (number, line), word in zip(lines, words, strict=True):
+        if _NO_WORD.fullmatch(word) or counted:
+            raise DataError(
+                f'{path}, line {number}: "{line}" is no word alone. A line is a word, such as "cat", or a mask value and a word, '
+                'such as "7: cat".\n  Write it so, or give other words by dataset.classes.'
+            )
     first = 0 if lines and folded(lines[0][1]).strip("_") == "background" else 1
     pairs = [
-        (int(match["value"]), match["word"]) if match else (place, line)
-        for place, ((_, line), match) in enumerate(zip(lines, numbered, strict=True), first)
+        (int(match["value"]) if match else place, word)
+        for place, (word, match) in enumerate(zip(words, numbered, strict=True), first)
     ]
     values = [value for value, _ in pairs]
     if len(set(values)) < len(values):
         raise DataError(f"{path} names the value {next(v for v in values if values.count(v) > 1)} twice.\n  Leave one line out.")
-    kept = {value: word for value, word in pairs if value != BACKGROUND}
+    if strange := [word for value, word in pairs if value == BACKGROUND and not names_no_class(word)]:
+        raise DataError(
+            f'{path} names the value 0 "{strange[0]}", but 0 is background here.\n'
+            "  If it is a class in the masks, give it another value there."
+        )
+    kept = {value: word for value, word in pairs if value not in (BACKGROUND, VOID) or not names_no_class(word)}
     try:
         return checked_classes(kept, str(path))
     except ConfigError as error:

@@ -10,7 +10,10 @@ from jaxtyping import UInt8
 
 from conceptseg.data.images import present_labels
 from conceptseg.errors import ConfigError, DataError
-from conceptseg.types import BACKGROUND, VOID, checked_word, folded
+from conceptseg.types import BACKGROUND, VOID, check_distinct, checked_word, folded
+
+NO_CLASSES = ("background", "void", "ignore", "ignored", "unlabeled", "unlabelled")
+"""Names that lists of classes give to values that are no class."""
 
 
 class MaskValues:
@@ -102,7 +105,22 @@ def checked_classes(classes: Mapping[Any, Any], setting: str = "dataset.classes"
         named[int(digits)] = checked_word(word, f"{setting}.{digits}")
     if not named or not all(BACKGROUND < value <= VOID for value in named) or len(named) > 254:
         raise ConfigError(f"{setting} names the classes {_listed(named)}; 1 to 255 were wanted, 254 of them at most.")
+    if strange := next((f'{value} "{word}"' for value, word in named.items() if names_no_class(word)), None):
+        raise ConfigError(
+            f"{setting} names the class {strange}, which would be a word to ask for. Leave it out, and name its value in "
+            "dataset.background or dataset.void."
+        )
+    check_distinct(named.values(), setting, ConfigError)
     return named
+
+
+def names_no_class(word: str) -> bool:
+    """Whether a list of classes means background or void by a word.
+
+    >>> names_no_class("__Background__"), names_no_class("cat")
+    (True, False)
+    """
+    return folded(word).strip("_ ") in NO_CLASSES
 
 
 def _listed(values: Iterable[int]) -> str:

@@ -60,6 +60,8 @@ def test_polygons_are_those_of_pycocotools():
         ([[1, 1, 2, 2]], "three or more"),
         ([[1, 1, 2, 2, 3, float("nan")]], "no number"),
         ([[1, 1, 2, 2, 3, 1e12]], "far outside"),
+        ([[1, 1, 2, 2, 3, 10**400]], "far outside"),
+        ([[5, 5, 9, 5, 9, 9]], "lie outside"),
         (None, "no segmentation"),
     ],
 )
@@ -114,6 +116,22 @@ def test_panoptic_numbers_become_classes(write):
     data = Coco(root, "a.json", "val", "seg")
     sample = data.read("a/7")
     assert sample.mask[0].tolist() == [1, 1] + [255] * 6 and sample.words == {1: "big cat"}
+
+    def read(*segments, times=1):
+        write([{"image_id": 7, "file_name": "7.png", "segments_info": segments}] * times)
+        return Coco(root, "a.json", "val", "seg").read("a/7")
+
+    zero, twice, absent = {"id": 0, "category_id": 3}, {**segments[0], "category_id": 18}, {"id": 8, "category_id": 3}
+    for strange, message in (
+        (zero, "segment 0; distinct"),
+        (twice, "segment 5; distinct"),
+        (absent, "segment 8, which .* not show"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read(*segments, strange)
+    with pytest.raises(DataError, match="image 7 has two lists"):
+        read(*segments, times=2)
+    read(*segments)
     before = data.fingerprint()
     coloured[0, 7] = 9, 0, 0
     Image.fromarray(coloured).save(root / "seg" / "7.png")
@@ -129,6 +147,10 @@ def test_panoptic_numbers_become_classes(write):
     [
         ([instance(4, SQUARE)], None, "category 4"),
         ([instance(3, SQUARE, image=8)], None, "image 8, which is not listed"),
+        ([instance(3, SQUARE, image=[7])], None, r"image \[7\], which is not listed"),
+        ([instance([3], SQUARE)], None, r"category \[3\]"),
+        ([{**instance(3, SQUARE), "iscrowd": "0"}], None, "iscrowd is '0'"),
+        ([], [{"id": 7, "file_name": "\ud800.png", "height": 6, "width": 8}], "not in"),
         ([], [{"id": 7, "file_name": "../a.json", "height": 6, "width": 8}], "not in"),
         ([], [{"id": 7, "file_name": "7.png", "height": 8, "width": 6}], "8 x 6"),
         ([], [{"id": 7, "file_name": "7.png", "height": 10**6, "width": 10**6}], "can't be"),

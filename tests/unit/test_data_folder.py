@@ -127,6 +127,27 @@ def test_classes_txt_numbers_its_lines_or_is_numbered(folder):
     (root / "classes.txt").write_text("7: cat\ndog\n")
     with pytest.raises(DataError, match='line 2: "dog" has no value'):
         ImageFolder(root).keys()
+    (root / "classes.txt").write_text("0: background\n2: dog\n255: void\n")
+    assert labels_and_words(ImageFolder(root))[1] == [{2: "dog"}]
+
+
+def test_lines_of_other_formats_in_classes_txt_are_refused(folder):
+    root = folder({"a": mask(0, 2)}, classes_txt="")
+    read = []
+    for text in (
+        "1,cat\n2,dog", "id,name\n1,cat\n2,dog", "1 cat\n2 dog", "cat: 1\ndog: 2", "cat 1\ndog 2", "1. cat\n2. dog", "1\n2",
+        "cat:128,0,0::\ndog:0,128,0::", '["cat", "dog"]', "- cat\n- dog", '"cat"\n"dog"', "x\tcat\ny\tdog", "cat\nCat ",
+        "__ignore__\n_background_\ncat\ndog", "0: cat\n1: dog\n2: car", "unlabeled\ncat\ndog", "3: background\n2: dog",
+    ):  # fmt: skip
+        (root / "classes.txt").write_text(text)
+        try:
+            read.append((text, ImageFolder(root).keys()))
+        except DataError as error:
+            assert "classes.txt" in str(error)
+    assert not read
+    for text in ("tench, Tinca tinca\n2D map", "cat\nhot dog", "no\nyes"):
+        (root / "classes.txt").write_text(text)
+        assert labels_and_words(ImageFolder(root))[1] == [{2: text.partition("\n")[2]}]
 
 
 def test_what_does_not_pair_is_said_and_not_left_out(folder):
@@ -140,6 +161,13 @@ def test_what_does_not_pair_is_said_and_not_left_out(folder):
     (root / "masks" / "b_mask.png").write_bytes((root / "masks" / "a.png").read_bytes())
     (root / "masks" / "a_mask.png").write_bytes((root / "masks" / "a.png").read_bytes())
     assert len(labels_and_words(ImageFolder(root, mask_suffix="_mask"))[0]) == 2
+    for name in ("a", "a_mask", "gas_mask", "gas_mask_mask", "lone_mask"):
+        (root / "both").mkdir(exist_ok=True)
+        Image.fromarray(mask(0, 1) if name.endswith("k_mask") or name == "a_mask" else PHOTO).save(root / "both" / f"{name}.png")
+    found = ImageFolder(root, "both", "both", "_mask", name="x")
+    assert found.keys() == ("x/a", "x/gas_mask", "x/lone_mask") and found.read("x/gas_mask").mask[0, 1] == 1
+    with pytest.raises(DataError, match="lone_mask_mask"):
+        found.read("x/lone_mask")
     (root / "images" / "d.heic").write_bytes(b"x")
     with pytest.raises(DataError, match=r"d\.heic is no picture"):
         ImageFolder(root).keys()

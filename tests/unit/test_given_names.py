@@ -83,6 +83,22 @@ def test_a_file_lists_names_for_each_image_or_for_all(tmp_path):
     assert len({*ids, protocol(names="file", names_file=str(every)).identity()["names_file"]}) == 3
 
 
+def test_a_file_of_names_that_is_no_list_of_words_is_refused(tmp_path):
+    read = []
+    for name, text in (
+        ("a.txt", ""), ("a.txt", '["cat"]'), ("a.txt", "cat\nCat\n"), ("a.csv", "cat\n"), ("a", "cat\n"), ("A.JSON", "cat\n"),
+        ("a.json", '{"set/1": []}'), ("a.json", '{"set/1": ["cat", " CAT"]}'), ("a.json", '{"set/1": [1]}'),
+        ("a.json", '["cat"]'), ("a.json", '{"set/1": "cat"}'), ("a.json", '{"set/1": [NaN]}'),
+        ("a.json", '{"set/1": ["cat"], "set/1": ["dog"]}'),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(text)
+        try:
+            read.append((name, text, protocol(names="file", names_file=str(tmp_path / name)).identity()))
+        except (ConfigError, DataError) as error:
+            assert "names_file" in str(error)
+    assert not read
+
+
 def test_rules_are_part_of_the_identity_and_older_ids_stay():
     plain = protocol().identity()
     assert not {"names", "ask", "background_rule"} & plain.keys()

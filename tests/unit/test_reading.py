@@ -94,8 +94,9 @@ def test_rows_are_read_whatever_separates_their_cells(tmp_path, mark):
         ("id,word\n1,red, blue\n", "line 2: 3 cells"),
         ('id,word\n1,"cat\n', "line 2: this is not CSV: unexpected end of data"),
         ("id,word\n1," + "x" * 200_000 + "\n", r"line 2: this is not CSV: field larger than field limit"),
+        ("x" * 200_000 + "\n", r"line 1: this is not CSV: field larger than field limit"),
     ],
-    ids=["a column misspelt", "empty", "a column twice", "too short", "too long", "an open quote", "a huge field"],
+    ids=["a column misspelt", "empty", "a column twice", "too short", "too long", "an open quote", "a huge field", "a huge head"],
 )
 def test_a_table_that_does_not_hold_together_is_refused_with_its_line(tmp_path, content, message):
     with pytest.raises(DataError, match=message):
@@ -109,6 +110,7 @@ def test_a_table_that_does_not_hold_together_is_refused_with_its_line(tmp_path, 
         ('{"a": NaN}', "NaN is no number"),
         ('{\n"a": }', "line 2: this is no JSON"),
         ("[" * 200_000, "nested too deeply"),
+        ("9" * 5_000, "no JSON that can be read"),
     ],
 )
 def test_json_is_read_strictly(tmp_path, content, message):
