@@ -108,7 +108,8 @@ def whole_number(key: str, value: Any, least: int, most: int = 2**63 - 1) -> int
     conceptseg.errors.ConfigError: extractor.seed is 'abc'; wanted a whole number of at least 0.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise ConfigError(f"{key} is {value!r}; wanted a whole number of at least {least:,}.")
+        bound = f" and at most {most:,}" if isinstance(value, int) and value > most else ""
+        raise ConfigError(f"{key} is {value!r}; wanted a whole number of at least {least:,}{bound}.")
     return value
 
 

@@ -253,6 +253,7 @@ class Extractor(ABC):
         if len(views) != 1:
             raise ConfigError(f"explain: {len(views)} views were asked for; name one space, and leave out each.")
         (one,) = views
+        whole_number("explain: draws", one.draws, 1, 10_000)
         compares = one.softmax not in (Softmax.NONE, Softmax.TOKENS) or one.normalize is Normalize.LINEAR
         if alone and compares:
             raise ConfigError(

@@ -33,6 +33,7 @@ def method(tmp_path_factory):
         ("timesteps=[half]", "timesteps is 'half'; wanted a number"),
         ("draws=1.5", "draws is 1.5; wanted a whole number"),
         ("draws=0", "draws is 0; wanted a whole number of at least 1"),
+        ("seed=99999999999999999999", "wanted a whole number of at least 0 and at most"),
         ("blur=-1", "blur is -1; wanted a number of at least 0"),
         ("blur=.inf", "blur is inf; wanted a number"),
         ("seed=abc", "seed is 'abc'; wanted a whole number"),
