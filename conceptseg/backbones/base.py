@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,8 +25,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from conceptseg.backbones.hub import announce_download, damage, drop_damaged, hub_cause, page_of, repository_folder
 from conceptseg.data.digests import Extent, content_digests
-from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.errors import ConceptSegError, ConfigError, did_you_mean
 from conceptseg.keys import digest
 from conceptseg.types import Provenance
 
@@ -171,16 +173,36 @@ class Checkpoint:
 
     @contextmanager
     def loading(self, part: str) -> Iterator[None]:
-        """Turns whatever a loader raises into one message: what was tried, and where the files should be."""
+        """Turns whatever a loader raises into one message: what was tried, the cause, and the remedy.
+
+        A loader downloads what the hub's cache lacks: its size is said before, and its checksums are compared afterwards.
+        """
+        folder, pinned, since = self.folder(), self.pinned(), time.time()
+        where = folder or f"the hub, {self.path} at {self.revision}"
+        tried = f'extractor.backbone.path "{self.path}": reading its {part} from {where} failed'
+        if folder is None and pinned is not None:
+            announce_download(*pinned)
         try:
             yield
-        except LOADING_ERRORS as error:
-            where = self.folder() or f"the hub, {self.path} at {self.revision}"
+        except ConceptSegError:
+            raise
+        except Exception as error:
+            if folder is None and (damaged := drop_damaged(self.path, since)):
+                raise ConfigError(f"{tried}: {damage(damaged, self.path)}") from error
+            if folder is None and (cause := hub_cause(error, self.path, self.revision)):
+                raise ConfigError(f"{tried}: {cause}") from error
+            if not isinstance(error, LOADING_ERRORS):
+                raise
+            remedy = "Download it first, or use the lab: backbone@extractor.backbone=lab_flux."
+            if folder is None:
+                remedy = (
+                    f"See {page_of(self.path)}/tree/{self.revision}, and compare the sheet with the hub: scripts/check_sheets.py."
+                )
             raise ConfigError(
-                f'extractor.backbone.path "{self.path}": reading its {part} from {where} failed: {_first_line(error)}\n'
-                f"  Wanted a complete checkpoint in diffusers layout. Download it first (some ask for a licence to be accepted), "
-                f"or use the lab: backbone@extractor.backbone=lab_flux."
+                f"{tried}: {_first_line(error)}\n  Wanted a complete checkpoint in diffusers layout. {remedy}"
             ) from error
+        if folder is None and (damaged := drop_damaged(self.path, since)):
+            raise ConfigError(f"{tried}: {damage(damaged, self.path)}")
 
     def identity(self) -> dict[str, Any]:
         """Name these weights in a run id: repository and commit, or the digest of a local folder, wherever it lies."""
@@ -204,13 +226,12 @@ def resolved_commit(repository: str, branch: str) -> str:
     try:
         found = HfApi().model_info(repository, revision=branch, timeout=10).sha
     except Exception as error:  # also of its HTTP client, whose errors the library hands through
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = hub_cause(error, repository, branch) or _first_line(error)
     found = found or cached_commit(repository, branch)
     if found is None:
         raise ConfigError(
-            f'extractor.backbone.revision "{branch}" of {repository} could not be resolved to a commit ({reason}). Connect once, '
-            f"or name the commit: extractor.backbone.revision=<40 hex digits>, as the page lists them: "
-            f"https://huggingface.co/{repository}/commits/main"
+            f'extractor.backbone.revision "{branch}" of {repository} could not be resolved to a commit: {reason}\n'
+            f"  Or name the commit: extractor.backbone.revision=<40 hex digits>, as listed on {page_of(repository)}/commits/main"
         )
     log.warning(
         "%s: %s is commit %s; extractor.backbone.revision=%s reads the same weights later", repository, branch, found, found
@@ -222,9 +243,7 @@ def cached_commit(repository: str, revision: str | None) -> str | None:
     """The commit that a revision stood at when the hub's cache last saw it; None if it never did. Asks nobody."""
     if revision is None or COMMIT.fullmatch(revision):
         return revision
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    reference = Path(HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "refs", revision)
+    reference = repository_folder(repository) / "refs" / revision
     found = reference.read_text(encoding="utf-8").strip() if reference.is_file() else ""
     return found if COMMIT.fullmatch(found) else None
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from conceptseg.backbones.base import Backbone, LoadedCheckpoint
-from conceptseg.backbones.sheets import CLIP, UNET, VIT, families, sheet_of
+from conceptseg.backbones.sheet_files import sheet_of
+from conceptseg.backbones.sheets import CLIP, UNET, VIT, families
 from conceptseg.errors import ConfigError, did_you_mean
 
 Loaded: TypeAlias = Any

@@ -13,6 +13,7 @@ from torch import nn
 
 from conceptseg.announcing import announced
 from conceptseg.backbones.base import Checkpoint
+from conceptseg.backbones.hub import lacking_files
 from conceptseg.errors import ConfigError
 from conceptseg.reading import open_regular, read_json
 
@@ -78,6 +79,8 @@ def load_part(checkpoint: Checkpoint, name: str, loader: Any, subfolder: str = "
         folder = checkpoint.folder()
         if folder is not None:
             _check_local(folder / subfolder, loader)
+        elif subfolder and not lacking_files(checkpoint.path, checkpoint.commit(), (subfolder,)):
+            options["local_files_only"] = True  # diffusers asks the hub for the list of shards even if all are here
         model, found = loader.from_pretrained(**place, **checkpoint.source(), **options, output_loading_info=True)
     where = f'extractor.backbone.path "{checkpoint.path}": its {name}'
     if absent := sorted(found["missing_keys"]):

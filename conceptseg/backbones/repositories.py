@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from conceptseg.backbones.base import Checkpoint, cached_commit
+from conceptseg.backbones.hub import (
+    cache_folder,
+    damage,
+    drop_damaged,
+    hub_cause,
+    is_transient,
+    lacking_files,
+    page_of,
+    shards_of,
+    size_in_words,
+)
 from conceptseg.errors import ConfigError, did_you_mean
 
 READ = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
 """Names of files that loaders read."""
 NOT_READ = ("*.fp16*", "*.bf16*", "*.non_ema*", "*onnx*", "*openvino*", "*flax*")
 """Names among them of other precisions and other runtimes."""
+UNREAD_ENCODING = ("single_transformer_blocks.", "norm_out.", "proj_out.")
+"""Beginnings of names of tensors that `transformers.encode_only` leaves out, whichever layer is read last."""
+PAUSES = (5, 20)
+"""Seconds before a download that may pass is tried again."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +67,6 @@ def repository_of(settings: Mapping[str, Any]) -> Repository:
     return Repository(**said)
 
 
-def cache_folder() -> Path:
-    """Where the hub's client keeps what it downloads."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return Path(HF_HUB_CACHE)
-
-
 def free_bytes(folder: Path) -> int:
     """Bytes free where a folder lies, or will lie."""
     at = folder.absolute()
@@ -64,84 +75,81 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(at).free
 
 
-def missing_files(checkpoint: Checkpoint, files: Sequence[str] = ()) -> list[str]:
+def missing_files(checkpoint: Checkpoint, files: Sequence[str] = (), unread: Sequence[str] = ()) -> list[str]:
     """Which of the files and folders of a hub repository the cache lacks; shards that an index names count. Downloads nothing.
 
-    files: those that are read; empty for all that is there. Raises ConfigError for a path that is neither folder nor repository.
+    files: those that are read; empty for all that is there. unread: as in `fetch`. Raises ConfigError for a path that is neither
+    folder nor repository.
     """
     if checkpoint.folder() is not None:
         return []
-    commit = cached_commit(checkpoint.path, checkpoint.revision)
-    folder = cache_folder() / f"models--{checkpoint.path.replace('/', '--')}" / "snapshots" / (commit or "none")
-    if not folder.is_dir():
-        return [*files] or [checkpoint.path]
-    lacking = [name for name in files if not _is_there(folder / name)]
-    for index in sorted(folder.rglob("*.safetensors.index.json")):
-        if files and index.relative_to(folder).parts[0] not in files:
-            continue
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        lacking += sorted(
-            (index.parent / shard).relative_to(folder).as_posix() for shard in shards if not (index.parent / shard).exists()
+    return lacking_files(checkpoint.path, cached_commit(checkpoint.path, checkpoint.revision), files, unread)
+
+
+def fetch(checkpoint: Checkpoint, repository: Repository, unread: Sequence[str] = ()) -> None:
+    """Download the files that are read, those that the cache lacks, and compare what came with the hub's checksums.
+
+    unread: beginnings of tensor names that are not read: a shard that holds no others stays where it is. What may pass, a lost
+    connection or a hub out of order, is tried again after each of PAUSES. Raises ConfigError with the cause and the remedy.
+    """
+    path, revision = checkpoint.path, checkpoint.source()["revision"]
+    at = Checkpoint(path, revision)
+    trying, since = f"downloading {path} to {cache_folder()} failed", time.time()
+    for pause in (*PAUSES, None):
+        try:
+            _download(path, str(checkpoint.revision), repository, unread)  # a branch's name is kept with its commit
+            if lacking := missing_files(at, repository.files, unread):
+                _ask(path, revision)  # the client is content with what the cache has where the hub does not answer
+            break
+        except Exception as error:  # its HTTP client's, the disk's, a lost connection
+            if pause is not None and is_transient(error):
+                log.warning("%s: trying again in %d s", trying, pause)
+                time.sleep(pause)
+                continue
+            cause = hub_cause(error, path, revision) or (
+                f"{(str(error).strip() or type(error).__name__).splitlines()[0]}\n  Files that came whole are kept. Look at the "
+                f"network and the free disk, and run the same command again."
+            )
+            drop_damaged(path, since)
+            raise ConfigError(f"{trying}: {cause}") from error
+    if damaged := drop_damaged(path, since):
+        raise ConfigError(f"{trying}: {damage(damaged, path)}")
+    if lacking:
+        raise ConfigError(
+            f"{trying}: there is no {', '.join(lacking)} at {revision}.\n  See {page_of(path)}/tree/{revision}, and compare the "
+            f"sheet with the hub: scripts/check_sheets.py."
         )
-    return lacking
 
 
-def _is_there(path: Path) -> bool:
-    if not path.is_dir():
-        return path.is_file()
-    held = [file.name for file in path.iterdir() if file.exists()]
-    weighs = "config.json" in held  # a model's folder; tokenizers and schedulers have other configs
-    return any(name.endswith((".safetensors", ".safetensors.index.json")) for name in held) if weighs else bool(held)
-
-
-def page_of(path: str) -> str:
-    """A repository's page on the hub."""
-    from huggingface_hub.constants import ENDPOINT
-
-    return f"{ENDPOINT}/{path}"
-
-
-def has_token() -> bool:
-    """Whether the hub's client finds a token. It is never shown."""
-    from huggingface_hub import get_token
-
-    return bool(get_token())
-
-
-def fetch(checkpoint: Checkpoint, repository: Repository) -> None:
-    """Download the files that are read, those that the cache lacks. Raises ConfigError with the cause and the remedy."""
+def _download(path: str, revision: str, repository: Repository, unread: Sequence[str]) -> None:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    source = checkpoint.source()
-    path, revision = source["pretrained_model_name_or_path"], source["revision"]
     wanted = [pattern for name in repository.files for pattern in _patterns(name)] or [*READ]
-    try:
-        snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=[*NOT_READ])
-    except GatedRepoError as error:
-        raise ConfigError(
-            f"downloading {path}: its licence has to be accepted on {page_of(path)}, and a token shown. Accept it there, then: "
-            "hf auth login"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ConfigError(
-            f"downloading {path}: it has no commit {revision}. See {page_of(path)}/commits/main and set "
-            "extractor.backbone.revision."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ConfigError(
-            f"downloading {path}: no such repository, or a private one. Look at {page_of(path)}; for a private one: hf auth login"
-        ) from error
-    except Exception as error:  # its HTTP client's, the disk's, a lost connection: what came is kept and is not fetched again
-        raise ConfigError(
-            f"downloading {path} to {cache_folder()} failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}\n"
-            "  What came is kept. Look at the network, HF_HUB_OFFLINE and the free disk, and run the same command again."
-        ) from error
-    if lacking := missing_files(checkpoint, repository.files):
-        raise ConfigError(
-            f"downloading {path}: the hub has no {', '.join(lacking)} at {revision}. Run scripts/check_sheets.py, which compares "
-            "every sheet with the hub."
-        )
+    ignored = [*NOT_READ]
+    if unread:
+        indices = [pattern for pattern in wanted if pattern.endswith(".json")]
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=indices, ignore_patterns=ignored))
+        for index in folder.rglob("*.safetensors.index.json"):
+            needed, shards = shards_of(index, unread)
+            ignored += [(index.parent / shard).relative_to(folder).as_posix() for shard in shards - needed]
+    snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=ignored)
+
+
+def _ask(path: str, revision: str | None) -> None:
+    """Raises the client's error where the hub does not answer for a repository."""
+    from huggingface_hub import HfApi
+
+    HfApi().model_info(path, revision=revision, timeout=10)
+
+
+def size_of(repository: Repository) -> str:
+    """How much is downloaded of a repository at most, in words."""
+    return size_in_words(repository.download)
+
+
+def unread_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Beginnings of names of tensors that a backbone with these settings never reads."""
+    return UNREAD_ENCODING if settings.get("load") == "encode_only" else ()
 
 
 def _patterns(name: str) -> list[str]:

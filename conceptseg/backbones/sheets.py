@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from importlib import import_module, metadata, resources
+from importlib import import_module, metadata
 from inspect import signature
 from typing import Any
 
-import yaml
-
 from conceptseg.backbones.base import Backbone, Checkpoint
+from conceptseg.backbones.sheet_files import sheet_of
 from conceptseg.errors import ConfigError, did_you_mean
 
 FAMILIES = {
@@ -36,23 +34,6 @@ def families() -> dict[str, str]:
 UNET = "conceptseg.backbones.unets.unet.UNetBackbone"
 CLIP = "conceptseg.backbones.encoders.clip.CLIPBackbone"
 VIT = "conceptseg.backbones.encoders.vit.ViTBackbone"
-
-
-def sheets() -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, settings) of every sheet of conf/backbone."""
-    folder = resources.files("conceptseg.conf").joinpath("backbone")
-    for file in sorted(folder.iterdir(), key=lambda f: f.name):
-        if file.name.endswith(".yaml"):
-            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-            if isinstance(settings, dict) and "_target_" in settings:
-                yield file.name.removesuffix(".yaml"), settings
-
-
-def sheet_of(path: str) -> dict[str, Any] | None:
-    """Settings of the sheet of this name, or of the first sheet whose checkpoint this is; None where there is none."""
-    known = dict(sheets())
-    found = known.get(path) or next((sheet for sheet in known.values() if sheet.get("path") == path), None)
-    return None if found is None else dict(found)
 
 
 def backbone_of(

@@ -70,7 +70,8 @@ def _checked(config: Mapping[str, Any], said: Sequence[str]) -> Iterator[tuple[b
 def _machine(runtime: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
     import torch
 
-    from conceptseg.backbones.repositories import cache_folder, free_bytes, has_token
+    from conceptseg.backbones.hub import cache_folder, has_token
+    from conceptseg.backbones.repositories import free_bytes
     from conceptseg.evaluation.plan import device_bytes
 
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
@@ -104,7 +105,8 @@ def _machine(runtime: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
 def _weights(extractor: Mapping[str, Any], asked: bool) -> Iterator[tuple[bool, str]]:
     """Weights that the chosen method reads. Those of the default are not spoken of unless they are lacking."""
     from conceptseg.backbones.base import Checkpoint
-    from conceptseg.backbones.repositories import has_token, missing_files, page_of, repository_of
+    from conceptseg.backbones.hub import has_token, page_of
+    from conceptseg.backbones.repositories import missing_files, repository_of, unread_of
     from conceptseg.evaluation.weights import checkpoints
 
     for _, settings in checkpoints(extractor):
@@ -112,7 +114,7 @@ def _weights(extractor: Mapping[str, Any], asked: bool) -> Iterator[tuple[bool, 
         try:
             checkpoint = Checkpoint(path, settings.get("revision"))
             hub = checkpoint.folder() is None
-            lacking = missing_files(checkpoint, repository.files)
+            lacking = missing_files(checkpoint, repository.files, unread_of(settings))
         except ConfigError as error:
             yield True, f"weights: {error}"
             continue

@@ -110,7 +110,8 @@ def _table_rows(config: DictConfig, overrides: Sequence[str]) -> Iterator[tuple[
 
 def lines_of(rows: Sequence[tuple[str, RunPlan]], device: str, memory: int, runs: Path) -> Iterator[str]:
     """The plan as lines of at most 100 columns, but for names of repositories and folders."""
-    from conceptseg.backbones.repositories import cache_folder, free_bytes, has_token, page_of
+    from conceptseg.backbones.hub import cache_folder, has_token, page_of
+    from conceptseg.backbones.repositories import free_bytes
 
     plans = [plan for _, plan in rows]
     yield f"{'run':<42}{'fetch GB':>9}{'memory GB':>10}{'done of images':>15}{'time':>9}{'disk MB':>9}  state"

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from conceptseg.backbones.base import Checkpoint
-from conceptseg.backbones.repositories import has_token, missing_files, page_of, repository_of
+from conceptseg.backbones.hub import has_token, page_of
+from conceptseg.backbones.repositories import missing_files, repository_of, unread_of
 from conceptseg.backbones.settings import device_of, dtype_of
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.evaluation.assemble import MAPS_KEPT_FOR_VIEWS, build_parts, identity_of
@@ -155,7 +156,7 @@ def _model(key: str, settings: Mapping[str, Any], lacks: list[str]) -> Model:
         return Model(path, None, settings.get("licence"), None, 0, "", held, _operations(settings, held / 4))
     if not revision:
         lacks.append(f"weights: {key}.revision is empty; set it to a commit, or to main, which is resolved to one")
-    lacking = missing_files(checkpoint, repository.files)
+    lacking = missing_files(checkpoint, repository.files, unread_of(settings))
     if lacking and repository.gated and not has_token():
         lacks.append(f"token: accept the licence on {page_of(path)}, then: hf auth login")
     main = sum(billions for part, billions in repository.parameters.items() if part not in ("text", "vae"))

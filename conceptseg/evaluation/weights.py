@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from conceptseg.backbones.base import Checkpoint
-from conceptseg.backbones.repositories import cache_folder, fetch, missing_files, page_of, repository_of
+from conceptseg.backbones.hub import cache_folder, is_offline, page_of
+from conceptseg.backbones.repositories import fetch, missing_files, repository_of, size_of, unread_of
 from conceptseg.errors import ConfigError
 from conceptseg.evaluation.assemble import Evaluation
 
@@ -44,12 +44,12 @@ def provide_weights(evaluation: Evaluation) -> None:
     lacking = []
     for key, settings in checkpoints(config["extractor"]):
         checkpoint, repository = Checkpoint(str(settings["path"]), settings.get("revision")), repository_of(settings)
-        if checkpoint.folder() is None and (files := missing_files(checkpoint, repository.files)):
+        if checkpoint.folder() is None and (files := missing_files(checkpoint, repository.files, unread_of(settings))):
             lacking.append((key, settings, checkpoint, repository, files))
     if not lacking or not samples_to_compute(evaluation):
         return
     for key, settings, checkpoint, repository, files in lacking:
-        size = "a download of unknown size" if repository.download is None else f"up to {repository.download:g} GB"
+        size = size_of(repository)
         if not config["runtime"]["download"]:
             gate = (
                 f" Its licence has to be accepted first on {page_of(checkpoint.path)} (hf auth login)."
@@ -62,7 +62,7 @@ def provide_weights(evaluation: Evaluation) -> None:
                 f"unasked.\n  To fetch them, {size} to {cache_folder()}, licence {licence}: the same "
                 f"command with runtime.download=yes.{gate}\n  Or use the lab: backbone@extractor.backbone=lab_flux."
             )
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        if is_offline():
             raise ConfigError(f"runtime.download=yes can't fetch {checkpoint.path}, since HF_HUB_OFFLINE is set. Unset it.")
-        log.warning("%s: downloading %s to %s", checkpoint.path, size, cache_folder())
-        fetch(checkpoint, repository)
+        log.warning("%s is not whole on this machine. Fetching it, %s to %s", checkpoint.path, size, cache_folder())
+        fetch(checkpoint, repository, unread_of(settings))

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from tiny import tiny_flux, tiny_sd3
 
 from conceptseg.backbones.base import Backbone
-from conceptseg.backbones.sheets import backbone_of, sheets
+from conceptseg.backbones.sheet_files import sheets
+from conceptseg.backbones.sheets import backbone_of
 from conceptseg.backbones.transformers.prompts import pooled_tokens
 from conceptseg.cli.explain import SETTINGS, explain, parse
 from conceptseg.errors import ConfigError, DataError

@@ -199,13 +199,8 @@ def checkpoint_file(checkpoint: Checkpoint, name: str) -> Path:
     revision = checkpoint.source()["revision"]  # refuses a repository without a pinned one
     from huggingface_hub import hf_hub_download
 
-    try:
+    with checkpoint.loading(name):
         return Path(hf_hub_download(checkpoint.path, name, revision=revision))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f'extractor.backbone.path "{checkpoint.path}": reading {name} at {revision} from the hub failed: '
-            f"{str(error).splitlines()[0]}\n  Download the repository first and give its folder, or use a lab model."
-        ) from error
 
 
 def checkpoint_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:

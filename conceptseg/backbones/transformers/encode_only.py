@@ -59,12 +59,14 @@ class WeightFiles:
     def places(self) -> dict[str, str]:
         """Tensor name -> file name."""
         if self._places is None:
+            from huggingface_hub.errors import EntryNotFoundError
+
             stem = "diffusion_pytorch_model.safetensors"
             with self.checkpoint.loading(self.part):
                 try:
                     index = self._file(f"{stem}.index.json").read_text(encoding="utf-8")
                     self._places = dict(json.loads(index)["weight_map"])
-                except OSError:  # one file, no index
+                except (FileNotFoundError, EntryNotFoundError):  # one file, no index
                     with safe_open(self._file(stem), "pt") as opened:
                         self._places = dict.fromkeys(opened.keys(), stem)
         return self._places
