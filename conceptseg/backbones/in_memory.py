@@ -52,6 +52,11 @@ def _of_pipeline(pipe: Any) -> Backbone:
     if core not in parts:
         raise ConfigError(f"the {type(pipe).__name__} has neither a transformer nor a unet, so no image is denoised in it.")
     model = parts[core]
+    if hasattr(model, "_orig_mod"):
+        raise ConfigError(
+            f"the pipeline's {core} was wrapped by torch.compile. Set pipe.{core} = pipe.{core}._orig_mod, or compile it in "
+            f"place: pipe.{core}.compile()."
+        )
     name = str(getattr(pipe.config, "_name_or_path", "") or getattr(model.config, "_name_or_path", "") or type(pipe).__name__)
     if core == "transformer" and (kind := type(model).__name__) not in families():
         raise ConfigError(f"the pipeline's transformer is a {kind}. {did_you_mean(kind, families())}")

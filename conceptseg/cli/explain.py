@@ -26,6 +26,7 @@ SETTINGS: dict[str, str] = {
     "size": "[height,width] that the model is shown (the image's own proportions)",
     "ground": "the colour under transparent pixels: white (refused)",
     "device": "cpu, cuda, mps (cpu)",
+    "download": "yes: fetch weights that are not on this machine (no)",
     "seed": "of the noise (0)",
     "steps": "for a prompt: denoising steps (4)",
     "guidance": "for a prompt: guidance strength (0)",
@@ -68,7 +69,7 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
     if "image" in given and "prompt" in given:
         raise ConfigError("conceptseg-explain: wanted one of image=photo.jpg and prompt='a dragon on a rock'.")
     if "image" not in given and "prompt" not in given:
-        if others := sorted(given.keys() - {"out", "device", "seed", "extractor", "model", "maps"}):
+        if others := sorted(given.keys() - {"out", "device", "download", "seed", "extractor", "model", "maps"}):
             raise ConfigError(
                 f"conceptseg-explain: {others[0]} is given, and neither image=photo.jpg nor prompt='a dragon on a rock'. Name "
                 f"one of them; without both, words of a drawn scene are explained."
@@ -117,6 +118,10 @@ def _read(key: str, value: str) -> Any:
             wanted = "[height,width], such as [512,768]" if key == "size" else "a list of noise levels, such as [0.5]"
             raise ConfigError(f"{where} is {value}; wanted {wanted}.")
         return [whole_number(where, one, 1) if key == "size" else real_number(where, one) for one in found]
+    if key == "download":
+        if not isinstance(found, bool):
+            raise ConfigError(f"{where} is {value}; wanted yes or no.")
+        return found
     if key in ("seed", "steps", "draws"):
         return whole_number(where, found, 0 if key == "seed" else 1)
     return real_number(where, found, 0) if key in ("guidance", "blur") else found
@@ -124,6 +129,7 @@ def _read(key: str, value: str) -> Any:
 
 def explain(given: dict[str, Any]) -> list[Path]:
     """Do what the settings say; the files that were written."""
+    from conceptseg.evaluation.weights import provide_weights_of
     from conceptseg.extractors.explanation import NUMBERS, PICTURES, Explanation, checked_place, side_by_side
     from conceptseg.extractors.loading import load_extractor
 
@@ -137,6 +143,8 @@ def explain(given: dict[str, Any]) -> list[Path]:
     else:
         names = given["extractor"] or ["concept_attention"]
         methods = {name: load_extractor(name, model, device=device) for name in names}
+    for method in methods.values():
+        provide_weights_of(method, given.get("download", False))
     settings = {key: given[key] for key in (*VIEW, *PASSED_ON) if key in given}
     if alone:
         from conceptseg.data.scenes import example_scene

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from conceptseg.backbones.base import Checkpoint
+from conceptseg.backbones.base import Backbone, Checkpoint
 from conceptseg.backbones.hub import cache_folder, is_offline, page_of
 from conceptseg.backbones.repositories import fetch, missing_files, repository_of, size_of, unread_of
+from conceptseg.backbones.sheet_files import sheet_of
 from conceptseg.errors import ConfigError
 from conceptseg.evaluation.assemble import Evaluation
 
@@ -48,21 +49,34 @@ def provide_weights(evaluation: Evaluation) -> None:
             lacking.append((key, settings, checkpoint, repository, files))
     if not lacking or not samples_to_compute(evaluation):
         return
-    for key, settings, checkpoint, repository, files in lacking:
-        size = size_of(repository)
-        if not config["runtime"]["download"]:
-            gate = (
-                f" Its licence has to be accepted first on {page_of(checkpoint.path)} (hf auth login)."
-                if repository.gated
-                else ""
-            )
-            licence = settings.get("licence") or "not known"
-            raise ConfigError(
-                f'{key}.path "{checkpoint.path}": {", ".join(files)} of it are not on this machine, and nothing is downloaded '
-                f"unasked.\n  To fetch them, {size} to {cache_folder()}, licence {licence}: the same "
-                f"command with runtime.download=yes.{gate}\n  Or use the lab: backbone@extractor.backbone=lab_flux."
-            )
-        if is_offline():
-            raise ConfigError(f"runtime.download=yes can't fetch {checkpoint.path}, since HF_HUB_OFFLINE is set. Unset it.")
-        log.warning("%s is not whole on this machine. Fetching it, %s to %s", checkpoint.path, size, cache_folder())
-        fetch(checkpoint, repository, unread_of(settings))
+    for key, settings, checkpoint, _, files in lacking:
+        _obtain(f"{key}.path", settings, checkpoint, files, config["runtime"]["download"], "runtime.download=yes")
+
+
+def provide_weights_of(method: Any, agreed: bool) -> None:
+    """The same for the models of a method that a command built. Raises ConfigError where its user has not agreed to download."""
+    for part in vars(method).values():
+        if isinstance(part, Backbone) and part.checkpoint.folder() is None:
+            settings = {**(sheet_of(part.checkpoint.path) or {}), "load": getattr(part, "load", "whole")}
+            repository = repository_of(settings)
+            if files := missing_files(part.checkpoint, repository.files, unread_of(settings)):
+                _obtain("model", settings, part.checkpoint, files, agreed, "download=yes")
+
+
+def _obtain(
+    key: str, settings: Mapping[str, Any], checkpoint: Checkpoint, files: Sequence[str], agreed: bool, consent: str
+) -> None:
+    repository = repository_of(settings)
+    size = size_of(repository)
+    if not agreed:
+        gate = f" Its licence has to be accepted first on {page_of(checkpoint.path)} (hf auth login)." if repository.gated else ""
+        raise ConfigError(
+            f'{key} "{checkpoint.path}": {", ".join(files)} of it are not on this machine, and nothing is downloaded '
+            f"unasked.\n  To fetch them, {size} to {cache_folder()}, licence {settings.get('licence') or 'not known'}: the same "
+            f"command with {consent}.{gate}\n  Or use the lab: "
+            f"{'model=lab:flux' if key == 'model' else 'backbone@extractor.backbone=lab_flux'}."
+        )
+    if is_offline():
+        raise ConfigError(f"{consent} can't fetch {checkpoint.path}, since HF_HUB_OFFLINE is set. Unset it.")
+    log.warning("%s is not whole on this machine. Fetching it, %s to %s", checkpoint.path, size, cache_folder())
+    fetch(checkpoint, repository, unread_of(settings))

@@ -17,6 +17,7 @@ from conceptseg.backbones.hub import announce_download
 from conceptseg.backbones.planned_weights import load_part
 from conceptseg.backbones.repositories import Repository, fetch, missing_files, unread_of
 from conceptseg.backbones.transformers.encode_only import WeightFiles
+from conceptseg.cli.explain import explain, parse
 from conceptseg.errors import ConfigError
 
 NAME, PARTS, ALWAYS = "owner/model", Repository(files=("transformer", "vae"), download=33.7), 10**6
@@ -176,6 +177,14 @@ def test_python_is_told_the_size_before_anything_comes(hub, caplog, monkeypatch)
     assert [r.getMessage().rpartition(" to ")[0] for r in caplog.records if r.name.startswith("conceptseg")] == [
         "owner/model is not whole on this machine. Fetching it, up to 33.7 GB"
     ]
+
+
+def test_the_explain_command_downloads_nothing_unasked(hub, tmp_path):
+    given = ["extractor=maskclip", "model=clip_vit_b_16_laion2b", "image=a.png", "concepts=[kite]", f"out={tmp_path / 'out.png'}"]
+    hub.log.clear()
+    message = said(lambda: explain(parse(given)))
+    assert "nothing is downloaded unasked" in message and "download=yes" in message and " GB to " in message and hub.log == []
+    assert "no such repository" in said(lambda: explain(parse([*given, "download=yes"])))  # it did ask
 
 
 # ---------------------------------------------------------------- what does not
