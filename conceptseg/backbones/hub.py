@@ -134,7 +134,7 @@ def _is_whole(blob: Path) -> bool:
 
 
 def damage(names: Sequence[str], path: str) -> str:
-    """What is said of files that `drop_damaged` deleted."""
+    """The message about files that `drop_damaged` deleted."""
     return (
         f"{', '.join(names)} came with another checksum than {page_of(path)} states, and was deleted.\n  Run the same command "
         f"again; if that changes nothing, the proxy or mirror (HF_ENDPOINT) gives other files."

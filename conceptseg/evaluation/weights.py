@@ -54,7 +54,7 @@ def provide_weights(evaluation: Evaluation) -> None:
 
 
 def provide_weights_of(method: Any, agreed: bool) -> None:
-    """The same for the models of a method that a command built. Raises ConfigError where its user has not agreed to download."""
+    """Download what the models of a built method lack. Raises ConfigError where the user has not agreed to it."""
     for part in vars(method).values():
         if isinstance(part, Backbone) and part.checkpoint.folder() is None:
             settings = {**(sheet_of(part.checkpoint.path) or {}), "load": getattr(part, "load", "whole")}
