@@ -101,7 +101,8 @@ class Root:
 
     extractor: dict[str, Any] = field(default_factory=dict)
     dataset: dict[str, Any] = field(default_factory=dict)
-    protocol: dict[str, Any] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=lambda: {"measures": []})
+    """Every protocol takes measures, whether or not its sheet lists them."""
     views: dict[str, Any] = field(default_factory=dict)
     table: dict[str, Any] | None = None
     launcher: dict[str, Any] | None = None

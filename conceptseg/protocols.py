@@ -13,7 +13,7 @@ from conceptseg.errors import ConfigError, DataError, in_range, one_of
 from conceptseg.given_names import GivenNames
 from conceptseg.metrics.average_precision import average_precision, minmax_scaled, two_channel_average_precision
 from conceptseg.metrics.counts import count
-from conceptseg.metrics.installed import map_metrics
+from conceptseg.metrics.measured import map_metrics
 from conceptseg.metrics.released import f1_over_rows
 from conceptseg.segment.resize import nearest_centre, resize_image
 from conceptseg.segment.segmenter import Segmenter
@@ -48,7 +48,7 @@ class SegmentationProtocol:
     caption: with {word} for one class, joined by caption_join for several.
     segmenters: every decision that is scored; read-outs, so adding one costs no forward pass.
     f1_over_rows: record Chefer's F1 too.
-    measures: names of installed metrics that are measured from maps (see `metrics.installed.MapMetric`) and recorded too.
+    measures: names of metrics that are measured from maps (`metrics.measured`, and those of installed packages) and recorded too.
     """
 
     def __init__(

@@ -14,8 +14,8 @@ from conceptseg.errors import guarded, printable
 from conceptseg.metrics.breakdowns import Part, clusters_by_word, worst_images
 from conceptseg.metrics.comparisons import Comparison, compare
 from conceptseg.metrics.definitions import DEFINITIONS, definition_of
-from conceptseg.metrics.installed import names
 from conceptseg.metrics.intervals import Interval
+from conceptseg.metrics.measured import names
 from conceptseg.metrics.seeds import Spread, seed_spread
 from conceptseg.metrics.thresholds import Sensitivity
 from conceptseg.tables.compared import (
@@ -115,6 +115,18 @@ def _label(metric: str) -> str:
     return definition_of(metric, "--metric").label
 
 
+def _unit(metric: str) -> tuple[float, int, str]:
+    """The factor that a metric's values are printed times, their decimals, and the unit behind its label.
+
+    "iou", of one class, is no metric of its own.
+    """
+    return (100, 1, " %") if metric == "iou" or definition_of(metric, "--metric").percent else (1, 3, "")
+
+
+def _head(metric: str) -> str:
+    return ("IoU" if metric == "iou" else _label(metric)) + _unit(metric)[2]
+
+
 def print_comparison(body: Mapping[str, Any], heads: Sequence[Finished]) -> None:
     """Everything in `body`, each part a table of its own, with what its numbers mean."""
     from rich.console import Console
@@ -127,42 +139,47 @@ def print_comparison(body: Mapping[str, Any], heads: Sequence[Finished]) -> None
             f"  {one.name}: {one.method}, view {one.view}, {one.segmenter}, {len(one.rows)} images, {one.manifest['provenance']}"
         )
     metrics = list(next(iter(body["readings"].values())))
-    labels = [f"{_label(m)} %" for m in metrics]
-    _print(console, "values", ["run", *labels], [[name, *map(_number, v.values())] for name, v in body["readings"].items()])
+    labels = [_head(m) for m in metrics]
+    lines = [[name, *(_number(m, v) for m, v in values.items())] for name, values in body["readings"].items()]
+    _print(console, "values", ["run", *labels], lines)
     if "comparisons" in body:
         head = ["run", "metric", "difference", "p bootstrap", "p sign flip", "Holm (boot.)", "Holm (flip)", "win rate", "n"]
         lines = [
             [
-                name, _label(c.metric), _number(c.difference), _p(c.p_bootstrap), _p(c.p_sign_flip),
+                name, _head(c.metric), _number(c.metric, c.difference), _p(c.p_bootstrap), _p(c.p_sign_flip),
                 _p(c.p_bootstrap_holm), _p(c.p_sign_flip_holm), f"{c.win_rate:.2f}", str(c.difference.n),
             ]
             for name, comparisons in body["comparisons"].items()
             for c in comparisons
         ]  # fmt: skip
-        _print(console, f"minus {body['baseline']}, paired image by image (points)", head, lines)
+        _print(console, f"minus {body['baseline']}, paired image by image", head, lines)
     for name, spreads in body["seeds"].items():
         lines = [
-            [_label(m), f"{100 * s.mean:.2f}", f"{100 * s.standard_deviation:.2f}", f"{100 * s.range:.2f}"]
+            [_head(m), *(f"{_unit(m)[0] * v:.{_unit(m)[1] + 1}f}" for v in (s.mean, s.standard_deviation, s.range))]
             for m, s in spreads.items()
         ]
         title = f"{len(next(iter(spreads.values())).values)} seeds of {name}"
-        _print(console, title, ["metric", "mean %", "SD between seeds", "range"], lines)
+        _print(console, title, ["metric", "mean", "SD between seeds", "range"], lines)
     for name, parts in body.get("parts", {}).items():
         columns = list(dict.fromkeys(metric for part in parts for metric in part.values))
-        head = ["part", "n", *(f"{'IoU' if c == 'iou' else _label(c)} %" for c in columns)]
-        lines = [[p.name, str(p.n), *(_number(p.values[c]) if c in p.values else "–" for c in columns)] for p in parts]
+        head = ["part", "n", *map(_head, columns)]
+        lines = [[p.name, str(p.n), *(_number(c, p.values[c]) if c in p.values else "–" for c in columns)] for p in parts]
         _print(console, f"parts of {name}", head, lines)
     if "worst" in body:
-        lines = [[name, *(f"{100 * v:.1f} (n={n})" for v, n in worst.values())] for name, worst in body["worst"].items()]
+        lines = [
+            [name, *(f"{_unit(m)[0] * v:.{_unit(m)[1]}f} (n={n})" for m, (v, n) in worst.items())]
+            for name, worst in body["worst"].items()
+        ]
         _print(console, "mean over the worst images", ["run", *labels], lines)
     for name, studies in body.get("thresholds", {}).items():
         for metric, (rules, points) in studies.items():
-            label = _label(metric)
-            lines = [[r.rule, _number(r.value), r.cut or "its own for each image"] for r in rules]
-            _print(console, f"{label} of {name} by cut (the best ones have seen the truth)", ["rule", f"{label} %", "cut"], lines)
-            shown = ", ".join(f"{q:g}: {100 * v.value:.1f}" for q, v in points)
+            scale, places, _ = _unit(metric)
+            lines = [[r.rule, _number(metric, r.value), r.cut or "its own for each image"] for r in rules]
+            title = f"{_label(metric)} of {name} by cut (the best ones have seen the truth)"
+            _print(console, title, ["rule", _head(metric), "cut"], lines)
+            shown = ", ".join(f"{q:g}: {scale * v.value:.{places}f}" for q, v in points)
             if shown:
-                print(f"{label} % by quantile: {shown}")
+                print(f"{_head(metric)} by quantile: {shown}")
 
 
 def _print(console: Any, title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
@@ -178,11 +195,12 @@ def _print(console: Any, title: str, head: Sequence[str], lines: Sequence[Sequen
     console.print(table)
 
 
-def _number(interval: Interval) -> str:
+def _number(metric: str, interval: Interval) -> str:
     if math.isnan(interval.value):
         return "–"
-    bounds = "" if math.isnan(interval.low) else f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-    return f"{100 * interval.value:.1f}{bounds}"
+    scale, places, _ = _unit(metric)
+    value, low, high = (f"{scale * v:.{places}f}" for v in (interval.value, interval.low, interval.high))
+    return value if math.isnan(interval.low) else f"{value} [{low}, {high}]"
 
 
 def _p(p: float) -> str:

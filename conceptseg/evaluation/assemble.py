@@ -20,6 +20,7 @@ from conceptseg.evaluation.loop import Shard
 from conceptseg.extractors.base import Extractor
 from conceptseg.metrics.definitions import definition_of
 from conceptseg.metrics.installed import MapMetric, installed
+from conceptseg.metrics.measured import MEASURES
 from conceptseg.metrics.summary import DRAWN
 from conceptseg.protocols import SegmentationProtocol
 from conceptseg.saliency.views import View, expand_views
@@ -133,10 +134,10 @@ def check_measured(protocol: SegmentationProtocol, metrics: Sequence[str]) -> No
     """Raise ConfigError for a metric of maps that the protocol does not measure, so that its rows hold no such number."""
     measured = [metric.name for metric in protocol.measures]
     for name in metrics:
-        if name not in measured and isinstance(installed(name), MapMetric):
+        if name not in measured and isinstance(MEASURES.get(name) or installed(name), MapMetric):
             raise ConfigError(
                 f'"{name}" is measured from maps, and protocol {protocol.label} measures {", ".join(measured) or "nothing"}. '
-                f"Set ++protocol.measures=[{','.join([*measured, name])}], or leave the metric out of the columns."
+                f"Set protocol.measures=[{','.join([*measured, name])}], or leave the metric out of the columns."
             )
 
 

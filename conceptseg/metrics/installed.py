@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.errors import ConfigError
 from conceptseg.types import Task
 
 GROUP = "conceptseg.metrics"
@@ -68,17 +68,3 @@ def installed(name: str) -> Any:
             "Give both one name."
         )
     return metric
-
-
-def map_metrics(asked: Sequence[str], where: str) -> tuple[MapMetric, ...]:
-    """The metrics of these names. Raises ConfigError, which names the setting `where`, for one that is not measured from maps."""
-    found = []
-    for name in asked:
-        metric = installed(name)
-        if not isinstance(metric, MapMetric):
-            raise ConfigError(
-                f'{where}: no installed package adds a metric "{name}" that is measured from maps. '
-                f"{did_you_mean(name, names())} Metrics from counts need no measuring."
-            )
-        found.append(metric)
-    return tuple(found)

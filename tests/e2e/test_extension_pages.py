@@ -119,7 +119,7 @@ def test_a_protocol(follow):
 def test_metrics_from_counts_and_from_maps(follow):
     page = follow("add_a_metric")
     counts, maps = (said for line, said in page.said.items() if line.startswith("conceptseg"))
-    assert "Dice" in counts and "Dice" in maps and "pointing" in maps
+    assert "Dice" in counts and "Dice" in maps and "peak distance" in maps
     assert re.search(r"dice 0\.\d+ over [1-9]\d* images", page.answer("python"))
-    refused = page.carry_out("conceptseg extractor=constant dataset=scenes 'report.columns=[pointing_game]'", code=1)
-    assert "Set ++protocol.measures=[pointing_game]" in refused
+    refused = page.carry_out("conceptseg extractor=constant dataset=scenes 'report.columns=[peak_distance]'", code=1)
+    assert "Set protocol.measures=[peak_distance]" in refused

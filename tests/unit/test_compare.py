@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from conceptseg import keys
 from conceptseg.cli import compare as command
 from conceptseg.errors import ConfigError
+from conceptseg.metrics.definitions import DEFINITIONS
 from conceptseg.store.cost import measured, read_cost
 from conceptseg.store.run import RunStore
 from conceptseg.tables.compared import check_comparable, cuts, read, same_but_for_seeds
@@ -132,3 +134,16 @@ def test_costs_add_up_over_shards_and_resumptions(tmp_path):
     assert (cost.images, cost.forward_passes, cost.passes_per_image) == (20, 5, 0.25)
     assert cost.peak_bytes > 0 and cost.seconds > 0
     assert read_cost(tmp_path / "none") is None
+
+
+def test_a_metric_that_is_no_share_is_printed_as_it_is(runs, monkeypatch, capsys):
+    pixels = replace(DEFINITIONS["ap_image"], name="pixels", label="distance (px)", percent=False)
+    monkeypatch.setitem(DEFINITIONS, "pixels", pixels)
+    wanted = [f"{pixels.value(read(name, runs).rows):.3f} [" for name in "ab"]
+    asked = ["--metric", "pixels", "--metric", "ap_image", "--by", "word", "--worst", "10", "--resamples", "50"]
+    monkeypatch.setattr(sys, "argv", ["conceptseg-compare", "a", "b", "c", "--folder", str(runs), *asked])
+    with pytest.raises(SystemExit):
+        command.main()
+    said = capsys.readouterr().out
+    assert all(number in said for number in wanted)
+    assert "distance (px) %" not in said and "mAP %" in said
