@@ -22,10 +22,11 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from conceptseg.backbones.hub import announce_download, damage, drop_damaged, hub_cause, page_of, repository_folder
+from conceptseg.backbones.random_weights import RandomWeights
 from conceptseg.data.digests import Extent, content_digests
 from conceptseg.errors import ConceptSegError, ConfigError, did_you_mean
 from conceptseg.keys import digest
@@ -70,11 +71,16 @@ class Checkpoint:
 
     path: str
     revision: str | None = None
+    random: RandomWeights | None = None
+    """Which of the weights are drawn anew once they are read; None keeps them."""
 
     @property
     def provenance(self) -> Provenance:
         """ "weights" for files of a pinned commit on the hub, also where `path` is their folder in the hub's cache; "lab" for
-        what ships with the package, by its digest; "local" for every other folder, "random" where its own card says so."""
+        what ships with the package, by its digest; "local" for every other folder; "random" where weights are drawn anew, or
+        the folder's own card says so."""
+        if self.random is not None:
+            return "random"
         if self.pinned() is not None:
             return "weights"
         if self.digest() in shipped_digests().values():
@@ -207,7 +213,14 @@ class Checkpoint:
     def identity(self) -> dict[str, Any]:
         """Name these weights in a run id: repository and commit, or the digest of a local folder, wherever it lies."""
         pinned = self.pinned()
-        return {"files": self.digest()} if pinned is None else {"path": pinned[0], "revision": pinned[1]}
+        drawn = {} if self.random is None else {"random": self.random.identity()}
+        return {**({"files": self.digest()} if pinned is None else {"path": pinned[0], "revision": pinned[1]}), **drawn}
+
+    def drawn(self, model: nn.Module) -> nn.Module:
+        """The model that was read, with those weights drawn anew that `random` names. Raises ConfigError."""
+        if self.random is not None:
+            self.random.draw(model)
+        return model
 
 
 def _first_line(error: Exception) -> str:

@@ -5,24 +5,28 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar
 
 from conceptseg.backbones.base import GREATEST_SIDE, RESIZES, Backbone, Checkpoint, LoadedCheckpoint
 from conceptseg.backbones.planned_weights import load_part
+from conceptseg.backbones.random_weights import RandomWeights
 from conceptseg.backbones.settings import check_length, device_of, dtype_of
 from conceptseg.errors import ConfigError, DataError, did_you_mean, in_range, one_of
 
 log = logging.getLogger(__name__)
+
+DENOISERS = ("transformer", "unet")
+"""Parts whose attention is read."""
 
 
 class LatentCheckpoint(Backbone):
     """Parts of a checkpoint, read on first use.
 
     dtype, vae_dtype: of the weights; image_size: pixels a side that the model is shown, or [height, width]; resize: how images
-    get there.
+    get there. randomise: a control, see `RandomWeights`; it draws weights of the denoiser, not of text encoders or autoencoder.
     """
 
     autoencoders: ClassVar[tuple[str, ...]] = ("AutoencoderKL",)
@@ -39,8 +43,9 @@ class LatentCheckpoint(Backbone):
         image_size: int | Sequence[int] = 512,
         resize: str = "bicubic",
         vae_dtype: str = "float32",
+        randomise: Mapping[str, Any] | None = None,
     ) -> None:
-        self.checkpoint = Checkpoint(path, revision)
+        self.checkpoint = Checkpoint(path, revision, RandomWeights.of(randomise))
         self.dtype, self.vae_dtype = dtype_of(dtype, "dtype"), dtype_of(vae_dtype, "vae_dtype")
         self.device = device_of(device)
         one_of("extractor.backbone.resize", resize, RESIZES)
@@ -154,7 +159,8 @@ class LatentCheckpoint(Backbone):
             found = self.checkpoint.parts[name]
             # Of a scheduler a copy: setting its timesteps must not disturb the pipeline's own.
             return loader.from_config(found.config) if name == "scheduler" else found
-        return load_part(self.checkpoint, name, loader, subfolder=name, **options)
+        found = load_part(self.checkpoint, name, loader, subfolder=name, **options)
+        return self.checkpoint.drawn(found) if name in DENOISERS else found
 
     def check_length(self, string: str) -> None:
         """Raises DataError for a text that is longer than the text encoder reads."""

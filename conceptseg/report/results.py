@@ -30,7 +30,7 @@ Status = Literal["ok", "not run", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One metric, with its definition. Larger is better but for costs; no row wins a cost, a quotation or a difference."""
+    """One metric, with its definition. No row wins a cost, a quotation or a difference."""
 
     name: str
     """Key of the metric in every row's `values`."""
@@ -51,6 +51,8 @@ class Column:
     """Whether the first screen of RESULTS.md and the brief screen show it."""
     intervals: bool = True
     """Whether outputs show its intervals; false only where a reader left them out."""
+    higher_is_better: bool = True
+    """Whether the greatest value of a column of metrics wins; otherwise the least does."""
 
     @property
     def heading(self) -> str:
@@ -247,11 +249,12 @@ class Block:
         return Cell(number, interval, row.group == "methods" and number == self.best(column), own_n)
 
     def best(self, column: Column) -> str | None:
-        """The largest value of a method as it is printed, so that rows that look alike share the place; None for quotations."""
+        """The best value of a method as it is printed, so that rows that look alike share the place; None for quotations."""
         values = [row.values[column.name] for row in self.rows if row.group == "methods" and column.name in row.values]
         if column.kind in ("quoted", "difference", "cost") or not values:
             return None
-        return column.written(max(values, key=lambda value: value.value))[0]
+        chosen = max if column.higher_is_better else min
+        return column.written(chosen(values, key=lambda value: value.value))[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,7 +357,7 @@ def _printable(value: Any) -> Any:
 _OPTIONAL: dict[str, tuple[object, ...]] = {
     "interval": ("",), "sheet": (None, ""), "places": (1,), "mark": ("",), "told": ("",), "trained_on": ("",), "argmax": ("",),
     "also": ((), []), "series": ("",), "x": (None,), "axis": ("",), "needs": ((), []), "command": ("",), "headline": (False,),
-    "intervals": (True,),
+    "intervals": (True,), "higher_is_better": (True,),
 }  # fmt: skip
 
 

@@ -153,7 +153,7 @@ def _best_first(rows: Sequence[TableRow], columns: Sequence[Column]) -> list[Tab
     column = next((c for c in ranked if any(c.name in row.values for row in rows)), None)
     if column is None:
         return list(rows)
-    sign = 1 if column.kind == "cost" else -1
+    sign = 1 if column.kind == "cost" or not column.higher_is_better else -1
 
     def place(row: TableRow) -> tuple[bool, float]:
         value = row.values.get(column.name)

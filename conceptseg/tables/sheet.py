@@ -53,6 +53,8 @@ class Against:
 
     row: str
     metric: str
+    falls: bool = False
+    """Whether every other row is to be worse than it: those that are not measurably so are marked with † (see `table.STANDS`)."""
 
 
 @dataclass(frozen=True, slots=True)

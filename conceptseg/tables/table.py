@@ -14,11 +14,14 @@ from conceptseg.evaluation.assemble import Evaluation
 from conceptseg.evaluation.readings import Reading, interval_text, nothing_scored, scored
 from conceptseg.metrics.breakdowns import clusters_by_word
 from conceptseg.metrics.comparisons import compare
-from conceptseg.metrics.definitions import Rows, definition_of
+from conceptseg.metrics.definitions import Definition, Rows, definition_of
 from conceptseg.report.results import Block, Column, Results, TableRow, Value
 from conceptseg.tables.pictures import draw_sheet
 from conceptseg.tables.row import COSTS, Compose, Evaluations, chosen, costs_of, declared, value_of
 from conceptseg.tables.sheet import Against, RowSheet, TableSheet
+
+STANDS = "†"
+"""Behind a paired difference of a row that its table expects to be worse than another, and that is not measurably so."""
 
 
 def columns_of(names: Sequence[str]) -> tuple[Column, ...]:
@@ -31,6 +34,7 @@ def columns_of(names: Sequence[str]) -> tuple[Column, ...]:
             d.text,
             d.source,
             "released" if d.name.startswith("released_") else "standard",
+            higher_is_better=d.higher_is_better,
         )
         for d in (definition_of(name, "columns") for name in names)
     )
@@ -106,10 +110,17 @@ def differences(held: Mapping[str, Rows], against: Against, report: Mapping[str,
     of = definition_of(against.metric, "table.against.metric")
     compared = compare([of], baseline, rows, report["resamples"], level=report["level"], clusters=clusters)
     return {
-        name: {_difference(against): value_of(comparison.difference)}
+        name: {_difference(against): _marked(value_of(comparison.difference), against, of)}
         for name, (comparison,) in compared.items()
         if math.isfinite(comparison.difference.value)
     }
+
+
+def _marked(value: Value, against: Against, of: Definition) -> Value:
+    """The value with `STANDS` behind it where the row was to be measurably worse and is not."""
+    nearest_to_zero = value.high if of.higher_is_better else value.low
+    worse = nearest_to_zero is not None and (nearest_to_zero < 0 if of.higher_is_better else nearest_to_zero > 0)
+    return value if worse or not against.falls else replace(value, mark=STANDS)
 
 
 def _difference(against: Against) -> str:

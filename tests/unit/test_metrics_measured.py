@@ -1,5 +1,6 @@
 """Metrics of maps: closed forms for the controls, and each against its definition written out pixel by pixel."""
 
+import json
 from functools import cache
 from itertools import product
 
@@ -13,7 +14,10 @@ from conceptseg.metrics.intervals import bootstrap
 from conceptseg.metrics.measured import BOUNDARY, MEASURES
 from conceptseg.metrics.reported import metric
 from conceptseg.protocols import SegmentationProtocol
+from conceptseg.report.results import Block, Results, TableRow, Value
+from conceptseg.report.selection import Selection
 from conceptseg.segment.segmenter import Segmenter
+from conceptseg.tables.table import columns_of
 from conceptseg.types import VOID, Batch, Concepts, Sample, Task
 
 PROTOCOL = SegmentationProtocol("here", 1, "multi", ["sea"], [Segmenter("argmax")], names="all", measures=list(MEASURES))
@@ -164,3 +168,20 @@ def test_each_has_an_interval_and_a_torchmetrics_object():
         counted.update(rows)
         assert float(counted.compute()) == pytest.approx(value, abs=1e-12), name
         assert int(counted.n) == interval.n == (6 if name == "leakage" else 12)
+
+
+def test_the_least_leakage_wins_its_column():
+    column, other = columns_of(["leakage", "auroc"])
+    rows = tuple(
+        TableRow(
+            name, "methods", "x", None, "lab", name, "v", "s", 8, 0, 0,
+            {c.name: Value(v, v - 0.01, v + 0.01, 8) for c in (column, other)}, "ok", "",
+        )
+        for name, v in {"much": 0.4, "little": 0.2}.items()
+    )  # fmt: skip
+    block = Block("one", "data", "p v1", "", rows)
+    assert (block.best(column), block.best(other)) == ("20.0", "40.0")
+    table = Results("t", "T", "c", "1", (column, other), (block,), (), "")
+    assert Results.from_json(json.loads(json.dumps(table.to_json())), "there").columns == (column, other)
+    for by, first in {"leakage": "little", "auroc": "much"}.items():
+        assert Selection(sort=by).brief(table).blocks[0].rows[0].name == first

@@ -124,7 +124,7 @@ class CLIPBackbone(ImageEncoder):
             old = (self.native_size[0] // rows, self.native_size[1] // columns)
             state[name] = resized_positions(state[name].float(), 1, old, model.visual.grid_size, self.position_resize)
         load_strictly(model, state, self.checkpoint, "open_clip_config.json")
-        return model.to(self.device, self.dtype).eval().requires_grad_(False)
+        return self.checkpoint.drawn(model).to(self.device, self.dtype).eval().requires_grad_(False)
 
     @property
     def model(self) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from conceptseg.announcing import announced
 from conceptseg.backbones.base import GREATEST_SIDE, RESIZES, Backbone, Checkpoint, stack_images
 from conceptseg.backbones.encoders.tower import Tower
+from conceptseg.backbones.random_weights import RandomWeights
 from conceptseg.backbones.settings import device_of, dtype_of
 from conceptseg.backbones.taps import TapSet
 from conceptseg.errors import ConfigError, in_range, one_of
@@ -44,6 +45,7 @@ class ImageEncoder(Backbone):
         aspect not kept, and the position embedding by `position_resize` (see `resized_positions`).
     mean, std: of the normalisation, by colour; null is the checkpoint's own. [0, 0, 0] and [1, 1, 1] leave images in 0..1.
     labels: the names a model's own prediction is among: a list, "imagenet", "scenes", or null for the checkpoint's own.
+    randomise: a control, see `RandomWeights`; of CLIP it draws both towers.
     """
 
     family: str
@@ -61,9 +63,10 @@ class ImageEncoder(Backbone):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         labels: str | Sequence[str] | None = None,
+        randomise: Mapping[str, Any] | None = None,
         **about: Any,
     ) -> None:
-        self.checkpoint = Checkpoint(path, revision)
+        self.checkpoint = Checkpoint(path, revision, RandomWeights.of(randomise))
         self.dtype, self.device = dtype_of(dtype, "dtype"), device_of(device)
         if (self.device.type, self.dtype) == ("mps", torch.float64):
             raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, get_args
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from conceptseg.backbones.base import RESIZES, Backbone, Checkpoint, stack_images
 from conceptseg.backbones.encoders.image_encoder import checkpoint_file
 from conceptseg.backbones.planned_weights import load_part
+from conceptseg.backbones.random_weights import RandomWeights
 from conceptseg.backbones.settings import check_length, device_of, dtype_of
 from conceptseg.errors import ConfigError, DataError, did_you_mean, one_of
 from conceptseg.types import Task, TrainedOn
@@ -24,7 +25,7 @@ class TransformersBackbone(Backbone):
     """A stock model of transformers in its hub layout, on images of one square size.
 
     architecture: the class. text_tokens: padded length of a text. prompt: what a name is put into, "{}" standing for it.
-    mean, std: of the normalisation, by colour.
+    mean, std: of the normalisation, by colour. randomise: a control, see `RandomWeights`.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class TransformersBackbone(Backbone):
         resize: str = "bicubic",
         text_tokens: int = 77,
         prompt: str = "a photo of a {}.",
+        randomise: Mapping[str, Any] | None = None,
         **about: Any,
     ) -> None:
         one_of("extractor.backbone.architecture", architecture, ARCHITECTURES)
@@ -48,7 +50,7 @@ class TransformersBackbone(Backbone):
         one_of("extractor.backbone.resize", resize, RESIZES)
         if "{}" not in prompt:
             raise ConfigError(f'extractor.backbone.prompt is "{prompt}"; wanted a text with "{{}}" for the name.')
-        self.checkpoint = Checkpoint(path, revision)
+        self.checkpoint = Checkpoint(path, revision, RandomWeights.of(randomise))
         self.architecture, self.image_size, self.resize = architecture, image_size, resize
         self.trained_on: TrainedOn = trained_on  # type: ignore[assignment]
         self.mean, self.std, self.text_tokens, self.prompt = tuple(mean), tuple(std), text_tokens, prompt
@@ -73,7 +75,7 @@ class TransformersBackbone(Backbone):
         # GroupViT's masks are its attention, which fused attention does not give back.
         how = {"attn_implementation": "eager"} if self.architecture == "GroupViTModel" else {}
         model = load_part(self.checkpoint, "model", kind, torch_dtype=self.dtype, use_safetensors=True, **how)
-        return model.to(self.device).eval().requires_grad_(False)
+        return self.checkpoint.drawn(model).to(self.device).eval().requires_grad_(False)
 
     @cached_property
     def tokenizer(self) -> Any:

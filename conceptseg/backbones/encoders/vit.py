@@ -116,7 +116,7 @@ class ViTBackbone(ImageEncoder):
         if not config["num_classes"]:
             state = {k: v for k, v in state.items() if k in model.state_dict() or not k.startswith(("head.", "fc_norm."))}
         load_strictly(model, state, self.checkpoint, "config.json")
-        return model.to(self.device, self.dtype).eval().requires_grad_(False)
+        return self.checkpoint.drawn(model).to(self.device, self.dtype).eval().requires_grad_(False)
 
     @cached_property
     def tower(self) -> Tower:

@@ -39,8 +39,9 @@ class LatentModel(LatentCheckpoint, ABC):
         resize: str = "nearest",
         vae_dtype: str = "float32",
         weights: str = "full",
+        randomise: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(path, revision, dtype, device, image_size, resize, vae_dtype)
+        super().__init__(path, revision, dtype, device, image_size, resize, vae_dtype, randomise)
         one_of("extractor.backbone.weights", weights, WEIGHTS)
         self.weights = weights
 

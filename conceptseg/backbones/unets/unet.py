@@ -40,8 +40,9 @@ class UNetBackbone(LatentCheckpoint):
         licence: str | None = None,
         memory: str | None = None,
         hub: Mapping[str, Any] | None = None,
+        randomise: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(path, revision, dtype, device, image_size, resize, vae_dtype)
+        super().__init__(path, revision, dtype, device, image_size, resize, vae_dtype, randomise)
         self.texts = TextCache(text_cache, lambda: {"class": "unet", **self.checkpoint.identity(), "dtype": str(self.dtype)})
         self.forward_passes = 0
 
