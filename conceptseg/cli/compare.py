@@ -10,12 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from conceptseg.errors import guarded, printable
+from conceptseg.errors import ConfigError, guarded, printable
 from conceptseg.metrics.breakdowns import Part, clusters_by_word, worst_images
 from conceptseg.metrics.comparisons import Comparison, compare
 from conceptseg.metrics.definitions import DEFINITIONS, definition_of
 from conceptseg.metrics.intervals import Interval
 from conceptseg.metrics.measured import names
+from conceptseg.metrics.power import images_needed, paired_deviation
 from conceptseg.metrics.seeds import Spread, seed_spread
 from conceptseg.metrics.thresholds import Sensitivity
 from conceptseg.tables.compared import (
@@ -47,6 +48,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--by", choices=("word", "class", "size"), help="numbers for parts of the data, per run")
     found.add_argument("--worst", type=float, metavar="PERCENT", help="mean over the worst images of each run")
     found.add_argument("--thresholds", action="store_true", help="fixed, best and quantile cuts (experiment=thresholds)")
+    found.add_argument(
+        "--power", type=float, action="append", metavar="POINTS",
+        help="images that a difference of so many points needs (80 %% power, two-sided 5 %%); may be given several times",
+    )  # fmt: skip
     found.add_argument("--draw", choices=("images", "words"), default="images", help="unit of the bootstrap and the tests")
     found.add_argument("--resamples", type=int, default=10_000)
     found.add_argument("--level", type=float, default=0.95)
@@ -72,6 +77,16 @@ def main() -> int:
     if len(heads) > 1:
         others = {one.name: one.rows for one in heads[1:]}
         body["comparisons"] = compare(definitions, heads[0].rows, others, said.resamples, level=said.level, clusters=clusters)
+        if said.power:
+            deviations = {
+                n: {d.name: paired_deviation(d, rows, heads[0].rows) for d in definitions} for n, rows in others.items()
+            }
+            body["power"] = {
+                name: {m: {f"{p:g}": images_needed(sd, p / _unit(m)[0]) for p in said.power} for m, sd in by_metric.items()}
+                for name, by_metric in deviations.items()
+            }
+    elif said.power:
+        raise ConfigError("--power compares runs, and one was named. Name the baseline and another run.")
     several = {name: members for name, members in groups.items() if len(members) > 1}
     body["seeds"] = {name: seed_spread(definitions, {m.name: m.rows for m in members}) for name, members in several.items()}
     if said.by:
@@ -153,6 +168,11 @@ def print_comparison(body: Mapping[str, Any], heads: Sequence[Finished]) -> None
             for c in comparisons
         ]  # fmt: skip
         _print(console, f"minus {body['baseline']}, paired image by image", head, lines)
+    for name, needs in body.get("power", {}).items():
+        points = list(next(iter(needs.values())))
+        lines = [[_label(m), *("–" if n is None else f"{n:,}" for n in by_point.values())] for m, by_point in needs.items()]
+        title = f"images needed for {name} minus {body['baseline']}, by points of difference (80 % power, two-sided 5 %)"
+        _print(console, title, ["metric", *points], lines)
     for name, spreads in body["seeds"].items():
         lines = [
             [_head(m), *(f"{_unit(m)[0] * v:.{_unit(m)[1] + 1}f}" for v in (s.mean, s.standard_deviation, s.range))]

@@ -104,13 +104,36 @@ def test_manifests_of_earlier_versions_are_compared_too(tmp_path):
 
 
 def test_the_command_prints_tests_spreads_parts_and_cuts_and_writes_them(runs, monkeypatch, capsys):
-    argv = ["conceptseg-compare", "a", "b", "c", "--folder", str(runs), "--by", "word", "--worst", "10", "--resamples", "200"]
+    argv = [
+        "conceptseg-compare",
+        "a",
+        "b",
+        "c",
+        "--folder",
+        str(runs),
+        "--by",
+        "word",
+        "--worst",
+        "10",
+        "--resamples",
+        "200",
+        "--power",
+        "5",
+    ]
     monkeypatch.setattr(sys, "argv", [*argv, "--json", str(runs / "out.json")])
     with pytest.raises(SystemExit) as end:
         command.main()
     assert end.value.code == 0
     said = capsys.readouterr().out
-    for wanted in ("minus a, paired", "2 seeds of b", "parts of a", "worst images", "Holm", "win rate"):
+    for wanted in (
+        "minus a, paired",
+        "2 seeds of b",
+        "parts of a",
+        "worst images",
+        "Holm",
+        "win rate",
+        "images needed",
+    ):
         assert wanted in said
     written = json.loads((runs / "out.json").read_text())
     assert list(written["comparisons"]) == ["b"] and written["comparisons"]["b"][0]["p_sign_flip"] < 0.05
