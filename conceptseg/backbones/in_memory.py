@@ -168,5 +168,5 @@ def _built(target: str, name: str, parts: Mapping[str, Any], device: torch.devic
     module, _, kind = target.rpartition(".")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     found = getattr(import_module(module), kind)(path=name, device=str(device), dtype=dtype, **settings)
-    found.checkpoint = LoadedCheckpoint(name, None, parts)
+    found.checkpoint = LoadedCheckpoint(name, parts=parts)
     return found
