@@ -21,7 +21,13 @@ from torch import Tensor
 
 from conceptseg.backbones.base import sample_noise, sample_seed, shared_noise, stack_images
 from conceptseg.backbones.in_memory import Loaded, backbone_from
-from conceptseg.backbones.transformers.concept_stream import SPACES, ConceptStream, ConceptTokens, StreamActivations
+from conceptseg.backbones.transformers.concept_stream import (
+    SPACES,
+    STANDARDIZED,
+    ConceptStream,
+    ConceptTokens,
+    StreamActivations,
+)
 from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
 from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.errors import ConfigError, DataError, one_of, real_number, whole_number
@@ -144,7 +150,7 @@ class ConceptAttention(Extractor):
                 name = (kind.space, kind.normalize)
                 if name not in vectors:
                     vectors[name] = _vectors(found, kind, concepts)
-                scores = cell_scores(*vectors[name], kind, always)
+                scores = cell_scores(*vectors[name], kind, always, standardized=kind.space in STANDARDIZED)
                 for draw in range(draws):  # copies of an image stand side by side
                     cells.put(kind, layer, level, draw, scores[draw::draws])
 

@@ -26,6 +26,7 @@ SPACES = {
     "key_query": "prompt key against image query, mean over heads, no rotation, no scaling",
     "query_key": "prompt query against image key, as paper Eq. 12 has it, else the same",
     "key_query_share": "prompt key against image query, as shares of all tokens of the prompt (the released SD3.5 baseline)",
+    "joint_share": "the attention itself: image query against prompt key, as shares of all prompt and image keys (Seg4Diff)",
 }
 
 
@@ -62,7 +63,9 @@ class PromptCrossAttention(ConceptAttention):
         )
 
     def axes(self) -> Axes:
-        return Axes(spaces=tuple(SPACES), layers=self.backbone.layers, has_timesteps=True, has_vectors=False)
+        # "joint_share" needs the prompt's keys as attention sees them; they are tapped before rotation.
+        spaces = tuple(s for s in SPACES if s != "joint_share" or not self.backbone.rotates_text)
+        return Axes(spaces=spaces, layers=self.backbone.layers, has_timesteps=True, has_vectors=False)
 
     def texts(self, batch: Batch) -> set[str]:
         """Every text that is encoded for a batch."""
@@ -107,6 +110,8 @@ def prompt_scores(
     found: StreamActivations, words: Float[Tensor, "R C N"], kind: CellKind, background: Bool[Tensor, "R C"] | None = None
 ) -> Float[Tensor, "R C L"]:
     """Score words against image tokens from a block's text and image tokens; words: the share of each token in each word."""
+    if kind.space == "joint_share":
+        return softmax_of_cell(words @ joint_shares(found, kind.heads), kind, background)
     text, image = found.text_keys, found.image_queries
     if kind.space == "query_key":
         text, image = found.text_queries, found.image_keys
@@ -116,3 +121,20 @@ def prompt_scores(
     if kind.space == "key_query_share":
         by_token = softmax_over_concepts(by_token)
     return softmax_of_cell(words @ by_token, kind, background)
+
+
+def joint_shares(found: StreamActivations, heads: Fold) -> Float[Tensor, "R N L"]:
+    """Return the attention of L image tokens to N prompt tokens: softmax over all N + L keys in every head, heads folded.
+
+    Head by head, so that no more than one matrix of L x (N + L) scores a row is held. The prompt's keys must be those that
+    attention sees (see `MultiModalBackbone.rotates_text`).
+    Source: Seg4Diff, arXiv:2509.18096, and cvlab-kaist/Seg4Diff at bb500ca, as a third party describes its read-out.
+    """
+    queries, keys, text = found.rotated_image_queries().float(), found.rotated_image_keys.float(), found.text_keys.float()
+    total = torch.zeros(len(text), text.shape[1], queries.shape[1], device=text.device)
+    for head in range(text.shape[2]):
+        query = queries[:, :, head].mT * text.shape[-1] ** -0.5
+        to_text = text[:, :, head] @ query
+        whole = torch.logaddexp(to_text.logsumexp(1), (keys[:, :, head] @ query).logsumexp(1))
+        total += torch.exp(to_text - whole[:, None])
+    return total / text.shape[2] if heads is Fold.MEAN else total

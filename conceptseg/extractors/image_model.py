@@ -10,11 +10,11 @@ import torch
 from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import linear, normalize
 
 from conceptseg.backbones.encoders.clip import CLIPBackbone
 from conceptseg.backbones.encoders.image_encoder import Explained, ImageEncoder
-from conceptseg.backbones.encoders.tower import tap_normed
+from conceptseg.backbones.encoders.tower import tap_input, tap_normed
 from conceptseg.backbones.encoders.transformers_model import TransformersBackbone
 from conceptseg.backbones.in_memory import Loaded, backbone_from
 from conceptseg.backbones.sheets import CLIP
@@ -111,12 +111,34 @@ class PatchTextMethod(ImageModelMethod):
         self, batch: Batch
     ) -> tuple[Float[Tensor, "B A T k"], Float[Tensor, "B A T k"], Float[Tensor, "B A T k"]]:
         """Return queries, keys and values of every head in the last block."""
+        _, normed = self.before_last_block(batch)
+        return self.backbone.tower.query_key_value(-1, normed)
+
+    def before_last_block(self, batch: Batch) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "B T d"]]:
+        """Return the residual stream that enters the last block, and the same after the block's first norm."""
         tower, last = self.backbone.tower, len(self.backbone.tower.blocks) - 1
+        stream: list[Tensor] = []
         normed: list[Tensor] = []
         with TapSet(self.backbone.model) as taps:
+            tap_input(taps, tower, last, stream.append)
             tap_normed(taps, tower, last, normed.append)
             self.backbone.run(self.backbone.images(batch.tasks), taps)
-        return tower.query_key_value(last, normed[0])
+        return stream[0], normed[0]
+
+    def read_out(
+        self, mixed: Float[Tensor, "B A T k"], entering: Float[Tensor, "B T d"] | None = None
+    ) -> Float[Tensor, "B h w r"]:
+        """Return patch vectors from what the last block's attention gathered, through its output projection.
+
+        entering: the residual stream before the block, which is then added, and the MLP applied; None leaves both out.
+        """
+        tower, block = self.backbone.tower, self.backbone.tower.blocks[-1]
+        x = linear(rearrange(mixed, "B A T k -> B T (A k)"), block.proj.weight, block.proj.bias)
+        if entering is not None:
+            x = entering + x
+            hidden = block.activation(linear(block.second_norm(x), block.up.weight, block.up.bias))
+            x = x + linear(hidden, block.down.weight, block.down.bias)
+        return rearrange(self.backbone.project(x[:, tower.prefix :]), "B (h w) r -> B h w r", h=tower.grid[0])
 
     @abstractmethod
     def patch_vectors(self, batch: Batch) -> Float[Tensor, "B h w k"]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
 from conceptseg.backbones.encoders.image_encoder import ImageEncoder
 from conceptseg.backbones.in_memory import Loaded
@@ -34,10 +33,8 @@ class NACLIP(PatchTextMethod):
         self.sigma = sigma
 
     def patch_vectors(self, batch: Batch) -> Float[Tensor, "B h w k"]:
-        tower, last = self.backbone.tower, len(self.backbone.tower.blocks) - 1
+        tower = self.backbone.tower
         _, keys, values = self.last_query_key_value(batch)
         near = pad(neighbourhood(tower.grid, self.sigma), (tower.prefix, 0, tower.prefix, 0)).to(keys)
         attention = torch.softmax(keys @ keys.mT * keys.shape[-1] ** -0.5 + near, dim=-1)
-        proj = tower.blocks[last].proj
-        mixed = linear(rearrange(attention @ values, "B A T k -> B T (A k)"), proj.weight, proj.bias)
-        return rearrange(self.backbone.project(mixed[:, tower.prefix :]), "B (h w) k -> B h w k", h=tower.grid[0])
+        return self.read_out(attention @ values)

@@ -9,7 +9,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from conceptseg.saliency.normalize import gaussian_blur, shapley_over_concepts, softmax_over_concepts, softmax_over_tokens
+from conceptseg.saliency.normalize import (
+    gaussian_blur,
+    shapley_over_concepts,
+    softmax_over_concepts,
+    softmax_over_tokens,
+    standardize_over_concepts,
+)
 from conceptseg.saliency.views import CellKind, Fold, Softmax, View
 from conceptseg.types import BACKGROUND, Batch
 
@@ -89,16 +95,18 @@ def cell_scores(
     image_vectors: Float[Tensor, "R *A L d"],
     kind: CellKind,
     background: Bool[Tensor, "R C"] | None = None,
+    standardized: bool = False,
 ) -> Float[Tensor, "R C L"]:
     """Return dot products of C concept and L image vectors, in float32, with the kind's softmax, heads folded.
 
     Vectors arrive normalised (see `CellKind.normalize`); scores are unscaled. With a head axis A, the softmax is taken in
     every head before heads are folded, because the two do not commute. background: True for background words, as in
-    `CellStore.read`.
+    `CellStore.read`. standardized: scores are first standardised over concepts, in every head.
     Source: Helbling et al. 2025, arXiv:2502.04320, and its released evaluation code.
     """
     # matmul, not einsum: it copies image vectors of several heads once rather than twice.
     scores = torch.matmul(concept_vectors.float(), image_vectors.float().transpose(-1, -2))
+    scores = standardize_over_concepts(scores) if standardized else scores
     scores = softmax_of_cell(scores, kind, background)
     if scores.ndim == 4:
         scores = scores.sum(1) if kind.heads is Fold.SUM else scores.mean(1)

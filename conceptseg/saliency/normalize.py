@@ -40,6 +40,20 @@ def softmax_over_concepts(scores: Float[Tensor, "*R C L"], temperature: float = 
     return torch.softmax(scores if temperature == 1 else scores * temperature, dim=-2)
 
 
+def standardize_over_concepts(scores: Float[Tensor, "*R C L"]) -> Float[Tensor, "*R C L"]:
+    """Subtract the mean over the C concepts at each image token, and divide by their standard deviation plus 1e-6.
+
+    The deviation is the sample's, over C - 1. A single concept gives zeros.
+    Source: IMAP, arXiv:2603.02919, youngjun-jun/IMAP at a7b078d, imap/cogvideox/modified_attention_layer.py.
+
+    >>> standardize_over_concepts(torch.tensor([[1.0], [2.0], [3.0]])).flatten()
+    tensor([-1.0000,  0.0000,  1.0000])
+    """
+    if scores.shape[-2] == 1:
+        return torch.zeros_like(scores)
+    return (scores - scores.mean(-2, keepdim=True)) / (scores.std(-2, keepdim=True) + 1e-6)
+
+
 def softmax_over_tokens(scores: Float[Tensor, "*R C L"], temperature: float = 1.0) -> Float[Tensor, "*R C L"]:
     """Take the softmax over the L image tokens for each concept, like the reference's diffusers port, unlike the paper."""
     return torch.softmax(scores * temperature, dim=-1)

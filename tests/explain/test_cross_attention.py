@@ -35,7 +35,7 @@ def test_words_are_found_in_the_prompt_of_every_family(backbone, tmp_path):
 
 @pytest.mark.parametrize("fold", Fold)
 @pytest.mark.parametrize("softmax", [Softmax.NONE, Softmax.PER_CELL])
-@pytest.mark.parametrize("space", ["key_query", "query_key", "key_query_share"])
+@pytest.mark.parametrize("space", ["key_query", "query_key", "key_query_share", "joint_share"])
 def test_maps_are_the_written_out_sums(backbone, space, softmax, fold):
     extractor, found = PromptCrossAttention(backbone), []
     view = View(space, (0, 2), (0.5,), softmax=softmax, fold=fold)
@@ -51,6 +51,13 @@ def test_maps_are_the_written_out_sums(backbone, space, softmax, fold):
         pair = (block.text_queries, block.image_keys) if space == "query_key" else (block.text_keys, block.image_queries)
         keys, queries = (vectors[0].double() for vectors in pair)  # [N A d], [L A d]
         tokens = torch.tensor([[sum(float(k[a] @ q[a]) for a in range(2)) for q in queries] for k in keys])
+        if space == "joint_share":
+            seen, images_ = block.rotated_image_queries()[0].double(), block.rotated_image_keys[0].double()
+            tokens = torch.zeros(len(keys), len(seen))
+            for a in range(2):
+                for at, query in enumerate(seen[:, a]):
+                    weights = torch.exp(torch.stack([k[a] @ query for k in (*keys, *images_)]) / query.numel() ** 0.5)
+                    tokens[:, at] += (weights / weights.sum())[: len(keys)]
         tokens = tokens / (2 if fold is Fold.MEAN else 1)
         if space == "key_query_share":
             tokens = torch.exp(tokens) / torch.exp(tokens).sum(0)

@@ -95,6 +95,17 @@ def attend(queries, keys, values):
     return torch.stack(outputs)
 
 
+def shapley(scores):
+    """Each concept's mean softmax over every coalition that holds it, weighted by (|T| - 1)! (C - |T|)! / C!; no background."""
+    count, found = len(scores), torch.zeros_like(scores)
+    for bits in range(1, 2**count):
+        inside = [c for c in range(count) if bits >> c & 1]
+        weight = math.factorial(len(inside) - 1) * math.factorial(count - len(inside)) / math.factorial(count)
+        shares = torch.exp(scores[inside] - scores[inside].max(0).values)
+        found[inside] += weight * shares / shares.sum(0)
+    return found
+
+
 class Oracle:
     """One image: text p, image x and concepts c through the double blocks, everything that can be scored kept by layer."""
 
@@ -203,7 +214,16 @@ class Oracle:
             "cross_query_key": lambda: (f["qc"] / math.sqrt(WIDTH), f["kx"]),
             "cross_mixed": lambda: (f["qc"].mean(0, keepdim=True), f["qx"].sum(0, keepdim=True)),
             "value": lambda: (f["vc"], f["vx"]),
+            "gramcol": lambda: (self.anchors(f), f["ox"]),
         }[space]()
+
+    def anchors(self, f):
+        """The output of the image token whose query meets a concept's key best, head by head and concept by concept."""
+        picked = [
+            [o[max(range(len(q)), key=lambda i: float(q[i] @ key))] for key in keys]
+            for q, keys, o in zip(f["qx"], f["kc"], f["ox"], strict=True)
+        ]
+        return torch.stack([torch.stack(rows) for rows in picked])
 
     def cell(self, view, found):
         """Scores [C L] of one layer: normalise concepts, multiply, softmax, and fold heads, one number at a time."""
@@ -218,7 +238,12 @@ class Oracle:
             elif view.normalize is Normalize.UNIT:
                 c = torch.stack([row / math.sqrt(sum(v * v for v in row.tolist())) for row in c])
             scores = torch.tensor([[float(row @ token) for token in x] for row in c], dtype=torch.float64)
-            if view.softmax is Softmax.PER_CELL:
+            if view.space == "gramcol":
+                centred = scores - scores.mean(0)
+                scores = centred / (torch.sqrt((centred**2).sum(0) / (len(scores) - 1)) + 1e-6)
+            if view.softmax is Softmax.SHAPLEY_PER_CELL:
+                scores = shapley(scores)
+            elif view.softmax is Softmax.PER_CELL:
                 scores = torch.exp(scores) / torch.exp(scores).sum(0, keepdim=True)
             elif view.softmax is Softmax.TOKENS:
                 scores = torch.exp(scores) / torch.exp(scores).sum(1, keepdim=True)
@@ -229,7 +254,9 @@ class Oracle:
         """runs[draw][layer]. Cells added up, divided, and softmaxed in the order the view says."""
         cells = [self.cell(view, found[layer]) for found in runs for layer in view.layers]
         folded = sum(cells) / (1 if view.fold is Fold.SUM else len(cells))
-        if view.softmax is Softmax.OF_MEAN:
+        if view.softmax is Softmax.SHAPLEY:
+            folded = shapley(folded)
+        elif view.softmax is Softmax.OF_MEAN:
             folded = torch.exp(view.temperature * folded)
             folded = folded / folded.sum(0, keepdim=True)
         return folded.reshape(-1, *GRID)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from flux_oracle import BOTH, CLOSE, CROSS_ONLY, GRID, LAYERS, LEVEL, NEITHER, SELF_ONLY, Oracle, inputs, random_flux, wrapped
 
-from conceptseg.backbones.transformers.concept_stream import SPACES, ConceptStream, ConceptTokens
+from conceptseg.backbones.transformers.concept_stream import SPACES, STANDARDIZED, ConceptStream, ConceptTokens
 from conceptseg.backbones.transformers.flux import FluxBackbone
 from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.extractors.concept_attention import ConceptAttention
@@ -56,7 +56,9 @@ def found_by_oracle(model):
 def agrees(model, found_by_oracle, view, switches=BOTH):
     (got,) = maps_of(ConceptAttention(wrapped(model), *switches), inputs(), [view])
     wanted = torch.stack([Oracle(model, switches).map(view, [found]) for found in found_by_oracle(switches)])
-    torch.testing.assert_close(got.double(), wanted, **CLOSE)
+    # A score that is divided by the spread over concepts, here down to 0.1, has its rounding divided by it too.
+    close = {key: 10 * value for key, value in CLOSE.items()} if view.space in STANDARDIZED else CLOSE
+    torch.testing.assert_close(got.double(), wanted, **close)
 
 
 def view_of(space="output", layers=(0, 1, 2), **options):

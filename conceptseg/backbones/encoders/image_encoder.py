@@ -175,9 +175,16 @@ class ImageEncoder(Backbone):
     def images(self, tasks: Sequence[Task]) -> Float[Tensor, "B 3 H W"]:
         """Return the images shown to the model, normalised; resized in float64, so that every machine shows the same bits."""
         stacked = stack_images([task.image for task in tasks], self.image_size, self.resize, dtype=torch.float64).float()
+        return self._normalised(stacked).to(self.device, self.dtype)
+
+    def black(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+        """Return black images, normalised as those shown to the model are."""
+        return self._normalised(torch.zeros(images.shape)).to(images)
+
+    def _normalised(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         native_mean, native_std = self.native_normalisation
         mean, std = (torch.tensor(v)[:, None, None] for v in (self._mean or native_mean, self._std or native_std))
-        return ((stacked - mean) / std).to(self.device, self.dtype)
+        return (images - mean) / std
 
     def run(self, images: Float[Tensor, "B 3 H W"], taps: TapSet | None = None) -> Float[Tensor, "B ..."]:
         """Run one forward pass on normalised images and return the model's output, [B k].

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from conceptseg.backbones.latents import spread_out
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
-from conceptseg.backbones.transformers.concept_stream import ConceptCarrier, Heads, by_heads, normed
+from conceptseg.backbones.transformers.concept_stream import SPACES, ConceptCarrier, Heads, by_heads, normed
 from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
 from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.errors import ConfigError, did_you_mean
@@ -89,6 +89,8 @@ class CogVideoXBackbone(MultiModalBackbone):
     """
 
     kind = "cogvideox"
+    rotates_text = False
+    spaces = tuple(s for s in SPACES if s != "gramcol")  # its anchor is one token of each frame
     transformer_class = "CogVideoXTransformer3DModel"
     carrier = CogVideoXCarrier
     autoencoders = ("AutoencoderKLCogVideoX",)

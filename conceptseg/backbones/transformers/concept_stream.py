@@ -44,6 +44,8 @@ class StreamActivations:
     rotated_image_keys: Tensor
     text_queries: Tensor
     text_keys: Tensor
+    rotated_image_queries: Callable[[], Tensor]
+    """Image queries as attention sees them, [R L A d]; computed on demand."""
     image_outputs_beside_concepts: Callable[[], Tensor]
     """Attention outputs of image tokens that attend to image and concepts instead of text, [R L A·d]; computed on demand."""
     project_concepts: Callable[[Tensor], Tensor]
@@ -56,6 +58,17 @@ def _by_head(x: Tensor) -> Tensor:
 
 def _joined(x: Tensor) -> Tensor:
     return x.flatten(2)
+
+
+def gram_columns(a: StreamActivations) -> Vectors:
+    """In each head, the attention output of the image token whose query answers a concept's key most, and all image outputs.
+
+    Their dot products are columns of the Gram matrix of one image's attention outputs.
+    """
+    outputs = _by_head(a.image_outputs.unflatten(-1, a.image_queries.shape[2:]))
+    answers = _by_head(a.concept_keys).float() @ _by_head(a.image_queries).float().mT
+    at = answers.argmax(-1)[..., None].expand(-1, -1, -1, outputs.shape[-1])
+    return outputs.gather(2, at), outputs
 
 
 SPACES: dict[str, tuple[str, Callable[[StreamActivations], Vectors]]] = {
@@ -98,7 +111,15 @@ SPACES: dict[str, tuple[str, Callable[[StreamActivations], Vectors]]] = {
         "concept value against image value, head by head",
         lambda a: (_by_head(a.concept_values), _by_head(a.image_values)),
     ),
+    "gramcol": (
+        "each head's attention output of the image token that answers the concept's key most against all image outputs, "
+        "standardised over concepts (GramCol of IMAP, arXiv:2603.02919)",
+        gram_columns,
+    ),
 }
+
+STANDARDIZED = frozenset({"gramcol"})
+"""Spaces whose scores are standardised over concepts in every head (see `standardize_over_concepts`)."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +283,7 @@ class ConceptCarrier(ABC):
                 concept_queries=concepts.queries, concept_keys=concepts.keys, concept_values=concepts.values,
                 concept_outputs=outputs, image_queries=image.queries, image_keys=image.keys, image_values=image.values,
                 image_outputs=image_outputs, rotated_image_keys=rotated_image_keys, text_queries=text[0], text_keys=text[1],
+                rotated_image_queries=lambda: image.rotate(image.queries),
                 image_outputs_beside_concepts=beside_concepts, project_concepts=project_concepts, project_image=project_image,
             ),
         )  # fmt: skip

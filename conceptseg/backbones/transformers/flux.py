@@ -67,6 +67,7 @@ class FluxBackbone(MultiModalBackbone):
     """
 
     kind = "flux"
+    rotates_text = False
     transformer_class = "FluxTransformer2DModel"
     carrier = FluxCarrier
     text_parts = ("text_encoder", "clip")

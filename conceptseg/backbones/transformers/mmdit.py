@@ -53,6 +53,8 @@ class MultiModalBackbone(LatentModel):
     """Names the family in run ids."""
     carrier: ClassVar[type[ConceptCarrier]]
     spaces: ClassVar[tuple[str, ...]] = tuple(SPACES)
+    rotates_text: ClassVar[bool] = True
+    """Whether attention turns the prompt's own keys by a rotary embedding; they are tapped before it."""
     text_encoder_name: ClassVar[str] = "T5"
     """Name of the text encoders in messages."""
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)

@@ -116,6 +116,7 @@ class SD3Backbone(MultiModalBackbone):
     """
 
     kind = "sd3"
+    rotates_text = False
     transformer_class = "SD3Transformer2DModel"
     carrier = SD3Carrier
     spaces = tuple(s for s in SPACES if s != "output_projected")
