@@ -77,6 +77,10 @@ class Report:
     """Samples on a picture sheet."""
     costs: bool = False
     """Whether seconds, peak memory and forward passes are printed beside the numbers."""
+    development: float = 0.5
+    """Share of samples on which the best view of a sweep is chosen; its number is reported on the others."""
+    split_seed: int = 0
+    """Seed of that split, which goes by sample key."""
     trackers: list[str] = field(default_factory=list)
     """Experiment trackers that get every computed number: tensorboard, wandb, mlflow."""
     detail: str = "brief"

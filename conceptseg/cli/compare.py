@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="conceptseg-compare", description=__doc__)
     found.add_argument("runs", nargs="+", metavar="run", help="run id or folder, with ::view and ::segmenter if it has several")
     found.add_argument("--folder", type=Path, default=Path("runs"), help="folder that holds the run ids (runtime.runs)")
+    found.add_argument("--view", help="key or name of the view that is read where a run has several and names none")
     found.add_argument("--baseline", help="the run that others are tested against; by default the first")
     found.add_argument(
         "--metric",
@@ -65,7 +66,7 @@ def main() -> int:
     said = parser().parse_args()
     definitions = [definition_of(name, "--metric") for name in said.metric or METRICS]
     specs = list(dict.fromkeys([*([said.baseline] if said.baseline else []), *said.runs]))
-    found = [read(spec, said.folder) for spec in specs]
+    found = [read(spec, said.folder, said.view) for spec in specs]
     check_comparable(found)
     groups = same_but_for_seeds(found)
     heads = [members[0] for members in groups.values()]
@@ -95,7 +96,7 @@ def main() -> int:
         body["worst"] = {one.name: {d.name: worst_images(one.rows, d, said.worst / 100) for d in definitions} for one in heads}
     if said.thresholds:
         body["thresholds"] = {
-            one.name: thresholds_of(cuts(spec, said.folder), definitions, said.resamples, said.level)
+            one.name: thresholds_of(cuts(spec, said.folder, said.view), definitions, said.resamples, said.level)
             for one, spec in zip(found, specs, strict=True)
             if one in heads
         }
@@ -153,6 +154,8 @@ def print_comparison(body: Mapping[str, Any], heads: Sequence[Finished]) -> None
         print(
             f"  {one.name}: {one.method}, view {one.view}, {one.segmenter}, {len(one.rows)} images, {one.manifest['provenance']}"
         )
+        if one.others:
+            print(f"    its first cut; {one.name}::{one.view}::CUT takes another: {', '.join(one.others)}")
     metrics = list(next(iter(body["readings"].values())))
     labels = [_head(m) for m in metrics]
     lines = [[name, *(_number(m, v) for m, v in values.items())] for name, values in body["readings"].items()]

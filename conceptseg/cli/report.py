@@ -13,6 +13,7 @@ from conceptseg.config import Report, check_frame, plain, register
 from conceptseg.errors import ConfigError, guarded, printable
 
 if TYPE_CHECKING:
+    from conceptseg.report.results import Results
     from conceptseg.report.selection import Selection
 
 
@@ -27,6 +28,10 @@ def report() -> int:
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write each table as CSV, LaTeX and an HTML page")
     parser.add_argument("--table", action="append", help="only this one, or a results.json anywhere; may be given several times")
     parser.add_argument("--pictures", type=int, help="samples per block in a page, at most; all by default")
+    parser.add_argument(
+        "--gallery", action="append", metavar="METHOD", help="methods with pictures in a page, by name or pattern; repeatable"
+    )
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="write one table's figure as SVG")
     parser.add_argument("--runs", default="runs", type=Path, help="folder of the run folders that pages show")
     parser.add_argument("--results", default="RESULTS.md", type=Path)
     parser.add_argument("--benchmarks", default="benchmarks", type=Path)
@@ -59,7 +64,9 @@ def report() -> int:
     settings = _settings(said.settings)
     selection = Selection.of(settings)
     if said.export:
-        return _export(found, said.runs, said.export, said.pictures, selection)
+        return _export(found, said.runs, said.export, said.pictures, said.gallery or (), selection)
+    if said.figure:
+        return _figure(found, said.figure)
     for number, table in enumerate(found):
         if number:
             print()
@@ -88,12 +95,31 @@ def _settings(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _export(tables: Sequence[Any], runs: Path, folder: Path, pictures: int | None, selection: Selection) -> int:
+def _export(
+    tables: Sequence[Any], runs: Path, folder: Path, pictures: int | None, methods: Sequence[str], selection: Selection
+) -> int:
     quiet_libraries()
+    from conceptseg.keys import digest
     from conceptseg.report.exports import write_exports
-    from conceptseg.tables.page import write_html
+    from conceptseg.tables.page import free_stem, write_html, write_index
 
     for table in tables:
-        files = write_exports(table, folder, selection)
-        print(", ".join([str(write_html(table, runs, folder, pictures)), *(file.name for file in files)]))
+        content = digest([table.to_json(), asdict(selection), pictures, list(methods)], 8)
+        stem = free_stem(table, folder, content)
+        page = write_html(table, runs, folder, pictures, methods, stem, content)
+        print(", ".join([str(page), *(file.name for file in write_exports(table, folder, selection, stem))]))
+    print(f"All pages: {write_index(folder)}")
+    return 0
+
+
+def _figure(tables: Sequence[Results], path: Path) -> int:
+    """Write the figure of one table. Raises ConfigError for several tables, or one without numbers to draw."""
+    from conceptseg.files import write_atomically
+    from conceptseg.report.figure import figure_svg
+
+    if len(tables) != 1 or not (drawn := figure_svg(tables[0], alone=True)):
+        why = f"{len(tables)} tables were named" if len(tables) != 1 else f"{tables[0].table} has fewer than two methods to draw"
+        raise ConfigError(f"drawing {path}: {why}. Name one table that has them: --table lab")
+    write_atomically(path, drawn.encode())
+    print(f"written: {path}")
     return 0

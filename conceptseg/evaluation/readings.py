@@ -15,6 +15,7 @@ from conceptseg.files import write_atomically
 from conceptseg.metrics.definitions import Rows
 from conceptseg.metrics.intervals import Interval
 from conceptseg.metrics.summary import summarise
+from conceptseg.store.folders import readings_of
 from conceptseg.store.schema import RowKey
 
 
@@ -36,27 +37,37 @@ class Reading:
 def readings(evaluation: Evaluation, metrics: Sequence[str], segmenters: Iterable[str] | None = None) -> list[Reading]:
     """Numbers of every view and segmenter, over the samples that the config asks for now."""
     check_measured(evaluation.protocol, metrics)
-    store, report = evaluation.store, evaluation.config["report"]
-    store.refresh()
-    rows = store.rows()
+    evaluation.store.refresh()
+    offered = [s.key for s in evaluation.protocol.segmenters if segmenters is None or s.key in segmenters]
+    return [_reading(evaluation, metrics, name, v.key, s) for name, v in evaluation.views.items() for s in offered]
+
+
+def other_readings(evaluation: Evaluation, metrics: Sequence[str], found: Sequence[Reading]) -> list[Reading]:
+    """Numbers of the views and segmenters that earlier commands read of the same run, over the samples that are asked for now.
+
+    found: those that the config asks for now, as `readings` returns them; the others follow in the order of their rows.
+    """
+    taken = {one.name for one in found}
+    before = [one for one in readings_of(evaluation.store.folder) if {"view", "name"} <= one.keys()]
+    named = {one["view"]: one["name"] for one in before if one["name"] not in taken}
+    mine, keys = {(one.view, one.segmenter) for one in found}, set(evaluation.dataset.keys())
+    rows = evaluation.store.rows().items()
+    held = dict.fromkeys((k.view, k.segmenter) for k, row in rows if row["status"] == "ok" and k.sample in keys)
+    return [_reading(evaluation, metrics, named.get(view, view), view, s) for view, s in held if (view, s) not in mine]
+
+
+def _reading(evaluation: Evaluation, metrics: Sequence[str], name: str, view: str, segmenter: str) -> Reading:
+    rows, report = evaluation.store.rows(), evaluation.config["report"]
     keys = evaluation.dataset.keys()
-    found = []
-    for name, view in evaluation.views.items():
-        for segmenter in [s.key for s in evaluation.protocol.segmenters]:
-            if segmenters is not None and segmenter not in segmenters:
-                continue
-            mine = [rows.get(RowKey(k, view.key, segmenter)) or rows.get(RowKey(k, "*", "*")) for k in keys]
-            by_status = {s: [r for r in mine if r is not None and r["status"] == s] for s in ("ok", "failed", "excluded")}
-            values = {}
-            if by_status["ok"]:
-                values = summarise(by_status["ok"], metrics, report["resamples"], report["level"], report["draw"])
-            found.append(
-                Reading(
-                    name, view.key, segmenter, len(by_status["ok"]), len(by_status["excluded"]), len(by_status["failed"]),
-                    sum(r is None for r in mine), values,
-                )
-            )  # fmt: skip
-    return found
+    mine = [rows.get(RowKey(k, view, segmenter)) or rows.get(RowKey(k, "*", "*")) for k in keys]
+    by_status = {s: [r for r in mine if r is not None and r["status"] == s] for s in ("ok", "failed", "excluded")}
+    values = {}
+    if by_status["ok"]:
+        values = summarise(by_status["ok"], metrics, report["resamples"], report["level"], report["draw"])
+    return Reading(
+        name, view, segmenter, len(by_status["ok"]), len(by_status["excluded"]), len(by_status["failed"]),
+        sum(r is None for r in mine), values,
+    )  # fmt: skip
 
 
 def nothing_scored(evaluation: Evaluation) -> str:

@@ -17,9 +17,10 @@ _TEX = {
 }  # fmt: skip
 
 
-def write_exports(table: Results, folder: Path, selection: Selection | None = None) -> list[Path]:
-    """Write <table>.csv and <table>.tex to a folder; see `to_csv` and `to_latex`."""
-    files = {folder / f"{table.table}.csv": to_csv(table, selection), folder / f"{table.table}.tex": to_latex(table, selection)}
+def write_exports(table: Results, folder: Path, selection: Selection | None = None, stem: str = "") -> list[Path]:
+    """Write <stem>.csv and <stem>.tex to a folder; see `to_csv` and `to_latex`. stem: the table's name unless said."""
+    stem = stem or table.table
+    files = {folder / f"{stem}.csv": to_csv(table, selection), folder / f"{stem}.tex": to_latex(table, selection)}
     for file, text in files.items():
         write_atomically(file, text.encode())
     return list(files)

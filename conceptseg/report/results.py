@@ -227,6 +227,8 @@ class Block:
     """In printing order within each group."""
     axis: str = ""
     """Label of a curve's x axis, such as "layer"; empty if rows are not points of a curve."""
+    remarks: tuple[str, ...] = ()
+    """Sentences about its numbers, such as a sweep's best view; printed below them."""
 
     @property
     def ordered_rows(self) -> tuple[TableRow, ...]:
@@ -357,7 +359,7 @@ def _printable(value: Any) -> Any:
 _OPTIONAL: dict[str, tuple[object, ...]] = {
     "interval": ("",), "sheet": (None, ""), "places": (1,), "mark": ("",), "told": ("",), "trained_on": ("",), "argmax": ("",),
     "also": ((), []), "series": ("",), "x": (None,), "axis": ("",), "needs": ((), []), "command": ("",), "headline": (False,),
-    "intervals": (True,), "higher_is_better": (True,),
+    "intervals": (True,), "higher_is_better": (True,), "remarks": ((), []),
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from urllib.parse import quote
 from conceptseg.errors import ReportError
 from conceptseg.files import locked, write_atomically
 from conceptseg.report.digits import rounded
+from conceptseg.report.figure import figure_svg
 from conceptseg.report.results import ABSENT, Block, Column, Results, TableRow, load
 
 HEADER = """# Results
@@ -26,6 +27,7 @@ command that computes it and the runs behind it. Numbers that papers print are q
 """
 README_HEADER = "<!-- Written by conceptseg-report --write. -->\n"
 OVERVIEW = "(overview)"
+FIGURE = "figure.svg"
 MOST_NEEDS = 3  # named in one line of the overview
 _MARK = re.compile(r"^<!-- conceptseg:(begin|end) (\S+) -->[ \t\r]*$", re.MULTILINE)
 _KINDS = {
@@ -83,7 +85,10 @@ def overview(tables: Sequence[Results], benchmarks: str) -> str:
     for table in tables:
         if grid := _headline(table):
             link = f"[all rows, definitions and intervals](#{_anchor(table.title)})"
-            parts += [f"## {_text(table.title)}, in brief", grid, f"In percent; controls are in italics; {link}."]
+            drawn = figure_svg(table)
+            address = quote(f"{benchmarks}/{table.table}/{FIGURE}")
+            picture = [f"![Methods by mIoU and mAP with intervals, controls as lines]({address})"] if drawn else []
+            parts += [f"## {_text(table.title)}, in brief", *picture, grid, f"In percent; controls are in italics; {link}."]
     parts.append("## Tables")
     if run := [table for table in tables if table.computed]:
         parts += [
@@ -125,6 +130,8 @@ def _write(path: Path, benchmarks: Path) -> None:
             pages[page] = _with_section(held, table.table, render(table, 1), page)
         elif table.table in _spans(held, page):
             pages[page] = _without_section(held, table.table, page)
+    for place, drawn in _figures(tables, benchmarks).items():
+        write_atomically(place, drawn.encode())
     for page, content in pages.items():
         if content.strip() in ("", README_HEADER.strip()):
             page.unlink()
@@ -155,11 +162,20 @@ def check(path: Path, benchmarks: Path) -> list[str]:
     if broken:  # the overview is of all tables
         wanted.pop(OVERVIEW, None)
     sentences += _page_problems(path, wanted, broken | {OVERVIEW} if broken else set())
+    for place, drawn in _figures(tables, benchmarks).items():
+        if not place.exists() or place.read_text(encoding="utf-8", errors="replace") != drawn:
+            sentences.append(f"{place} is missing or stale; draw it again: conceptseg-report --write")
     pages = {table.table: render(table, 1) for table in tables if not table.computed}
     for folder in sorted(pages.keys() | {page.parent.name for page in benchmarks.glob("*/README.md")}):
         mine = {folder: pages[folder]} if folder in pages else {}
         sentences += _page_problems(benchmarks / folder / "README.md", mine, broken)
     return sentences
+
+
+def _figures(tables: Iterable[Results], benchmarks: Path) -> dict[Path, str]:
+    """Place -> figure of each table that the overview shows one of."""
+    headed = [table for table in tables if table.computed and _headline(table)]
+    return {benchmarks / table.table / FIGURE: drawn for table in headed if (drawn := figure_svg(table, alone=True))}
 
 
 def _sections(tables: Iterable[Results], benchmarks: str) -> dict[str, str]:

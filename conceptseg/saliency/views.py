@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -97,6 +98,24 @@ class View:
         if self.blur:
             parts.append(f"blur{self.blur:g}")
         return "/".join(parts)
+
+
+def axes_of(key: str) -> tuple[str, str, str]:
+    """(all else, layers, noise levels) that a view's key names; empty where it has none.
+
+    >>> axes_of("output/L14-17/t0.5/n5/linear/softmax/mean")
+    ('output/n5/linear/softmax/mean', '14-17', '0.5')
+    """
+    layers = timesteps = ""
+    rest: list[str] = []
+    for part in key.split("/"):
+        if rest and re.fullmatch(r"L\d[\d,-]*", part):
+            layers = part[1:]
+        elif rest and re.fullmatch(r"t\d[\d.,e-]*", part):
+            timesteps = part[1:]
+        else:
+            rest.append(part)
+    return "/".join(rest), layers, timesteps
 
 
 @dataclass(frozen=True, slots=True)

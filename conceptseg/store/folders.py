@@ -55,12 +55,17 @@ class RunFolder:
         return f"{found.get('name', 'unknown')} v{found.get('version', '?')}"
 
     def readings(self) -> list[dict[str, Any]]:
-        """Return the contents of readings.json; [] if there are no readings yet, or the file is damaged."""
-        try:
-            found = json.loads((self.folder / "readings.json").read_bytes())["readings"]
-            return [one for one in found if isinstance(one, dict)]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return []
+        """Return the contents of readings.json; see `readings_of`."""
+        return readings_of(self.folder)
+
+
+def readings_of(folder: Path) -> list[dict[str, Any]]:
+    """The readings that a run's folder holds; [] if there are none yet, or the file is damaged."""
+    try:
+        found = json.loads((folder / "readings.json").read_bytes())["readings"]
+        return [one for one in found if isinstance(one, dict)]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
 
 
 def run_folders(runs: Path) -> tuple[list[RunFolder], list[str]]:

@@ -13,10 +13,13 @@ from conceptseg.metrics.breakdowns import Part, by_class, by_size, by_word
 from conceptseg.metrics.definitions import Definition, Rows
 from conceptseg.metrics.intervals import Interval, bootstrap_all
 from conceptseg.metrics.thresholds import Sensitivity, curve, sensitivity
+from conceptseg.store.folders import readings_of
 from conceptseg.store.run import RunStore
 from conceptseg.store.schema import Manifest
 
 SEPARATOR = "::"
+MOST_LISTED = 12
+"""Views that a refusal lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,8 @@ class Finished:
     segmenter: str
     manifest: Manifest
     rows: Rows
+    others: tuple[str, ...] = ()
+    """Further segmenters of the view, where none was named."""
 
     @property
     def method(self) -> str:
@@ -36,31 +41,45 @@ class Finished:
         return str(self.manifest["identity"]["method"]["class"])
 
 
-def read(spec: str, runs: Path) -> Finished:
+def read(spec: str, runs: Path, view: str | None = None) -> Finished:
     """The reading that `spec` names: a run id or folder, with ::view and ::segmenter where a run has several.
 
-    Without them the view and segmenter that were written first. Raises ConfigError or StoreError.
+    view: key or name of the view where `spec` names none. A run with several views needs one of the two; without a segmenter the
+    one that was written first is read, and `others` names the rest. Raises ConfigError or StoreError.
     """
     place, *chosen = spec.split(SEPARATOR)
     store = _store(place, runs)
     offered = _readings(store)
-    wanted = next(iter(offered))
-    if chosen:
-        views = list(dict.fromkeys(view for view, _ in offered))
-        if chosen[0] not in views:
-            raise ConfigError(f'{spec}: unknown view "{chosen[0]}". {did_you_mean(chosen[0], views)}')
-        segmenters = [segmenter for view, segmenter in offered if view == chosen[0]]
-        segmenter = chosen[1] if len(chosen) > 1 else segmenters[0]
-        if segmenter not in segmenters:
-            raise ConfigError(f'{spec}: unknown segmenter "{segmenter}". {did_you_mean(segmenter, segmenters)}')
-        wanted = chosen[0], segmenter
-    name = SEPARATOR.join([store.folder.name, *chosen])
-    return Finished(name, *wanted, store.manifest(), offered[wanted])
+    views = list(dict.fromkeys(key for key, _ in offered))
+    if view is not None and not chosen:
+        chosen = [view]
+    if not chosen and len(views) > 1:
+        listed = "".join(f"\n  {store.folder.name}{SEPARATOR}{key}" for key in views[:MOST_LISTED])
+        more = f"\n  and {len(views) - MOST_LISTED} more" if len(views) > MOST_LISTED else ""
+        raise ConfigError(
+            f"comparing {spec}: it has {len(views)} views. Name one, for all runs with --view or as one of{listed}{more}"
+        )
+    named = _named_views(store)
+    key = views[0] if not chosen else chosen[0] if chosen[0] in views else named.get(chosen[0], chosen[0])
+    if key not in views:
+        raise ConfigError(f'{spec}: unknown view "{chosen[0]}". {did_you_mean(chosen[0], [*views, *named])}')
+    segmenters = [segmenter for of, segmenter in offered if of == key]
+    segmenter = chosen[1] if len(chosen) > 1 else segmenters[0]
+    if segmenter not in segmenters:
+        raise ConfigError(f'{spec}: unknown segmenter "{segmenter}". {did_you_mean(segmenter, segmenters)}')
+    others = () if len(chosen) > 1 else tuple(one for one in segmenters if one != segmenter)
+    name = SEPARATOR.join([store.folder.name, *spec.split(SEPARATOR)[1:]])
+    return Finished(name, key, segmenter, store.manifest(), offered[key, segmenter], others)
 
 
-def cuts(spec: str, runs: Path) -> dict[str, Rows]:
-    """Segmenter -> rows of the view that `spec` names: what a threshold study reads."""
-    view = read(spec, runs).view
+def _named_views(store: RunStore) -> dict[str, str]:
+    """Name -> key of the views that readings.json names."""
+    return {str(one["name"]): str(one["view"]) for one in readings_of(store.folder) if {"name", "view"} <= one.keys()}
+
+
+def cuts(spec: str, runs: Path, view: str | None = None) -> dict[str, Rows]:
+    """Segmenter -> rows of the view that `spec` or `view` names: what a threshold study reads."""
+    view = read(spec, runs, view).view
     return {s: rows for (v, s), rows in _readings(_store(spec.split(SEPARATOR)[0], runs)).items() if v == view}
 
 

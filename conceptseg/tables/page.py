@@ -5,8 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
+from fnmatch import fnmatchcase
+from html import unescape
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +19,44 @@ import numpy as np
 from PIL import Image
 
 from conceptseg.config import instantiate, resolved
-from conceptseg.errors import ConceptSegError, printable
+from conceptseg.errors import ConceptSegError, ConfigError, did_you_mean, printable
 from conceptseg.files import write_atomically
 from conceptseg.metrics.breakdowns import by_class, by_word
 from conceptseg.metrics.definitions import DEFINITIONS, Rows
-from conceptseg.report.html import Gallery, RunBehind, Section, charts_of, render
+from conceptseg.report.html import (
+    Gallery,
+    Page,
+    RunBehind,
+    Section,
+    charts_of,
+    charts_of_sweep,
+    heats_of,
+    render,
+    render_index,
+)
 from conceptseg.report.panels import colour_map
 from conceptseg.report.results import Behind, Block, Results, TableRow
 from conceptseg.store.maps import MapKeeper
 from conceptseg.store.run import RunStore
+from conceptseg.tables.sweeps import sweeps_of
 from conceptseg.types import Task
 
 log = logging.getLogger(__name__)
 
-EMBED_BELOW = 4_000_000
+EMBED_BELOW = 6_000_000
 """Bytes of pictures that are put into the page itself; more are linked beside it."""
 SIDE = 112
 """Longest side of a thumbnail in pixels."""
 BLOCK = 16
-"""Pixels of WebP's blocks: tiles of a strip that begin with one don't bleed into each other."""
-METHODS, METHODS_OF_MANY, MANY = 4, 2, 1500
-"""Methods with pictures in a block, the best ones; fewer where a block has many images, so that the folder stays below 30 MB."""
+"""Pixels of WebP's blocks: tiles of a sheet that begin with one don't bleed into each other."""
+MOST_PAIRS = 9000
+"""Maps with predictions that a block shows unless methods were named: the folder of ImageNet-Segmentation's stays below 30 MB."""
+FIRST = ("ConceptAttention", "DAAM")
+"""Methods that a gallery opens with, where the table has them."""
 RESAMPLES = 1000
 """Behind the intervals of words and classes, which are many."""
-TRUTH, PREDICTION, COVER = (0, 200, 130), (240, 120, 0), 140
+TRUTH, PREDICTION, COVER = (86, 180, 233), (213, 94, 0), 150
+"""Okabe and Ito's sky blue and vermilion, which colour-blind readers can tell apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,46 +66,108 @@ class _Shown:
     row: TableRow
     run: Behind
     store: RunStore
+    records: Sequence[Mapping[str, Any]]
+    """The run's scored rows of this view and segmenter."""
 
     @property
     def maps(self) -> MapKeeper:
         return MapKeeper(self.store.folder / "maps", frozenset(), self.store.samples)
 
 
-def write_html(table: Results, runs: Path, folder: Path, pictures: int | None = None) -> Path:
-    """Write <table>.html, and <table>-pictures/ beside it where pictures are too many to be put into the page.
+def write_html(
+    table: Results,
+    runs: Path,
+    folder: Path,
+    pictures: int | None = None,
+    methods: Sequence[str] = (),
+    stem: str = "",
+    content: str = "",
+) -> Path:
+    """Write <stem>.html, and <stem>-pictures/ beside it where pictures are too many to be put into the page.
 
-    pictures: at most so many samples of a block; None shows all. Rows whose run folders are not under `runs` keep their
-    numbers and lose their bars and pictures.
+    pictures: at most so many samples of a block; None shows all. methods: names or patterns of the methods with pictures; ()
+    takes headline methods first and as many as a page carries. stem: the table's name unless said. content: see `render`. Rows
+    whose run folders are not under `runs` keep their numbers and lose their bars and pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    keeper = _Thumbnails(folder, f"{table.table}-pictures")
+    stem = stem or table.table
+    names = [row.name for block in table.blocks for row in block.rows if row.group == "methods"]
+    for pattern in methods:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(f'--gallery: table {table.table} has no method "{pattern}". {did_you_mean(pattern, names)}')
+    keeper = _Thumbnails(folder, f"{stem}-pictures")
     sections = []
     for number, block in enumerate(table.blocks):
         shown = _shown(block, runs)
-        parts, kind, metric = _parts(shown)
-        gallery = _gallery(block, table, shown, keeper, number, pictures)
-        sections.append(Section(block, charts_of(block, table.columns), parts, kind, metric, gallery))
-    keeper.settle(sections)
-    path = folder / f"{table.table}.html"
-    write_atomically(path, render(table, sections, _runs(table, runs)).encode())
+        sweeps = sweeps_of(table, block)
+        parts, kind, metric = _parts([] if sweeps else shown)
+        gallery = _gallery(table, shown, keeper, number, pictures, methods)
+        charts, heats = charts_of(block, table.columns), {}
+        for sweep in sweeps[:1]:
+            charts, heats = charts_of_sweep(sweep), heats_of(sweep, [tuple(c) for c in colour_map().tolist()])
+        scales, panels = tuple(ends for ends, _ in heats.values()), tuple((k, grids) for k, (_, grids) in heats.items())
+        sections.append(Section(block, charts, parts, kind, metric, gallery, panels, scales))
+    addresses = keeper.settle()
+    sections = [replace(one, gallery=_addressed(one.gallery, addresses)) for one in sections]
+    scale = ["#" + bytes(colour_map()[place]).hex() for place in range(0, 256, 51)]
+    path = folder / f"{stem}.html"
+    write_atomically(path, render(table, sections, _runs(table, runs), scale, content).encode())
     return path
+
+
+def write_index(folder: Path) -> Path | None:
+    """Write index.html over the pages in `folder` and the folders in it, or bring it up to date; None where there is none."""
+    pages = []
+    for path in sorted({*folder.glob("*.html"), *folder.glob("*/*.html"), *folder.glob("tables/*/*.html")}):
+        with path.open(encoding="utf-8", errors="replace") as file:
+            head = file.read(4000)
+        if path.name != "index.html" and (found := re.search(r'<meta name="conceptseg-table" content="([^"]*)">', head)):
+            title = re.search("<title>(.*?)</title>", head)
+            written = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+            beside = [path.with_suffix(ending) for ending in (".csv", ".tex")]
+            files = [one.relative_to(folder).as_posix() for one in (path, *(one for one in beside if one.exists()))]
+            pages.append(Page(files, unescape(title[1]) if title else path.stem, unescape(found[1]), written))
+    if not pages:
+        return None
+    pages.sort(key=lambda page: page.written, reverse=True)
+    path = folder / "index.html"
+    write_atomically(path, render_index(pages).encode())
+    return path
+
+
+def free_stem(table: Results, folder: Path, content: str) -> str:
+    """A name for an export that no other export in `folder` has: the table's, with `content` behind it where that is taken."""
+    page = folder / f"{table.table}.html"
+    mine = f'<meta name="conceptseg-content" content="{content}">'
+    taken = [one for one in (page, page.with_suffix(".csv"), page.with_suffix(".tex")) if one.exists()]
+    if not taken or (page.exists() and mine in page.read_text(encoding="utf-8", errors="replace")[:4000]):
+        return table.table
+    return f"{table.table}-{content}"
+
+
+def _addressed(gallery: Gallery, addresses: Mapping[str, str]) -> Gallery:
+    photos = tuple(addresses[one] for one in gallery.photos)
+    return replace(gallery, photos=photos, maps=tuple(tuple(addresses[one] for one in sheets) for sheets in gallery.maps))
 
 
 def _shown(block: Block, runs: Path) -> list[_Shown]:
     """Rows that were run, with the run that stands for them: the standard protocol's where there are two."""
     found = []
+    stores: dict[str, RunStore] = {}
+    scored: dict[str, dict[tuple[str, str], list[Mapping[str, Any]]]] = {}
     for row in block.ordered_rows:
         if row.status == "ok" and row.x is None:
             run = next((one for one in row.runs if one.kind == "standard"), row.runs[0])
-            if (runs / run.run_id / "manifest.json").exists():
-                found.append(_Shown(row, run, RunStore(runs / run.run_id)))
+            if run.run_id not in stores and (runs / run.run_id / "manifest.json").exists():
+                stores[run.run_id] = RunStore(runs / run.run_id)
+                held = scored.setdefault(run.run_id, {})
+                for one in stores[run.run_id].rows().values():
+                    if one["status"] == "ok":
+                        held.setdefault((one["view"], one["segmenter"]), []).append(one)
+            if run.run_id in stores:
+                records = scored[run.run_id].get((run.view, run.segmenter), [])
+                found.append(_Shown(row, run, stores[run.run_id], records))
     return found
-
-
-def _records(one: _Shown) -> list[Mapping[str, Any]]:
-    key = (one.run.view, one.run.segmenter)
-    return [row for row in one.store.rows().values() if row["status"] == "ok" and (row["view"], row["segmenter"]) == key]
 
 
 def _parts(shown: Sequence[_Shown]) -> tuple[dict[str, list[dict[str, Any]]], str, str]:
@@ -94,7 +175,7 @@ def _parts(shown: Sequence[_Shown]) -> tuple[dict[str, list[dict[str, Any]]], st
     found: dict[str, list[dict[str, Any]]] = {}
     kind, metric = "word", DEFINITIONS["miou_dataset"].label
     for one in shown:
-        rows = Rows.from_records(_records(one))
+        rows = Rows.from_records(one.records)
         if not len(rows) or not all(rows.words):
             continue
         if any(len(words) > 1 for words in rows.words):
@@ -126,49 +207,55 @@ class _Thumbnails:
         self.held[address] = content
         return address
 
-    def settle(self, sections: Sequence[Section]) -> None:
-        """Put addresses of data into every gallery, or write the files that they name."""
+    def settle(self) -> dict[str, str]:
+        """Address -> that of its data, or itself once the files are written."""
         if sum(map(len, self.held.values())) > EMBED_BELOW:
             for address, content in self.held.items():
                 write_atomically(self.folder / address, content)
-            return
-        inside = {
-            address: f"data:image/webp;base64,{base64.b64encode(content).decode()}" for address, content in self.held.items()
-        }
-        for section in sections:
-            for sample in section.gallery.samples:
-                assert isinstance(sample, dict)
-                sample["strip"] = inside[sample["strip"]]
+            return {address: address for address in self.held}
+        return {address: f"data:image/webp;base64,{base64.b64encode(content).decode()}" for address, content in self.held.items()}
 
 
 def _gallery(
-    block: Block, table: Results, shown: Sequence[_Shown], keeper: _Thumbnails, number: int, pictures: int | None
+    table: Results, shown: Sequence[_Shown], keeper: _Thumbnails, number: int, pictures: int | None, named: Sequence[str]
 ) -> Gallery:
-    methods = _ranked(table, shown)
-    pictured = [one for one in methods if _keeps_maps(one)]
+    ranked = _ranked(table, shown)
+    pictured = [one for one in ranked if _keeps_maps(one)]
+    if named:
+        pictured = [one for one in pictured if any(fnmatchcase(one.row.name, pattern) for pattern in named)]
     if not pictured:
         return Gallery()
-    first = pictured[0]
-    keys = [row["sample"] for row in _records(first)]
+    first = max(pictured, key=lambda one: len(one.records))
+    keys = [row["sample"] for row in first.records]
     if pictures is not None and len(keys) > pictures:
         keys = [keys[i * len(keys) // pictures] for i in range(pictures)]
-    pictured = pictured[: METHODS_OF_MANY if len(keys) > MANY else METHODS]
+    if not named:
+        pictured = pictured[: max(2, MOST_PAIRS // len(keys))]
+    methods = [*pictured, *(one for one in ranked if one not in pictured)]
     score = DEFINITIONS["miou_image"]
     scores = [
         dict(zip(r.samples, score.finish(score.statistics(r)), strict=True))
-        for r in (Rows.from_records(_records(m)) for m in methods)
+        for r in (Rows.from_records(m.records) for m in methods)
     ]
+    held = list(_tasks(first, keys))
+    if not held:
+        return Gallery()
+    side = _side([task.truth.shape for _, task in held])
+    photos = _sheets(keeper, f"{number}-photos", side, (_photo_and_truth(task, side) for _, task in held))
+    maps = tuple(
+        _sheets(keeper, f"{number}-{place}", side, (_map_and_prediction(_kept(one, key), side) for key, _ in held))
+        for place, one in enumerate(pictured)
+    )
     samples = [
         {
             "key": printable(key),
             "words": [printable(w) for w, label in zip(task.concepts.names, task.concepts.labels, strict=True) if label],
             "scores": [_rounded(found.get(key)) for found in scores], "size": task.truth.shape[::-1],
-            "strip": keeper.keep(f"{number}-{place}.webp", _strip(task, [_kept(one, key) for one in pictured])),
         }
-        for place, (key, task) in enumerate(_tasks(first, keys))
+        for key, task in held
     ]  # fmt: skip
     words = sorted({word for sample in samples for word in sample["words"]})
-    return Gallery(tuple(m.row.name for m in methods), tuple(map(methods.index, pictured)), tuple(words), tuple(samples))
+    return Gallery(tuple(m.row.name for m in methods), tuple(words), tuple(samples), photos, maps)
 
 
 def _rounded(value: float | None) -> float | None:
@@ -176,14 +263,21 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _ranked(table: Results, shown: Sequence[_Shown]) -> list[_Shown]:
-    """Methods, the best first by the first standard column with a mean IoU."""
+    """ConceptAttention's and DAAM's first rows, then the sheet's headline methods, then the best, by mean IoU."""
     column = next((c.name for c in table.columns if c.kind == "standard" and "miou" in c.name), table.columns[0].name)
     methods = [one for one in shown if one.row.group == "methods"]
-    return sorted(methods, key=lambda one: -(one.row.values[column].value if column in one.row.values else 0.0))
+    opening = [next((one for one in methods if one.row.name.startswith(name)), None) for name in FIRST]
+
+    def rank(one: _Shown) -> tuple[int, bool, float]:
+        value = one.row.values.get(column)
+        return opening.index(one) if one in opening else len(FIRST), not one.row.headline, -(value.value if value else 0.0)
+
+    return sorted(methods, key=rank)
 
 
 def _keeps_maps(one: _Shown) -> bool:
-    return any(_kept(one, row["sample"]) is not None for row in _records(one)[:1])
+    """Whether a map of some sample is kept; a run that was extended may lack the first ones'."""
+    return any(_kept(one, row["sample"]) is not None for row in one.records)
 
 
 def _kept(one: _Shown, key: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -194,8 +288,11 @@ def _kept(one: _Shown, key: str) -> tuple[np.ndarray, np.ndarray] | None:
 def _tasks(one: _Shown, keys: Sequence[str]) -> Iterator[tuple[str, Task]]:
     """Samples as the run's protocol sets them. None where the run's data are not on this machine: said once, in the log."""
     config = resolved(one.store.manifest()["config"])
+    whole = dict(config["dataset"])  # of the command that began the run; later ones may have asked for more samples
+    whole |= {"limit": None} if "limit" in whole else {}
+    whole |= {"count": max(whole["count"], len(keys))} if isinstance(whole.get("count"), int) else {}
     try:
-        dataset, protocol = instantiate(config["dataset"], "dataset"), instantiate(config["protocol"], "protocol")
+        dataset, protocol = instantiate(whole, "dataset"), instantiate(config["protocol"], "protocol")
         for key in keys:
             task = protocol.prepare(dataset.read(key))
             if isinstance(task, Task):
@@ -204,37 +301,47 @@ def _tasks(one: _Shown, keys: Sequence[str]) -> Iterator[tuple[str, Task]]:
         log.warning("no pictures of %s: %s", one.run.run_id, error)
 
 
-def _strip(task: Task, kept: Sequence[tuple[np.ndarray, np.ndarray] | None]) -> bytes:
-    """WebP of tiles of one size side by side: the photo, the truth, and a map and a prediction of each of `kept`."""
-    size = _tile_size(task.truth.shape)
-    tiles = [
-        _opaque(np.round(255 * task.image).astype(np.uint8), size),
-        _cover((task.truth > 0) & (task.truth != 255), size, TRUTH),
-    ]
-    for one in kept:
-        if one is None:
-            tiles += [np.zeros((*size, 4), np.uint8)] * 2
-        else:
-            tiles += [_opaque(colour_map()[one[0]], size), _cover(one[1] > 0, size, PREDICTION)]
-    buffer = io.BytesIO()
-    Image.fromarray(np.concatenate(tiles, axis=1), "RGBA").save(buffer, "WEBP", quality=50, method=4)
-    return buffer.getvalue()
+def _side(shapes: Sequence[tuple[int, ...]]) -> int:
+    """Side of a block's tiles in pixels: SIDE, or what the largest picture fills, in whole blocks."""
+    return BLOCK * max(1, min(SIDE, max(max(shape[:2]) for shape in shapes)) // BLOCK)
 
 
-def _tile_size(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Height and width with the longest side at most SIDE, the width a whole number of blocks: the page stretches it back."""
-    scale = min(1.0, SIDE / max(shape[:2]))
-    return max(1, round(shape[0] * scale)), BLOCK * max(1, round(shape[1] * scale / BLOCK))
+def _sheets(keeper: _Thumbnails, name: str, side: int, pairs: Iterator[np.ndarray]) -> tuple[str, ...]:
+    """Addresses of WebP sheets of pairs of tiles, each uint8 [side 2*side RGBA]; see `Gallery`."""
+    across, down = Gallery().across, Gallery().down
+    addresses: list[str] = []
+    while some := list(islice(pairs, across * down)):
+        lines = -(-len(some) // across)
+        sheet = np.zeros((lines * side, across * 2 * side, 4), np.uint8)
+        for place, pair in enumerate(some):
+            y, x = side * (place // across), 2 * side * (place % across)
+            sheet[y : y + side, x : x + 2 * side] = pair
+        buffer = io.BytesIO()
+        Image.fromarray(sheet, "RGBA").save(buffer, "WEBP", quality=50, method=4)
+        addresses.append(keeper.keep(f"{name}-{len(addresses)}.webp", buffer.getvalue()))
+    return tuple(addresses)
 
 
-def _opaque(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    image = Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    return np.dstack([np.asarray(image), np.full(size, 255, np.uint8)])
+def _photo_and_truth(task: Task, side: int) -> np.ndarray:
+    photo = _opaque(np.round(255 * task.image).astype(np.uint8), side)
+    return np.concatenate([photo, _cover((task.truth > 0) & (task.truth != 255), side, TRUTH)], axis=1)
 
 
-def _cover(inside: np.ndarray, size: tuple[int, int], colour: tuple[int, int, int]) -> np.ndarray:
+def _map_and_prediction(kept: tuple[np.ndarray, np.ndarray] | None, side: int) -> np.ndarray:
+    if kept is None:
+        return np.zeros((side, 2 * side, 4), np.uint8)
+    return np.concatenate([_opaque(colour_map()[kept[0]], side), _cover(kept[1] > 0, side, PREDICTION)], axis=1)
+
+
+def _opaque(picture: np.ndarray, side: int) -> np.ndarray:
+    """A square; the page stretches it back."""
+    image = Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC)
+    return np.dstack([np.asarray(image), np.full((side, side), 255, np.uint8)])
+
+
+def _cover(inside: np.ndarray, side: int, colour: tuple[int, int, int]) -> np.ndarray:
     """One colour, see-through, where `inside`."""
-    small = np.asarray(Image.fromarray(inside.astype(np.uint8)).resize((size[1], size[0]), Image.Resampling.NEAREST))
+    small = np.asarray(Image.fromarray(inside.astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST))
     return np.array([*colour, COVER], np.uint8) * small[..., None]
 
 

@@ -65,10 +65,12 @@ def runs(tmp_path):
     return tmp_path
 
 
-def test_the_first_written_reading_is_taken_unless_another_is_named(runs):
-    assert (read("a", runs).view, read("a", runs).segmenter) == ("v", "mean@mask/bilinear")
+def test_one_of_several_views_has_to_be_named_and_its_other_cuts_are_told(runs):
+    with pytest.raises(ConfigError, match=r"2 views(.|\n)*--view(.|\n)*a::v\n  a::w"):
+        read("a", runs)
+    assert (read("a", runs, "v").segmenter, read("a::v", runs).others) == ("mean@mask/bilinear", ("quantile0.5@mask/bilinear",))
     assert read("a::w", runs).view == "w" and read("a::w", runs).name == "a::w"
-    assert list(cuts("a", runs)) == ["mean@mask/bilinear", "quantile0.5@mask/bilinear"]
+    assert list(cuts("a::v", runs)) == ["mean@mask/bilinear", "quantile0.5@mask/bilinear"]
 
 
 @pytest.mark.parametrize(("spec", "said"), [("e", "no run"), ("a::x", "unknown view"), ("a::v::otsu", "unknown segmenter")])
@@ -79,11 +81,11 @@ def test_what_is_not_there_is_refused_with_the_choices(runs, spec, said):
 
 def test_runs_of_another_protocol_are_refused_with_what_differs(runs):
     with pytest.raises(ConfigError, match=r"protocol differs in name \('multi' and 'single'\)"):
-        check_comparable([read("a", runs), read("d", runs)])
+        check_comparable([read("a::v", runs), read("d", runs)])
 
 
 def test_runs_that_differ_only_in_the_seed_are_one_method(runs):
-    groups = same_but_for_seeds([read(name, runs) for name in "abc"])
+    groups = same_but_for_seeds([read(name, runs, "v") for name in "abc"])
     assert {name: [m.name for m in members] for name, members in groups.items()} == {"a": ["a"], "b": ["b", "c"]}
 
 
@@ -106,17 +108,16 @@ def test_manifests_of_earlier_versions_are_compared_too(tmp_path):
 def test_the_command_prints_tests_spreads_parts_and_cuts_and_writes_them(runs, monkeypatch, capsys):
     argv = [
         "conceptseg-compare",
-        "a",
-        "b",
-        "c",
+        *"abc",
         "--folder",
         str(runs),
+        "--view",
+        "v",
         "--by",
         "word",
         "--worst",
         "10",
-        "--resamples",
-        "200",
+        "--resamples=200",
         "--power",
         "5",
     ]

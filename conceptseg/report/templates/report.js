@@ -19,6 +19,9 @@ for (const table of document.querySelectorAll("table.sortable")) {
       body.append(...rows);
     });
   });
+  table.closest("section").querySelector("[name=all]").addEventListener("change", (event) => {
+    table.classList.toggle("few", !event.target.checked);
+  });
   table.closest("section").querySelector("[name=rows]").addEventListener("input", (event) => {
     const text = event.target.value.trim().toLowerCase();
     for (const row of body.rows) row.hidden = !row.textContent.toLowerCase().includes(text);
@@ -64,21 +67,25 @@ for (const box of document.querySelectorAll(".parts")) {
   draw();
 }
 
-// Pictures: one strip an image, its tiles laid over each other. Only cards near the window are on the page.
+// Pictures: sheets of tiles, photo and truth, and map and prediction of each method, laid over each other. Only cards near the
+// window are on the page, and only the sheets of the chosen methods are loaded.
 const GAP = 12;
 const CAPTION = 52;
 for (const box of document.querySelectorAll(".pictures")) {
-  const { methods, pictured, tiles, samples } = JSON.parse(box.querySelector("script").textContent);
+  const { methods, samples, photos, maps, across: lineful, down: lines } = JSON.parse(box.querySelector("script").textContent);
   const gallery = box.querySelector(".gallery");
   const cards = gallery.querySelector(".cards");
+  const dialog = box.querySelector("dialog");
   const field = (name) => box.querySelector(`[name="${name}"]`);
   const count = box.querySelector(".count");
   let chosen = [];
   let drawn = "";
-  for (const sample of samples) {
+  samples.forEach((sample, place) => {
     const held = sample.scores.filter((score) => score !== null);
     sample.spread = Math.max(...held) - Math.min(...held);
-  }
+    sample.place = place;
+  });
+  if (maps.length > 1) field("beside").value = "1";
 
   const choose = () => {
     const at = Number(field("method").value);
@@ -98,43 +105,79 @@ for (const box of document.querySelectorAll(".pictures")) {
     };
     chosen.sort(orders[field("order").value]);
     count.textContent = `${chosen.length} of ${samples.length} images`;
-    for (const name of ["map", "prediction"]) field(name).disabled = !pictured.includes(at);
+    for (const name of ["map", "prediction"]) field(name).disabled = at >= maps.length;
     drawn = "";
     draw();
   };
 
-  const tile = (kind, at) => {
+  // One tile of a sample: the left or the right one of its pair in a sheet.
+  const tile = (sample, sheets, right, kind) => {
     const made = element("div", kind === "photo" ? "tile photo" : `tile layer ${kind}`);
-    made.style.setProperty("--at", at);
+    const sheet = Math.floor(sample.place / (lineful * lines));
+    const inside = sample.place % (lineful * lines);
+    const held = Math.min(lineful * lines, samples.length - sheet * lineful * lines);
+    const high = Math.ceil(held / lineful);
+    made.style.setProperty("--sheet", `url("${sheets[sheet]}")`);
+    made.style.setProperty("--columns", 2 * lineful);
+    made.style.setProperty("--lines", high);
+    made.style.setProperty("--x", `${(100 * (2 * (inside % lineful) + right)) / (2 * lineful - 1)}%`);
+    made.style.setProperty("--y", high > 1 ? `${(100 * Math.floor(inside / lineful)) / (high - 1)}%` : "0");
     return made;
   };
 
-  const card = (sample, at) => {
-    const figure = element("figure", "card");
+  const stack = (sample, tiles) => {
     const square = element("div", "box");
-    const stack = element("div", "stack");
+    const made = element("div", "stack");
     const [width, height] = sample.size;
-    stack.style.width = `${(100 * width) / Math.max(width, height)}%`;
-    stack.style.aspectRatio = `${width} / ${height}`;
-    stack.style.setProperty("--tiles", tiles);
-    stack.style.setProperty("--strip", `url("${sample.strip}")`);
-    const place = pictured.indexOf(at);
-    stack.append(tile("photo", 0));
-    if (place >= 0) stack.append(tile("map", 2 + 2 * place), tile("prediction", 3 + 2 * place));
-    stack.append(tile("truth", 1));
-    square.append(stack);
-    const caption = element("figcaption", "", `${sample.words.join(", ")} · ${percent(sample.scores[at])}`);
+    made.style.width = `${(100 * width) / Math.max(width, height)}%`;
+    made.style.aspectRatio = `${width} / ${height}`;
+    made.append(...tiles);
+    square.append(made);
+    return square;
+  };
+  const photo = (sample) => tile(sample, photos, 0, "photo");
+  const truth = (sample) => tile(sample, photos, 1, "truth");
+  const scored = (sample, at) => (sample.scores[at] === null ? "–" : percent(sample.scores[at]));
+
+  const enlarge = (sample, shown) => {
+    const large = dialog.querySelector(".large");
+    const pictures = [["photo", [photo(sample)]], ["truth", [photo(sample), truth(sample)]]];
+    for (const at of shown.filter((one) => one < maps.length)) {
+      const said = `${methods[at]} · ${scored(sample, at)}`;
+      pictures.push([`${said}, map`, [tile(sample, maps[at], 0, "map")]]);
+      pictures.push([`${said}, prediction`, [photo(sample), tile(sample, maps[at], 1, "prediction")]]);
+    }
+    large.replaceChildren(...pictures.map(([name, tiles]) => {
+      const figure = element("figure", "");
+      figure.append(stack(sample, tiles), element("figcaption", "", name));
+      return figure;
+    }));
+    dialog.querySelector("form").firstChild.textContent = `close ${sample.words.join(", ")} (${sample.key})`;
+    dialog.showModal();
+  };
+
+  const card = (sample, shown) => {
+    const figure = element("figure", "card");
+    const boxes = element("div", "boxes");
+    for (const at of shown) {
+      const layers = at < maps.length ? [tile(sample, maps[at], 0, "map"), tile(sample, maps[at], 1, "prediction")] : [];
+      boxes.append(stack(sample, [photo(sample), ...layers, truth(sample)]));
+    }
+    boxes.addEventListener("click", () => enlarge(sample, shown));
+    const caption = element("figcaption", "", `${sample.words.join(", ")} · ${shown.map((at) => scored(sample, at)).join(" | ")}`);
     caption.append(element("span", "key", sample.key));
-    figure.title = methods.map((name, i) => `${name}: ${sample.scores[i] === null ? "–" : percent(sample.scores[i])}`).join("\n");
-    figure.dataset.score = sample.scores[at];
-    figure.append(square, caption);
+    figure.title = methods.map((name, i) => `${name}: ${scored(sample, i)}`).join("\n");
+    figure.dataset.score = sample.scores[shown[0]];
+    figure.append(boxes, caption);
     return figure;
   };
 
   const draw = () => {
+    const beside = field("beside").value;
+    const shown = [Number(field("method").value), ...(beside === "" ? [] : [Number(beside)])];
     const width = gallery.clientWidth;
-    const across = Math.max(2, Math.floor((width + GAP) / (150 + GAP)));
-    const height = (width + GAP) / across + CAPTION;
+    const across = Math.max(shown.length > 1 ? 1 : 2, Math.floor((width + GAP) / (150 * shown.length + GAP)));
+    const height = (width + GAP) / across / shown.length + CAPTION;
     const down = Math.ceil(chosen.length / across);
     gallery.style.height = `${down * height}px`;
     const top = -gallery.getBoundingClientRect().top;
@@ -142,10 +185,10 @@ for (const box of document.querySelectorAll(".pictures")) {
     const last = Math.max(first + 4, Math.ceil((top + window.innerHeight) / height) + 2);
     if (drawn === `${across} ${width} ${first} ${last}`) return;
     drawn = `${across} ${width} ${first} ${last}`;
-    const at = Number(field("method").value);
     cards.style.gridTemplateColumns = `repeat(${across}, minmax(0, 1fr))`;
+    cards.style.gridAutoRows = `${height - GAP}px`;
     cards.style.transform = `translateY(${first * height}px)`;
-    cards.replaceChildren(...chosen.slice(first * across, last * across).map((sample) => card(sample, at)));
+    cards.replaceChildren(...chosen.slice(first * across, last * across).map((sample) => card(sample, shown)));
   };
 
   const layers = () => {
@@ -153,7 +196,7 @@ for (const box of document.querySelectorAll(".pictures")) {
     gallery.style.setProperty("--map-opacity", field("opacity").value);
   };
 
-  for (const name of ["method", "word", "order"]) field(name).addEventListener("change", choose);
+  for (const name of ["method", "beside", "word", "order"]) field(name).addEventListener("change", choose);
   field("search").addEventListener("input", choose);
   for (const name of ["map", "truth", "prediction"]) field(name).addEventListener("change", layers);
   field("opacity").addEventListener("input", layers);
