@@ -25,7 +25,7 @@ class SweptView:
     """One view of a sweep."""
 
     kind: str
-    """What it reads apart from layers and noise levels, such as its space."""
+    """Everything that it reads apart from layers and noise levels, such as its space."""
     layers: str
     """Layers as `parse_span` reads them, such as "3" or "0-5"; empty where the method has none."""
     timesteps: str
