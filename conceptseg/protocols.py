@@ -40,6 +40,7 @@ class SegmentationProtocol:
     image_fit: "squash" brings both sides to image_size; "centre_crop" brings the shorter one to it and cuts a square.
     mask_size: the size truth is scored at, by Pillow's nearest rule; None scores at the truth's own size.
     background: words offered beside the class words; order: "target_first" or "background_first".
+    ask: the former name of `names`, kept for the manifests of older runs: "present" is truth.
     names, names_total, names_seed, names_file: which class names a method is given; see `GivenNames`. What a map claims for a
         class that is absent is counted.
     background_rule: "words" offers background words, which compete with the class words; "threshold" offers none, and the
@@ -74,6 +75,7 @@ class SegmentationProtocol:
         names_seed: int = 0,
         names_file: str | None = None,
         background_rule: str = "words",
+        ask: str | None = None,
     ) -> None:
         for value, key, choices in (
             (task, "task", ("single", "multi")),
@@ -95,6 +97,9 @@ class SegmentationProtocol:
         self.image_size, self.image_resample, self.mask_size = image_size, image_resample, mask_size
         self.image_fit, self.f1_over_rows = image_fit, f1_over_rows
         self.measures = map_metrics(measures, "protocol.measures")
+        if ask is not None:
+            one_of("protocol.ask", ask, ("present", "named"))
+            names = "named" if ask == "named" else names
         self.names, self.background_rule = GivenNames(names, names_total, names_seed, names_file), background_rule
         in_range("protocol.image_size", image_size, 1, 16_384)
         in_range("protocol.mask_size", mask_size, 1, 16_384)

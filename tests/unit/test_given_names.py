@@ -102,7 +102,7 @@ def test_a_file_of_names_that_is_no_list_of_words_is_refused(tmp_path):
 def test_rules_are_part_of_the_identity_and_older_ids_stay():
     plain = protocol().identity()
     assert not {"names", "ask", "background_rule"} & plain.keys()
-    assert protocol(names="named").identity() == {**plain, "ask": "named"}
+    assert protocol(names="named").identity() == protocol(ask="named").identity() == {**plain, "ask": "named"}
     assert protocol(names="distractors", names_total=5).identity() == {
         **plain, "names": "distractors", "names_total": 5, "names_seed": 0,
     }  # fmt: skip
