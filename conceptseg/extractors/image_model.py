@@ -17,6 +17,7 @@ from conceptseg.backbones.encoders.image_encoder import Explained, ImageEncoder
 from conceptseg.backbones.encoders.tower import tap_input, tap_normed
 from conceptseg.backbones.encoders.transformers_model import TransformersBackbone
 from conceptseg.backbones.in_memory import Loaded, backbone_from
+from conceptseg.backbones.latent_checkpoint import LatentCheckpoint
 from conceptseg.backbones.sheets import CLIP
 from conceptseg.backbones.taps import TapSet
 from conceptseg.errors import ConfigError, one_of
@@ -31,7 +32,7 @@ class ModelMethod(OneView):
 
     def __init__(self, backbone: ImageEncoder | TransformersBackbone | Loaded) -> None:
         self.backbone = backbone_from(backbone)
-        if not isinstance(self.backbone, ImageEncoder | TransformersBackbone):
+        if isinstance(self.backbone, LatentCheckpoint):
             raise ConfigError(
                 f"extractor.backbone is a {type(self.backbone).__name__}, and {type(self).__name__} shows images to a vision "
                 f"encoder. Choose one of its sheets, such as backbone@extractor.backbone=lab_clip."

@@ -10,7 +10,7 @@ from conceptseg.evaluation.assemble import assemble
 from conceptseg.evaluation.carry_out import carry_out
 from conceptseg.evaluation.readings import readings, write_readings
 from conceptseg.report.results import Results, save
-from conceptseg.tables.table import single_table
+from conceptseg.tables.table import columns_of_evaluation, single_table
 
 
 def evaluate(*overrides: str) -> Results:
@@ -28,7 +28,7 @@ def evaluate(*overrides: str) -> Results:
             raise ConfigError(f"evaluate: {group}=... is carried out from the command line: conceptseg {shlex.join(overrides)}")
     evaluation = assemble(config)
     carry_out(evaluation)
-    found = readings(evaluation, config["report"]["columns"])
+    found = readings(evaluation, columns_of_evaluation(config["report"]))
     write_readings(evaluation, found)
     table = single_table(evaluation, found, shlex.join(["conceptseg", *overrides]))
     save(evaluation.store.folder / "table.json", table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -130,8 +131,9 @@ class Commands:
 
 
 def table_of(ended: Finished) -> list[str]:
-    """What was printed, word by word, without the log."""
-    return [word for line in ended.out.splitlines() if not line.startswith(("INFO ", "WARNING ")) for word in line.split()]
+    """What was printed, word by word, without the log and the time it took."""
+    printed = re.sub(r"Took [^.]+(\.[0-9] s)?\. ", "", ended.out)
+    return [word for line in printed.splitlines() if not line.startswith(("INFO ", "WARNING ")) for word in line.split()]
 
 
 def lines_of(run: Path) -> list[bytes]:

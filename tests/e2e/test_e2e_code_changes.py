@@ -112,15 +112,15 @@ def test_a_new_method_costs_nobody_a_row_and_a_changed_statement_costs_its_own(t
     assert len(before) == len(FINISHED)
 
     # docs/add_a_method.md, beside finished runs
-    there.run_cold(str(tree / "scripts" / "new_baseline.py"), "sclip")
+    there.run_cold(str(tree / "scripts" / "new_baseline.py"), "own_clip")
     extractors = tree / "conceptseg" / "extractors"
-    assert (extractors / "sclip.py").exists()
+    assert (extractors / "own_clip.py").exists()
     edit(extractors / "naclip.py", '"""NACLIP (', '"""Neighbour-aware CLIP, NACLIP (')
     edit(extractors / "controls.py", "class Oracle(", "# the upper bound of every table\nclass Oracle(")
     said = evaluate(there, *all_of_them).said
     assert said.count("0 samples computed, 4 held already") == len(FINISHED)
     assert rows(there.folder) == before
-    evaluate(there, "extractor=sclip")
+    evaluate(there, "extractor=own_clip")
     assert len(rows(there.folder)) == len(FINISHED) + 1
 
     # a statement

@@ -170,7 +170,8 @@ def test_maps_truth_and_prediction_are_laid_over_the_photo(browser):
         before = layer.is_visible()
         box.set_checked(not before)
         assert layer.is_visible() is not before
-        places.append(layer.evaluate("tile => getComputedStyle(tile).backgroundPositionX"))
+        shown = "tile => { const style = getComputedStyle(tile); return style.backgroundImage + style.backgroundPositionX }"
+        places.append(layer.evaluate(shown))
     assert len(set(places)) == 3, "each shows a tile of its own"
     strip = (
         "async tile => { const i = new Image(); i.src = getComputedStyle(tile).backgroundImage.slice(5, -2); await i.decode(); "
@@ -196,6 +197,6 @@ def test_only_pictures_near_the_window_are_on_the_page_and_scrolling_brings_the_
     window.wait_for_function(f"document.querySelector('figure[data-score]').dataset.score != {shown[0]}")
     window.wait_for_load_state("networkidle")
     assert min(scores(window)) < min(shown) and window.said == []
-    window.select_option(".pictures [name=method]", label="Method number 9")
+    window.select_option(".pictures [name=method]", label="Method number 9 (no pictures)")
     assert window.locator("[name=map]").is_disabled(), "its maps are not on the page"
     window.close()

@@ -62,10 +62,11 @@ def test_settings_of_how_a_run_is_done_do_not_name_another_run(commands):
     assert len(commands.runs()) == 1
 
 
-@pytest.mark.parametrize("change", ["dataset.seed=1", "extractor.sigma=0.3", "protocol=scenes_single", "dataset.objects=[1,1]"])
+@pytest.mark.parametrize("change", ["dataset.seed=1", "extractor.sigma=0.3", "protocol=scenes_multi", "dataset.split=unseen"])
 def test_settings_of_what_is_run_name_another_run(commands, change):
-    commands.run("extractor=centre_prior", "dataset.count=2")
-    commands.run("extractor=centre_prior", "dataset.count=2", change)
+    one = ("extractor=centre_prior", "dataset.count=2", "protocol=scenes_single", "dataset.objects=[1,1]")
+    commands.run(*one)
+    commands.run(*one, change)
     assert len(commands.runs()) == 2
 
 
