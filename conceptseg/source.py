@@ -24,7 +24,9 @@ NO_NUMBERS = frozenset(
     f"{OURS}.{name}"
     for name in (
         "backbones.sheets",  # finds a class by a checkpoint's name, for people; a run names its classes itself
-        "announcing", "config", "data.digests", "errors", "extractors.explanation", "files", "keys", "source", "store",
+        "backbones.sheet_files", "backbones.hub", "backbones.in_memory", "backbones.planned_weights",
+        "announcing", "config", "data.digests", "errors", "extractors.explaining", "extractors.explanation", "extractors.sheets",
+        "files", "keys", "source", "store",
     )
 )  # fmt: skip
 """Modules and packages that parts import and that make no number of a run; neither they nor what they import is followed."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -53,6 +53,8 @@ class Backbone(ABC):
     """Base of every class that wraps a model. A configuration may name only subclasses of it as a part of an extractor."""
 
     checkpoint: Checkpoint
+    denoises: ClassVar[bool] = False
+    """Whether it denoises latents, of images of any size that its tokens tile: see `LatentCheckpoint`."""
 
     @property
     def provenance(self) -> Provenance:

@@ -29,6 +29,7 @@ class LatentCheckpoint(Backbone):
     get there. randomise: a control, see `RandomWeights`; it draws weights of the denoiser, not of text encoders or autoencoder.
     """
 
+    denoises = True
     autoencoders: ClassVar[tuple[str, ...]] = ("AutoencoderKL",)
     """Stock classes that its images may be encoded by."""
     tokenizer: Any

@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from conceptseg.backbones.base import Backbone
-from conceptseg.backbones.latent_checkpoint import LatentCheckpoint
 from conceptseg.backbones.sheets import backbone_of
 from conceptseg.errors import ConfigError, DataError, whole_number
 from conceptseg.extractors.explaining import (
@@ -304,13 +303,14 @@ class Extractor(ABC):
 
     def _shown_size(self, picture: np.ndarray, size: Any) -> tuple[int, int] | None:
         """(height, width) that the model is shown, or None where the model has one of its own."""
-        backbone = self.parts().get("backbone")
-        if not isinstance(backbone, LatentCheckpoint):
+        backbone: Any = self.parts().get("backbone")
+        if backbone is None or not backbone.denoises:
             if size is not None:
                 refuse(type(self).__name__, {"size": size}, "shows every image at the size of its model (image_size)")
             return None
         if size is None:
-            return backbone.fitting_size(picture.shape[-3], picture.shape[-2])
+            fitting: tuple[int, int] = backbone.fitting_size(picture.shape[-3], picture.shape[-2])
+            return fitting
         backbone.check_size(*checked_size(size))
         return checked_size(size)
 
@@ -327,8 +327,8 @@ class Extractor(ABC):
             )
             for picture in pictures
         )  # fmt: skip
-        backbone = self.parts().get("backbone")
-        with backbone.shown_at(size) if isinstance(backbone, LatentCheckpoint) and size else nullcontext():
+        backbone: Any = self.parts().get("backbone")
+        with backbone.shown_at(size) if size and backbone is not None and backbone.denoises else nullcontext():
             (maps,) = self.stream(Batch(tasks), [view])
         return maps.scores
 

@@ -17,7 +17,6 @@ from conceptseg.backbones.encoders.image_encoder import Explained, ImageEncoder
 from conceptseg.backbones.encoders.tower import tap_input, tap_normed
 from conceptseg.backbones.encoders.transformers_model import TransformersBackbone
 from conceptseg.backbones.in_memory import Loaded, backbone_from
-from conceptseg.backbones.latent_checkpoint import LatentCheckpoint
 from conceptseg.backbones.sheets import CLIP
 from conceptseg.backbones.taps import TapSet
 from conceptseg.errors import ConfigError, one_of
@@ -32,7 +31,7 @@ class ModelMethod(OneView):
 
     def __init__(self, backbone: ImageEncoder | TransformersBackbone | Loaded) -> None:
         self.backbone = backbone_from(backbone)
-        if isinstance(self.backbone, LatentCheckpoint):
+        if self.backbone.denoises:
             raise ConfigError(
                 f"extractor.backbone is a {type(self.backbone).__name__}, and {type(self).__name__} shows images to a vision "
                 f"encoder. Choose one of its sheets, such as backbone@extractor.backbone=lab_clip."

@@ -107,5 +107,5 @@ def test_the_benchmarks_extractor_runs_on_it_from_its_sheet(folder, concept_text
     before = extractor.backbone.forward_passes
     every = {"all": {"space": list(extractor.axes().spaces), "each": "layer", "timesteps": [0.5]}}
     sweep = list(expand_views(every, extractor.axes()).values())
-    assert len(list(extractor.stream(Batch(tuple(tasks)), [*views, *sweep]))) == 1 + 9 * 3 - 3
+    assert len(list(extractor.stream(Batch(tuple(tasks)), [*views, *sweep]))) == 1 + 10 * 3 - 3
     assert extractor.backbone.forward_passes == before + 1

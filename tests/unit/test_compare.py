@@ -163,9 +163,9 @@ def test_costs_add_up_over_shards_and_resumptions(tmp_path):
 def test_a_metric_that_is_no_share_is_printed_as_it_is(runs, monkeypatch, capsys):
     pixels = replace(DEFINITIONS["ap_image"], name="pixels", label="distance (px)", percent=False)
     monkeypatch.setitem(DEFINITIONS, "pixels", pixels)
-    wanted = [f"{pixels.value(read(name, runs).rows):.3f} [" for name in "ab"]
+    wanted = [f"{pixels.value(read(name, runs).rows):.3f} [" for name in ("a::v", "b::v")]
     asked = ["--metric", "pixels", "--metric", "ap_image", "--by", "word", "--worst", "10", "--resamples", "50"]
-    monkeypatch.setattr(sys, "argv", ["conceptseg-compare", "a", "b", "c", "--folder", str(runs), *asked])
+    monkeypatch.setattr(sys, "argv", ["conceptseg-compare", *"abc", "--view", "v", "--folder", str(runs), *asked])
     with pytest.raises(SystemExit):
         command.main()
     said = capsys.readouterr().out
