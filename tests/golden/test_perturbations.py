@@ -189,17 +189,17 @@ def without_last_head(original, queries, seen):
     return outputs
 
 
-def heads_folded_first(concepts, image, kind):
+def heads_folded_first(concepts, image, kind, *background, **settings):
     scores = torch.matmul(concepts.float(), image.float().transpose(-1, -2))
     if scores.ndim == 4:
         scores = scores.sum(1) if kind.heads is Fold.SUM else scores.mean(1)
     return cells.softmax_over_concepts(scores) if kind.softmax is Softmax.PER_CELL else scores
 
 
-def last_head_of_scores_dropped(concepts, image, kind):
+def last_head_of_scores_dropped(concepts, image, kind, *background, **settings):
     if concepts.ndim == 4:
         concepts, image = concepts[:, :-1], image[:, :-1]
-    return SCORES_OF_CELLS(concepts, image, kind)
+    return SCORES_OF_CELLS(concepts, image, kind, *background, **settings)
 
 
 SCORES_OF_CELLS = cells.cell_scores
