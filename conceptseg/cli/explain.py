@@ -4,6 +4,7 @@ Alone it explains a drawn scene with three methods of the lab, side by side."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,6 +183,8 @@ def _for_scene(method: Any, alone: bool) -> dict[str, Any]:
 @guarded
 def main() -> None:
     """conceptseg-explain key=value ...: see --help."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # of loaders; our own bar says for itself whether it is shown
+    os.environ.setdefault("TORCH_LOGS", "-all")  # errors only
     words = sys.argv[1:]
     if set(words) & {"-h", "--help"}:
         print(f"{__doc__}\n")

@@ -170,7 +170,7 @@ def progress_bar(total: int, shown: bool | None) -> Iterator[Callable[[int], obj
         return
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    with tqdm(total=total, desc="explaining", unit="image") as bar:
+    with tqdm(total=total, desc="explaining", unit="image", disable=False) as bar:
         yield bar.update
 
 
