@@ -122,8 +122,9 @@ class SegmentationProtocol:
 
     @property
     def label(self) -> str:
-        """Printed with every number: name and version."""
-        return f"{self.name} v{self.version}"
+        """Name and version, printed with every number, and the names given where they are neither truth nor look-alikes."""
+        given = f", names: {self.names.label}" if self.names.rule in ("distractors", "all", "file") else ""
+        return f"{self.name} v{self.version}{given}"
 
     def identity(self) -> dict[str, Any]:
         """Return the settings of the protocol that change the model's input, and its measures. Segmenters are left out.
@@ -182,11 +183,11 @@ class SegmentationProtocol:
         word = words[present[-1]] if present else next(iter(words.values()))
         truth = np.where((truth != BACKGROUND) & (truth != VOID), 1, truth).astype(np.uint8)
         given = self.names.of(replace(sample, words={1: word}), {1: word})
-        if word not in (w for w, _ in given):
+        if folded(word) not in (folded(w) for w, _ in given):
             return Excluded(
                 sample.key, f'the names that are given lack its class "{word}", and a single-class protocol scores no other'
             )
-        concepts = self._concepts([(w, int(w == word)) for w, _ in given], [1], sample.key)
+        concepts = self._concepts([(w, int(folded(w) == folded(word))) for w, _ in given], [1], sample.key)
         return Task(sample.key, image, truth, concepts, self.caption.format(word=word), (BACKGROUND, 1))
 
     def _sized(self, image: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, "side side 3"]:

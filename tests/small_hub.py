@@ -27,7 +27,7 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What the next `times` requests whose path fits come to: a status, or a connection closed after `keep` bytes."""
+    """Answer to the next `times` requests whose path fits: a status, or a connection closed after `keep` bytes."""
 
     pattern: str
     status: int = 0

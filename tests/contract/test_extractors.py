@@ -139,7 +139,7 @@ def fresh(config):
 
 @pytest.fixture(scope="module")
 def held():
-    """What the tests of this file share: extractors with their views, and their maps. Loading takes longer than most tests."""
+    """Shared by the tests of this file: extractors with their views, and their maps. Loading takes longer than most tests."""
     return {}, {}
 
 

@@ -131,7 +131,7 @@ class Commands:
 
 
 def table_of(ended: Finished) -> list[str]:
-    """What was printed, word by word, without the log and the time it took."""
+    """Return the words that were printed, without the log and the time it took."""
     printed = re.sub(r"Took [^.]+(\.[0-9] s)?\. ", "", ended.out)
     return [word for line in printed.splitlines() if not line.startswith(("INFO ", "WARNING ")) for word in line.split()]
 

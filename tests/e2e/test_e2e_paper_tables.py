@@ -20,7 +20,7 @@ NEVER = (
     "COCO-Gen", "a dependency parser", "no model of the lab does this", "computes this row", "METAGAME's 3,535 images",
     "a method or set-up that is not here",
 )  # fmt: skip
-"""What no table can be filled without, even on the lab: its data are gone, another table has it, or nothing of it is run here."""
+"""Needs that the lab never meets: their data are gone, another table has it, or nothing of it is run here."""
 
 
 def results_of(folder):

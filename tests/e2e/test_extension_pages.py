@@ -76,7 +76,7 @@ class Follower:
         return ended.said
 
     def answer(self, start):
-        """What the one command that starts so printed."""
+        """Return the output of the one command that starts so."""
         (found,) = [said for line, said in self.said.items() if line.startswith(start)]
         return found
 

@@ -40,7 +40,7 @@ def git(folder, *words):
 
 @pytest.fixture(scope="module")
 def table(shared, request):
-    """What the README's first command says, in a checkout of what it could write to: the whole lab table, computed anew."""
+    """Output of the README's first command in a checkout of what it could write to: the whole lab table, computed anew."""
     for name in (".gitignore", "RESULTS.md", "benchmarks"):
         source = REPO / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, shared.folder / name)

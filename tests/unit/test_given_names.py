@@ -76,6 +76,8 @@ def test_a_file_lists_names_for_each_image_or_for_all(tmp_path):
     assert names(sample(1), names="file", names_file=str(every)) == ("grass", "cat", "boat")
     with pytest.raises(DataError, match="set/2"):
         names(sample(1, key="set/2"), names="file", names_file=str(each))
+    single = protocol("single", segmenter=MEAN, names="file", names_file=str(each)).prepare(sample(3))
+    assert single.concepts.names[single.concepts.target] == "Boat"
     left = protocol("single", segmenter=MEAN, names="file", names_file=str(every)).prepare(sample(2))
     assert isinstance(left, Excluded) and '"dog"' in left.reason
     ids = {protocol(names="file", names_file=str(path)).identity()["names_file"] for path in (each, every)}
@@ -108,6 +110,8 @@ def test_rules_are_part_of_the_identity_and_older_ids_stay():
     }  # fmt: skip
     labels = [GivenNames(*given).label for given in [("truth",), ("distractors", 20), ("all",), ("file", 0, 0, "a/b.json")]]
     assert labels == ["truth", "truth + distractors to 20", "all", "file b.json"]
+    assert protocol().label == protocol(names="named").label == "made v1"
+    assert protocol(names="distractors", names_total=5).label == "made v1, names: truth + distractors to 5"
 
 
 def test_without_background_words_the_level_decides_or_nothing_is_scored_there():
