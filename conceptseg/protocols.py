@@ -18,6 +18,7 @@ from conceptseg.metrics.released import f1_over_rows
 from conceptseg.segment.resize import nearest_centre, resize_image
 from conceptseg.segment.segmenter import Segmenter
 from conceptseg.types import BACKGROUND, VOID, Concepts, Prediction, Sample, Task, check_distinct, checked_word, folded
+from conceptseg.windows import Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +38,18 @@ class SegmentationProtocol:
         with at most two labels, background included (the released VOC rule, after resizing), so that two classes that fill an
         image count as one object, as in the released code.
     image_size, image_resample: the protocol's own resizing of images, sides in pixels; None leaves them alone.
-    image_fit: "squash" brings both sides to image_size; "centre_crop" brings the shorter one to it and cuts a square.
+    image_fit: "squash" brings both sides to image_size; "centre_crop" brings the shorter one to it and cuts a square;
+        "short_side" brings the shorter one to it and keeps the whole image.
+    window, window_stride: side and stride in pixels of the squares in which the resized image is shown (`Windows`); None shows it
+        whole. Maps of windows are averaged where they overlap.
     mask_size: the size truth is scored at, by Pillow's nearest rule; None scores at the truth's own size.
     background: words offered beside the class words; order: "target_first" or "background_first".
     ask: the former name of `names`, kept for the manifests of older runs: "present" is truth.
     names, names_total, names_seed, names_file: which class names a method is given; see `GivenNames`. What a map claims for a
         class that is absent is counted.
     background_rule: "words" offers background words, which compete with the class words; "threshold" offers none, and the
-        segmenter's level leaves a pixel to the background; "none" scores only pixels of classes, as VOC20 does (the truth's
-        background becomes void).
+        segmenter's level leaves a pixel to the background; "words_and_threshold" does both, as SCLIP does on VOC21; "none" scores
+        only pixels of classes, as VOC20 does (the truth's background becomes void).
     caption: with {word} for one class, joined by caption_join for several.
     segmenters: every decision that is scored; read-outs, so adding one costs no forward pass.
     f1_over_rows: record Chefer's F1 too.
@@ -76,15 +80,17 @@ class SegmentationProtocol:
         names_file: str | None = None,
         background_rule: str = "words",
         ask: str | None = None,
+        window: int | None = None,
+        window_stride: int | None = None,
     ) -> None:
         for value, key, choices in (
             (task, "task", ("single", "multi")),
             (order, "order", ("target_first", "background_first")),
             (select, "select", ("any", "one_class", "two_labels")),
             (image_resample, "image_resample", ("bicubic", "bilinear", "nearest")),
-            (image_fit, "image_fit", ("squash", "centre_crop")),
+            (image_fit, "image_fit", ("squash", "centre_crop", "short_side")),
             (variant, "variant", ("standard", "released")),
-            (background_rule, "background_rule", ("words", "threshold", "none")),
+            (background_rule, "background_rule", ("words", "threshold", "words_and_threshold", "none")),
         ):
             one_of(f"protocol.{key}", value, choices)
         if isinstance(background, str):
@@ -103,28 +109,38 @@ class SegmentationProtocol:
         self.names, self.background_rule = GivenNames(names, names_total, names_seed, names_file), background_rule
         in_range("protocol.image_size", image_size, 1, 16_384)
         in_range("protocol.mask_size", mask_size, 1, 16_384)
+        if (window is None) != (window_stride is None):
+            raise ConfigError(
+                f"protocol.window is {window} and protocol.window_stride is {window_stride}; wanted both, such as 224 and 112, "
+                "or neither."
+            )
+        in_range("protocol.window", window, 1, 16_384)
+        self.windows = None if window is None or window_stride is None else Windows(window, window_stride)
         self.segmenters = tuple(segmenters)
         if not self.segmenters:
             raise ConfigError("protocol.segmenters is empty: name at least one decision, for example {decision: mean}.")
         if len({s.key for s in self.segmenters}) < len(self.segmenters):
             raise ConfigError("protocol.segmenters lists the same decision twice.")
-        if background_rule != "words" and (background or task == "single"):
+        if background_rule in ("threshold", "none") and (background or task == "single"):
             raise ConfigError(
                 f'protocol.background_rule "{background_rule}" goes with task "multi" and no background words, but task is '
                 f'"{task}" and protocol.background is {list(background)}. Set protocol.background=[], or background_rule=words.'
             )
         cuts = {s.decision == "argmax_above" for s in self.segmenters}
-        if cuts != {background_rule == "threshold"}:
+        if cuts != {background_rule in ("threshold", "words_and_threshold")}:
             raise ConfigError(
                 f'protocol.background_rule is "{background_rule}" and the segmenters decide by '
-                f'{", ".join(s.decision for s in self.segmenters)}; "argmax_above" and background_rule=threshold go together.'
+                f'{", ".join(s.decision for s in self.segmenters)}; "argmax_above" and background_rule=threshold or '
+                f"words_and_threshold go together."
             )
 
     @property
     def label(self) -> str:
-        """Name and version, printed with every number, and the names given where they are neither truth nor look-alikes."""
+        """Name and version, printed with every number; the names given where they are neither truth nor look-alikes; windows."""
         given = f", names: {self.names.label}" if self.names.rule in ("distractors", "all", "file") else ""
-        return f"{self.name} v{self.version}{given}"
+        shown = f", {self.windows.label}" if self.windows else ""
+        side = f" of an image of short side {self.image_size}" if self.windows and self.image_fit == "short_side" else ""
+        return f"{self.name} v{self.version}{given}{shown}{side}"
 
     def identity(self) -> dict[str, Any]:
         """Return the settings of the protocol that change the model's input, and its measures. Segmenters are left out.
@@ -139,6 +155,7 @@ class SegmentationProtocol:
             **({"measures": {m.name: m.version for m in self.measures}} if self.measures else {}),
             **self.names.identity(),
             **({"background_rule": self.background_rule} if self.background_rule != "words" else {}),
+            **({"window": self.windows.side, "window_stride": self.windows.stride} if self.windows else {}),
         }  # fmt: skip
 
     def prepare(self, sample: Sample) -> Task | Excluded:
@@ -190,10 +207,13 @@ class SegmentationProtocol:
         concepts = self._concepts([(w, int(folded(w) == folded(word))) for w, _ in given], [1], sample.key)
         return Task(sample.key, image, truth, concepts, self.caption.format(word=word), (BACKGROUND, 1))
 
-    def _sized(self, image: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, "side side 3"]:
+    def _sized(self, image: UInt8[np.ndarray, "H W 3"], side: int) -> UInt8[np.ndarray, "h w 3"]:
         if self.image_fit == "squash":
             return resize_image(image, (side, side), self.image_resample)
         height, width = image.shape[:2]
+        if self.image_fit == "short_side":  # rounded as mmcv does it
+            scale = side / min(height, width)
+            return resize_image(image, (int(height * scale + 0.5), int(width * scale + 0.5)), self.image_resample)
         # The longer side is cut down to a whole number and the crop's corner rounded, as torchvision does it.
         size = (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
         resized = resize_image(image, size, self.image_resample)
@@ -220,13 +240,12 @@ class SegmentationProtocol:
         Ranking does not depend on a decision, so scores and their average precisions are formed once per way of enlarging.
         """
         size = (task.truth.shape[0], task.truth.shape[1])
-        enlarged: dict[tuple[str, int | None], tuple[np.ndarray, dict[str, float | None]]] = {}
+        enlarged: dict[tuple[object, ...], tuple[np.ndarray, dict[str, float | None]]] = {}
         for segmenter in self.segmenters if segmenters is None else segmenters:
-            way = segmenter.enlarge, segmenter.score_grid
-            if way not in enlarged:
-                scores = segmenter.scores(maps, size)
-                enlarged[way] = scores, self._average_precisions(task, maps, scores, segmenter)
-            scores, precisions = enlarged[way]
+            if segmenter.way not in enlarged:
+                scores = segmenter.scores(maps, size, task.image)
+                enlarged[segmenter.way] = scores, self._average_precisions(task, maps, scores, segmenter)
+            scores, precisions = enlarged[segmenter.way]
             prediction = segmenter(maps, scores, task.concepts, task.classes)
             counts = count(prediction.labels, task.truth, task.classes)
             record: dict[str, Any] = {name: _plain(getattr(counts, name)) for name in counts.__slots__}

@@ -70,6 +70,7 @@ def assemble(config: Mapping[str, Any], in_table: bool = False, overrides: Seque
     allowed = runtime["allow_targets"]
     check_targets(whole, allowed)
     dataset, protocol, extractor = build_parts(whole)
+    _check_windows(protocol, extractor)
     if not in_table:
         _check_decisions(protocol, extractor)
         check_measured(protocol, whole["report"]["columns"])
@@ -127,6 +128,17 @@ def _check_decisions(protocol: SegmentationProtocol, extractor: Extractor) -> No
             f"protocol {protocol.label} gives a pixel to the word with the greatest score, and {type(extractor).__name__}'s maps "
             "of different words can't be compared: nothing would be scored. Take a protocol that cuts one word's map, such as "
             "protocol=scenes_single 'dataset.objects=[1,1]' (its key: protocol.segmenters)"
+        )
+
+
+def _check_windows(protocol: SegmentationProtocol, extractor: Extractor) -> None:
+    """Raise ConfigError where a protocol shows images in windows, and the extractor's maps of two images have no one scale."""
+    if protocol.windows is not None and not extractor.windowed:
+        raise ConfigError(
+            f"protocol {protocol.name} shows each image in {protocol.windows.label}, and {type(extractor).__name__}'s maps of "
+            "two windows can't be averaged: they have no common scale, or depend on the whole image. Show images whole "
+            "(protocol.window=null protocol.window_stride=null, or protocol=voc20 or voc21), or choose a method that compares "
+            "patches with words, such as extractor=sclip or naclip."
         )
 
 

@@ -30,6 +30,7 @@ from conceptseg.store.maps import MapKeeper, file_name
 from conceptseg.store.run import RunStore
 from conceptseg.store.schema import Row
 from conceptseg.types import Batch, Task
+from conceptseg.windows import Windows
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def evaluate(
     total, done = sum(len(chunk) for chunk, _ in todo), 0
     failures = Failures(store.folder / "failures")
     scorer = Scorer(store, protocol, segmenters, maps, tally, max_failures, failures)
-    model = Model(extractor, failures)
+    model = Model(extractor, failures, protocol.windows)
 
     def settle(job: Future[None], samples: int) -> None:
         nonlocal done
@@ -194,6 +195,8 @@ class Model:
 
     extractor: Extractor
     failures: Failures
+    windows: Windows | None = None
+    """Squares in which each image is shown; None shows it whole."""
     largest: int | None = None
     """Most samples a batch since the device ran out of memory; None before."""
 
@@ -217,14 +220,14 @@ class Model:
             return
         started, size = time.perf_counter(), len(batch)
         try:
-            found = _maps(self.extractor, batch, views)
+            found = self._maps(batch, views)
         except Exception as error:
             full = _out_of_memory(error)
             reason = self.failures.reason(batch.keys[0] if size == 1 else "", error)
         else:
             share = (time.perf_counter() - started) / size
-            for number, key in enumerate(batch.keys):
-                yield key, Answer({view: scores[number] for view, scores in found.items()}, share)
+            for key, maps in zip(batch.keys, found, strict=True):
+                yield key, Answer(maps, share)
             return
         # Outside of "except", whose traceback holds the tensors of the batch that failed.
         if full and torch.cuda.is_available():
@@ -241,13 +244,26 @@ class Model:
         else:
             yield from self._in_parts(batch, views, 1)
 
+    def _maps(self, batch: Batch, views: Sequence[View]) -> list[dict[str, np.ndarray]]:
+        """Maps [C h w] of every view, task by task; a task's windows are shown as many at a time as the batch has tasks."""
+        if self.windows is None:
+            return _maps(self.extractor, batch, views)
+        whole = []
+        for task in batch.tasks:
+            parts, found = self.windows.cut(task), []
+            for start in range(0, len(parts), len(batch)):
+                found += _maps(self.extractor, Batch(tuple(parts[start : start + len(batch)])), views)
+            size = (task.image.shape[0], task.image.shape[1])
+            whole.append({view.key: self.windows.joined([maps[view.key] for maps in found], size) for view in views})
+        return whole
+
     def _in_parts(self, batch: Batch, views: Sequence[View], size: int) -> Iterator[tuple[str, Answer]]:
         for start in range(0, len(batch), size):
             yield from self._batch_answers(Batch(batch.tasks[start : start + size]), views)
 
 
-def _maps(extractor: Extractor, batch: Batch, views: Sequence[View]) -> dict[str, np.ndarray]:
-    """Maps [B C h w] of every view on the host. Raises TypeError or ValueError where a method gave something else."""
+def _maps(extractor: Extractor, batch: Batch, views: Sequence[View]) -> list[dict[str, np.ndarray]]:
+    """Maps [C h w] of every view on the host, task by task. Raises TypeError or ValueError where a method gave something else."""
     concepts, found = len(batch.concepts[0]), {}
     for maps in extractor.stream(batch, views):
         scores = maps.scores
@@ -260,7 +276,7 @@ def _maps(extractor: Extractor, batch: Batch, views: Sequence[View]) -> dict[str
         found[maps.view] = scores.detach().float().cpu().numpy()
     if found.keys() != (asked := {view.key for view in views}):
         raise ValueError(f"maps came for views {sorted(map(str, found))}, wanted {sorted(asked)}")
-    return found
+    return [{view: scores[number] for view, scores in found.items()} for number in range(len(batch))]
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -24,6 +24,7 @@ from conceptseg.evaluation.weights import checkpoints
 from conceptseg.keys import run_id
 from conceptseg.store.cost import read_cost
 from conceptseg.store.run import RunStore
+from conceptseg.windows import Windows
 
 ACTIVATIONS = 0.2
 """Memory beside the weights, as a share of them: a guess."""
@@ -212,6 +213,10 @@ def _estimated_seconds(config: Mapping[str, Any], models: Sequence[Model]) -> fl
     views = [view for view in config["views"].values() if isinstance(view, Mapping)]
     passes = max((int(view.get("draws") or 1) * max(1, len(view.get("timesteps") or ())) for view in views), default=1)
     speed = matrix_speed(str(config["runtime"]["device"]))
+    protocol = config["protocol"]
+    if protocol.get("window") and protocol.get("image_size"):  # as many as a square image has
+        windows = Windows(protocol["window"], protocol["window_stride"] or protocol["window"])
+        passes *= len(windows.spans(protocol["image_size"])) ** 2
     return passes * sum(model.operations or 0 for model in models) / (OF_THE_PEAK * speed)
 
 

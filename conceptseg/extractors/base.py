@@ -56,6 +56,8 @@ class Extractor(ABC):
     """May channels be compared by argmax?"""
     needs_truth: ClassVar[bool] = False
     """True for controls that are shown the mask; never for a method."""
+    windowed: ClassVar[bool] = False
+    """Have maps of parts of an image one scale, so that sliding windows may be averaged (`protocol.window`)?"""
     told: Told
     """Information about the image that is shown to the model. No default: a row without it can't be compared."""
     trained_on: TrainedOn

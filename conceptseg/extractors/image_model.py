@@ -101,6 +101,7 @@ class PatchTextMethod(ImageModelMethod):
     """Cosine of patch vectors with the vector of each word: implement `patch_vectors`."""
 
     told = "true name"
+    windowed = True
     family = CLIP
     backbone: CLIPBackbone
 

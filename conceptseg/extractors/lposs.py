@@ -56,6 +56,7 @@ class LPOSS(MaskCLIP):
     """
 
     version = 1
+    windowed = False  # its graph spans the whole image
 
     def __init__(
         self,

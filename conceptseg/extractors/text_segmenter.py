@@ -14,6 +14,7 @@ class TextSegmenter(ModelMethod):
     """A method on one model of transformers, which must be of the class that the method reads."""
 
     told = "true name"
+    windowed = True
     architecture: ClassVar[str]
     backbone: TransformersBackbone
 
