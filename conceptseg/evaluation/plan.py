@@ -123,13 +123,15 @@ def plan_run(name: str, config: Mapping[str, Any]) -> RunPlan:
     classes = str(config["extractor"]["_target_"]), [(m.path, m.revision) for m in models]
     cost = cost if cost is not None and cost.images else _like(Path(config["runtime"]["runs"]), json.dumps(classes))
     weights = None if any(m.weights is None for m in models) else sum(m.weights or 0 for m in models)
+    beside = extractor.held_bytes(int(config["runtime"]["batch_size"]), _views(config))
+    estimated = None if weights is None else round(weights * (1 + ACTIVATIONS)) + beside
     each = cost.seconds / cost.images if cost is not None and cost.images else _estimated_seconds(config, models)
     views = max(1, len(config["views"]))
     pictured = (views if views <= MAPS_KEPT_FOR_VIEWS else 1) if config["runtime"]["keep_maps"] else 0
     left = max(0, images - done)
     return RunPlan(
         name, found.name if found is not None else None, images, done, models,
-        cost.peak_bytes if cost is not None and cost.images else None if weights is None else round(weights * (1 + ACTIVATIONS)),
+        cost.peak_bytes if cost is not None and cost.images else estimated,
         cost is not None and cost.images > 0, None if each is None else each * left, cost is not None and cost.images > 0,
         left * (ROW_BYTES * views * len(protocol.segmenters) + MAP_BYTES * pictured), tuple(dict.fromkeys(lacks)),
     )  # fmt: skip
@@ -210,14 +212,17 @@ def _estimated_seconds(config: Mapping[str, Any], models: Sequence[Model]) -> fl
     """Of one image; None for a method without a model, and where the size of one is not known."""
     if not models or any(model.operations is None for model in models):
         return None
-    views = [view for view in config["views"].values() if isinstance(view, Mapping)]
-    passes = max((int(view.get("draws") or 1) * max(1, len(view.get("timesteps") or ())) for view in views), default=1)
+    passes = max((int(view.get("draws") or 1) * max(1, len(view.get("timesteps") or ())) for view in _views(config)), default=1)
     speed = matrix_speed(str(config["runtime"]["device"]))
     protocol = config["protocol"]
     if protocol.get("window") and protocol.get("image_size"):  # as many as a square image has
         windows = Windows(protocol["window"], protocol["window_stride"] or protocol["window"])
         passes *= len(windows.spans(protocol["image_size"])) ** 2
     return passes * sum(model.operations or 0 for model in models) / (OF_THE_PEAK * speed)
+
+
+def _views(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [view for view in config["views"].values() if isinstance(view, Mapping)]
 
 
 @cache

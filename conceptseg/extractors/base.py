@@ -77,6 +77,13 @@ class Extractor(ABC):
         Reading `tasks` opens every image, so a method does so only where that spares it more.
         """
 
+    def held_bytes(self, images: int, views: Sequence[Mapping[str, Any]]) -> int:
+        """Bytes that a batch of so many images holds beside the model and its activations; 0 unless it is much.
+
+        views: their settings. For the plan, so nothing is fetched: an estimate where the checkpoint is not on this machine.
+        """
+        return 0
+
     def parts(self) -> dict[str, Backbone]:
         """The models that the method holds, by the attribute that holds each; attributes are named as their settings are."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Backbone)}

@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from conceptseg.backbones.attention_rows import attention_rows
 from conceptseg.backbones.in_memory import Loaded
 from conceptseg.backbones.transformers.concept_stream import ConceptStream, ConceptTokens, StreamActivations
 from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
@@ -126,15 +127,11 @@ def prompt_scores(
 def joint_shares(found: StreamActivations, heads: Fold) -> Float[Tensor, "R N L"]:
     """Return the attention of L image tokens to N prompt tokens: softmax over all N + L keys in every head, heads folded.
 
-    Head by head, so that no more than one matrix of L x (N + L) scores a row is held. The prompt's keys must be those that
-    attention sees (see `MultiModalBackbone.rotates_text`).
+    The prompt's keys must be those that attention sees (see `MultiModalBackbone.rotates_text`).
     Source: Seg4Diff, arXiv:2509.18096, and cvlab-kaist/Seg4Diff at bb500ca, as a third party describes its read-out.
     """
-    queries, keys, text = found.rotated_image_queries().float(), found.rotated_image_keys.float(), found.text_keys.float()
-    total = torch.zeros(len(text), text.shape[1], queries.shape[1], device=text.device)
-    for head in range(text.shape[2]):
-        query = queries[:, :, head].mT * text.shape[-1] ** -0.5
-        to_text = text[:, :, head] @ query
-        whole = torch.logaddexp(to_text.logsumexp(1), (keys[:, :, head] @ query).logsumexp(1))
-        total += torch.exp(to_text - whole[:, None])
-    return total / text.shape[2] if heads is Fold.MEAN else total
+    queries, keys = found.joint_queries(), found.joint_keys()
+    prompt = found.text_keys.shape[1]
+    rows = attention_rows(queries[:, :, prompt:], keys, keys.shape[-1] ** -0.5)
+    shares = torch.cat([mean[:, :, :prompt].mT.contiguous() for _, mean in rows], -1)
+    return shares if heads is Fold.MEAN else shares * keys.shape[1]

@@ -19,15 +19,21 @@ from conceptseg.saliency.normalize import (
 from conceptseg.saliency.views import CellKind, Fold, Softmax, View
 from conceptseg.types import BACKGROUND, Batch
 
+Layers = int | tuple[int, ...]
+"""One layer, or several that yield one cell together."""
+
 
 class CellStore:
     """Score maps by (kind, layer, timestep, draw), float32 [B C L] each: all that survives of a forward pass."""
 
     def __init__(self) -> None:
-        self._cells: dict[tuple[CellKind, int, float, int], Float[Tensor, "B C L"]] = {}
+        self._cells: dict[tuple[CellKind, Layers, float, int], Float[Tensor, "B C L"]] = {}
 
-    def put(self, kind: CellKind, layer: int, timestep: float, draw: int, scores: Float[Tensor, "B C L"]) -> None:
-        """Store the scores of C concepts at L image tokens. A second call with the same key replaces the first."""
+    def put(self, kind: CellKind, layer: Layers, timestep: float, draw: int, scores: Float[Tensor, "B C L"]) -> None:
+        """Store the scores of C concepts at L image tokens. A second call with the same key replaces the first.
+
+        layer: one, or all layers of a view, where its layers yield one cell together.
+        """
         self._cells[kind, layer, timestep, draw] = scores
 
     def __len__(self) -> int:
@@ -43,10 +49,12 @@ class CellStore:
         grid: (h, w), or (f, h, w) for video, whose frames are blurred each for itself. background: True for background words,
         which belong to every coalition of softmax "shapley"; None for none.
         """
+        together = (view.cell, view.layers, view.timesteps[0], 0) in self._cells
+        layers: tuple[Layers, ...] = (view.layers,) if together else view.layers
         cells = torch.stack(
             [
                 self._cells[view.cell, layer, timestep, draw]
-                for layer in view.layers
+                for layer in layers
                 for timestep in view.timesteps
                 for draw in range(view.draws)
             ]

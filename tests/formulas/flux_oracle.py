@@ -166,11 +166,12 @@ class Oracle:
             qx, kx, vx = self.projected(at, "image", normed["x"])
             qp, kp, vp = self.projected(at, "text", normed["p"])
             qc, kc, vc = self.projected(at, "text", normed["c"])
-            ox, oxc, op, oc, turned_keys = [], [], [], [], []
+            ox, oxc, op, oc, turned_keys, turned_queries = [], [], [], [], [], []
             for a in range(HEADS):
                 turned_q = torch.stack([rotate(q, at_) for q, at_ in zip(qx[a], positions, strict=True)])
                 turned_k = torch.stack([rotate(k, at_) for k, at_ in zip(kx[a], positions, strict=True)])
                 turned_keys.append(turned_k)
+                turned_queries.append(turned_q)
                 keys, values = torch.cat([kp[a], turned_k]), torch.cat([vp[a], vx[a]])
                 ox.append(attend(turned_q, keys, values))
                 oxc.append(attend(turned_q, torch.cat([turned_k, kc[a]]), torch.cat([vx[a], vc[a]])))
@@ -181,7 +182,8 @@ class Oracle:
             found.append(
                 {
                     "qc": qc, "kc": kc, "vc": vc, "oc": torch.stack(oc), "qx": qx, "kx": torch.stack(turned_keys), "vx": vx,
-                    "ox": torch.stack(ox), "oxc": torch.stack(oxc), "at": at,
+                    "ox": torch.stack(ox), "oxc": torch.stack(oxc), "at": at, "turned_q": torch.stack(turned_queries),
+                    "qp": qp, "kp": kp, "vp": vp,
                 }
             )  # fmt: skip
             x = self.updated(x, found[-1]["ox"], modulation["image"], f"{at}.attn.to_out.0", f"{at}.ff")

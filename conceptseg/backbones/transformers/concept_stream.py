@@ -51,6 +51,14 @@ class StreamActivations:
     project_concepts: Callable[[Tensor], Tensor]
     project_image: Callable[[Tensor], Tensor]
 
+    def joint_queries(self) -> Float[Tensor, "R A n d"]:
+        """Return queries of prompt and image as attention sees them, where it does not rotate the prompt's; n = N + L."""
+        return _by_head(torch.cat([self.text_queries, self.rotated_image_queries()], 1))
+
+    def joint_keys(self) -> Float[Tensor, "R A n d"]:
+        """Return keys of prompt and image as attention sees them, where it does not rotate the prompt's; n = N + L."""
+        return _by_head(torch.cat([self.text_keys, self.rotated_image_keys], 1))
+
 
 def _by_head(x: Tensor) -> Tensor:
     return x.transpose(1, 2)

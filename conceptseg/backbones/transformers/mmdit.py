@@ -232,6 +232,11 @@ class MultiModalBackbone(LatentModel):
         """How many tokens, marks included, of those that `word_places` counts are encoded."""
         return self.text_tokens
 
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens of a prompt take part in attention, padding included."""
+        return self.text_tokens
+
     places_setting: ClassVar[str] = "extractor.backbone.text_tokens"
     """Set `places_read`."""
 

@@ -185,6 +185,10 @@ class SD3Backbone(MultiModalBackbone):
                 )  # fmt: skip
         return Prompts(self._stacked("tokens", captions), self._stacked("pooled", captions))
 
+    @property
+    def prompt_tokens(self) -> int:
+        return self.clip_tokens + self.text_tokens
+
     def texts_of(self, caption: str, words: Sequence[str]) -> set[str]:
         return {caption, " ".join(words)} if self.concept_text == "joined" else super().texts_of(caption, words)
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from conceptseg.backbones.attention_rows import attention_rows
 from conceptseg.backbones.taps import StopForward, TapSet
 from conceptseg.errors import TapError
 
@@ -109,13 +110,8 @@ class Attended:
 
     def received(self) -> Float[Tensor, "R h w"]:
         """Return the attention that each position of a self-attention receives, mean over heads; 1 on average."""
-        rows, heads, positions, _ = self.queries.shape
-        total = self.queries.new_zeros((rows, positions), dtype=torch.float32)
-        keys, some = self.keys.float(), max(1, 2**19 // (rows * heads * positions))
-        for queries in self.queries.split(some, dim=2):
-            logits = torch.einsum("rand,ramd->ranm", queries.float() * self.scale, keys)
-            total += logits.softmax(-1).sum((1, 2))
-        return rearrange(total / heads, "R (h w) -> R h w", h=self.grid[0])
+        total = torch.stack([mean.sum(1) for _, mean in attention_rows(self.queries, self.keys, self.scale)]).sum(0)
+        return rearrange(total, "R (h w) -> R h w", h=self.grid[0])
 
     def head_chunks(self, heads: range, rows: int) -> Iterator[slice]:
         """Heads in groups small enough that their probabilities take about two megabytes: what is held at a time."""
