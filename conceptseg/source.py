@@ -25,8 +25,9 @@ NO_NUMBERS = frozenset(
     for name in (
         "backbones.sheets",  # finds a class by a checkpoint's name, for people; a run names its classes itself
         "backbones.sheet_files", "backbones.hub", "backbones.in_memory", "backbones.planned_weights",
-        "announcing", "config", "data.digests", "errors", "extractors.explaining", "extractors.explanation", "extractors.sheets",
-        "files", "keys", "source", "store",
+        "announcing", "config", "data.digests", "entry_points", "errors",
+        "extractors.explaining", "extractors.explanation", "extractors.sheets",
+        "files", "keys", "source", "store", "targets",
     )
 )  # fmt: skip
 """Modules and packages that parts import and that make no number of a run; neither they nor what they import is followed."""

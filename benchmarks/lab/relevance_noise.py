@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conceptseg.config import instantiate, plain, register
+from conceptseg.config import plain, register
 from conceptseg.metrics.summary import summarise
 from conceptseg.protocols import SegmentationProtocol
 from conceptseg.saliency.views import expand_views
+from conceptseg.targets import instantiate
 from conceptseg.types import Batch, Task
 
 ATEN = torch.ops.aten

@@ -88,7 +88,7 @@ def photographs(folder: Path, count: int) -> list[tuple[Path, Path]]:
 
 def at_flux_size(count: int) -> dict[str, float]:
     """Processor milliseconds an image, by stage."""
-    from conceptseg.config import instantiate
+    from conceptseg.targets import instantiate
 
     protocol = instantiate(composed("protocol=imagenet_released")["protocol"], "protocol")
     meter, rng = Meter(), np.random.default_rng(1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module, metadata
+from importlib import import_module
 from inspect import signature
 from typing import Any
 
 from conceptseg.backbones.base import Backbone, Checkpoint
 from conceptseg.backbones.sheet_files import sheet_of
+from conceptseg.entry_points import BACKBONES, entry_points
 from conceptseg.errors import ConfigError, did_you_mean
 
 FAMILIES = {
@@ -21,13 +22,11 @@ FAMILIES = {
 }
 """The stock transformer's class -> the backbone that knows it. tests/formulas/test_concept_families.py compares each with stock
 blocks, and fails for one that it does not build."""
-GROUP = "conceptseg.backbones"
-"""Entry point group of families that installed packages add: the stock transformer's class -> module:class."""
 
 
 def families() -> dict[str, str]:
     """`FAMILIES` and those of installed packages."""
-    added = {point.name: point.value.replace(":", ".") for point in metadata.entry_points(group=GROUP)}
+    added = {point.name: point.value.replace(":", ".") for point in entry_points(BACKBONES)}
     return {**added, **FAMILIES}
 
 

@@ -19,10 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from conceptseg.cli.options import added_folders
 from conceptseg.cli.refusals import explain_refusal
-from conceptseg.config import check_allowance, packages
 from conceptseg.errors import ConceptSegError, ConfigError, printable
 from conceptseg.logs import show_logs
 from conceptseg.reading import LARGEST_TEXT, check_aliases, decode_text, read_regular
+from conceptseg.targets import check_allowance, packages
 
 
 def quiet_libraries() -> None:

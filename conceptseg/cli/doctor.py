@@ -141,7 +141,7 @@ def _weights(extractor: Mapping[str, Any], asked: bool) -> Iterator[tuple[bool, 
 
 
 def _data(config: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
-    from conceptseg.config import instantiate
+    from conceptseg.targets import instantiate
 
     dataset = instantiate(config["dataset"], "dataset", config["runtime"]["allow_targets"])
     problems = dataset.problems()

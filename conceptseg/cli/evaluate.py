@@ -138,8 +138,8 @@ def _print_joint(jobs: Sequence[Job]) -> None:
 
 def _launch(config: DictConfig, overrides: Sequence[str]) -> None:
     """Has everything computed elsewhere; what follows finds it done."""
-    from conceptseg.config import instantiate
     from conceptseg.evaluation.launchers import launch
+    from conceptseg.targets import instantiate
 
     whole = plain(config)
     launcher = instantiate(whole["launcher"], "launcher", whole["runtime"]["allow_targets"])

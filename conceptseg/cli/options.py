@@ -7,7 +7,7 @@ from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
-from conceptseg.config import packages
+from conceptseg.targets import packages
 
 RECIPES = "lab"
 """A folder of conf/ that is no group: recipes of conceptseg-lab."""

@@ -18,7 +18,6 @@ from conceptseg.report.selection import SHOWN, Selection
 
 if TYPE_CHECKING:
     from conceptseg.report.results import Results
-    from conceptseg.tables.composed_cache import Compositions
     from conceptseg.tables.sheet import PaperTable, TableSheet
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,8 @@ class OpenedSheet:
     settings: list[str]
     """Overrides of every row."""
     compose: Callable[[Sequence[str]], dict[str, Any]]
-    composed: Compositions
+    composed: dict[str, dict[str, Any]]
+    """Every configuration that was asked for, by its overrides."""
 
     @classmethod
     def of(cls, config: DictConfig, overrides: Sequence[str]) -> OpenedSheet:
@@ -70,11 +70,11 @@ class OpenedSheet:
         from omegaconf.errors import OmegaConfBaseException
 
         from conceptseg.cli.refusals import explain_refusal
-        from conceptseg.config import check_allowance, check_frame, composing_source
+        from conceptseg.config import check_frame
         from conceptseg.errors import ConfigError
-        from conceptseg.tables.composed_cache import Compositions
         from conceptseg.tables.former_names import with_current_names
         from conceptseg.tables.sheet import PaperTable, read_sheet
+        from conceptseg.targets import check_allowance
 
         name = str(HydraConfig.get().runtime.choices["table"])
         whole = plain(config)
@@ -84,23 +84,24 @@ class OpenedSheet:
         on_lab = isinstance(sheet, PaperTable) and sheet.on_lab
         place = name.replace("/", "-") + ("-lab" if on_lab else "")
 
-        def compose_anew(overrides: Sequence[str]) -> dict[str, Any]:
+        composed: dict[str, dict[str, Any]] = {}
+
+        def compose_once(*overrides: str) -> dict[str, Any]:
+            key = shlex.join(overrides)
+            if key in composed:
+                return composed[key]
             try:
                 found: dict[str, Any] = plain(compose(config_name="evaluate", overrides=[*overrides]))
             except (HydraException, OmegaConfBaseException) as error:
                 raise ConfigError(f"a row of {name}: {explain_refusal(overrides) or error}") from error
             check_allowance(found, extra)  # a row of a sheet must not widen it either
-            return found
-
-        composed = Compositions(
-            Path(whole["runtime"]["runs"]) / "tables" / f"{place}.configs.json", composing_source(), compose_anew
-        )
+            return composed.setdefault(key, found)
 
         unread = [f"report.{key}" for key in SHOWN]  # by a row
 
         def with_runtime(more: Sequence[str]) -> dict[str, Any]:
             mine = (o for o in extra if o.startswith(("runtime.", "report.")))
-            return composed(*more, *(o for o in mine if o.partition("=")[0] not in unread))
+            return compose_once(*more, *(o for o in mine if o.partition("=")[0] not in unread))
 
         return cls(
             name, sheet, on_lab, place, [o for o in overrides if o.lstrip("+~").startswith("table.")],
@@ -110,7 +111,7 @@ class OpenedSheet:
 
 def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     """Compute what a table lacks, write it below runtime.runs, print it, and publish it if report.publish says so."""
-    from conceptseg.config import ENVIRONMENT, composing_source
+    from conceptseg.config import ENVIRONMENT
     from conceptseg.errors import ConfigError
     from conceptseg.keys import digest
     from conceptseg.report.results_md import page_to_change
@@ -132,7 +133,7 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     if report["publish"]:
         page_to_change(Path(report["results_md"]), "")
     meaningful = [*settings, *(o for o in opened.of_table if not o.startswith("table.backbones="))]
-    tables, source = Path(whole["runtime"]["runs"]) / "tables", composing_source()
+    tables = Path(whole["runtime"]["runs"]) / "tables"
     folder = tables / (f"{place}-{digest(sorted(meaningful), 6)}" if meaningful else place)
 
     share = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]  # only the first of several processes prints
@@ -143,11 +144,11 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
         for part, held in whole.items()
     }
     said = sorted(o for o in overrides if o.lstrip("+~").partition("=")[0] not in AFTERWARDS)
-    marked = source is not None and not report["trackers"] and ENVIRONMENT not in whole
+    marked = _composed_of_own_sheets() and not report["trackers"] and ENVIRONMENT not in whole
     finished = FinishedTable(
         tables / "finished" / f"{place}-{digest(said, 6)}.json", folder / "results.json",
         [folder / "sheet.png", folder / f"{place}.html"],
-        Path(whole["runtime"]["runs"]), [source, asked_for, said, share] if marked else None,
+        Path(whole["runtime"]["runs"]), [asked_for, said, share] if marked else None,
     )  # fmt: skip
     if (results := finished.read()) is not None:
         log.info("nothing that %s was made from has changed: it is printed as it stands", folder / "results.json")
@@ -172,15 +173,24 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
         results = compute_paper_table(place, sheet, opened.compose, settings, folder, command)
     else:
         results = compute_table(place, sheet, opened.compose, settings, folder, command)
-    opened.composed.keep()
     if shard_of(whole["runtime"]).index != 0:
         return 0
     save(folder / "results.json", results)
     write_html(results, Path(whole["runtime"]["runs"]), folder)
     track(results, report["trackers"], Path(whole["runtime"]["runs"]) / "trackers" / place)
-    finished.keep(results, opened.composed.asked())
+    finished.keep(results, opened.composed.values())
     _show_table(results, folder, report, f"Took {duration(time.monotonic() - started)}. ")
     return 0
+
+
+def _composed_of_own_sheets() -> bool:
+    """Whether all that was composed ships with this package: no sheets and no metrics of another one. Hydra must be at work."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from conceptseg.entry_points import METRICS, entry_points
+
+    places = {place.path for place in GlobalHydra.instance().config_loader().get_search_path().get_path()}
+    return places <= {"pkg://hydra.conf", "pkg://conceptseg.conf", "structured://"} and not entry_points(METRICS)
 
 
 def _show_table(results: Results, folder: Path, report: Mapping[str, Any], took: str) -> None:

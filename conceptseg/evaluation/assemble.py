@@ -13,7 +13,7 @@ from typing import Any
 
 from conceptseg import keys
 from conceptseg.announcing import announced
-from conceptseg.config import added_places, check_frame, check_targets, instantiate, targets, unresolved
+from conceptseg.config import added_places, check_frame, unresolved
 from conceptseg.data.base import SegmentationDataset
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.evaluation.loop import Shard
@@ -28,6 +28,7 @@ from conceptseg.source import source_digests
 from conceptseg.store.maps import MapKeeper
 from conceptseg.store.run import RunStore
 from conceptseg.store.schema import SCHEMA, SOURCE_FORM, Manifest
+from conceptseg.targets import check_targets, instantiate, targets
 
 MAPS_KEPT_FOR_VIEWS = 12
 """A run with more views than this (a sweep) keeps pictures of the first one only."""

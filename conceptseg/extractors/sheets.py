@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from conceptseg.config import packages
 from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.targets import packages
 
 LAB_VIEWS = {
     "lab:flux": ("lab", "logits"),

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from conceptseg.entry_points import METRICS, entry_points
 from conceptseg.errors import ConfigError
 from conceptseg.types import Task
-
-GROUP = "conceptseg.metrics"
-"""Entry point group. The name of an entry point is the metric's; its object is a `Definition` or a `MapMetric`."""
 
 Measure = Callable[[Task, Float[np.ndarray, "C H W"], UInt8[np.ndarray, "H W"]], float | None]
 
@@ -44,15 +41,15 @@ class MapMetric:
 
 def names() -> list[str]:
     """Names of the metrics that installed packages add."""
-    return sorted(metadata.entry_points(group=GROUP).names)
+    return sorted(entry_points(METRICS).names)
 
 
 def installed(name: str) -> Any:
-    """The object of the entry point of that name; None where there is none.
+    """The object of the entry point of that name, a `Definition` or a `MapMetric`; None where there is none.
 
     Raises ConfigError where its package can't be imported, or names its metric otherwise.
     """
-    found = list(metadata.entry_points(group=GROUP, name=name))
+    found = list(entry_points(METRICS).select(name=name))
     if not found:
         return None
     try:
@@ -64,7 +61,7 @@ def installed(name: str) -> Any:
         ) from error
     if getattr(metric, "name", None) != name:
         raise ConfigError(
-            f'the entry point "{name}" of {GROUP} gives {found[0].value}, which is named "{getattr(metric, "name", None)}". '
+            f'the entry point "{name}" of {METRICS} gives {found[0].value}, which is named "{getattr(metric, "name", None)}". '
             "Give both one name."
         )
     return metric

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -40,7 +41,7 @@ class RunStore:
         self._rows: dict[RowKey, Row] | None = None
         self._told: set[Path] = set()
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         """The folder's own name, also where it is reached through a link."""
         return self.folder.resolve().name

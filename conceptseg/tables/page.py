@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from conceptseg.config import instantiate, resolved
+from conceptseg.config import resolved
 from conceptseg.errors import ConceptSegError, ConfigError, did_you_mean, printable
 from conceptseg.files import write_atomically
 from conceptseg.metrics.breakdowns import by_class, by_word
@@ -39,6 +39,7 @@ from conceptseg.report.results import Behind, Block, Results, TableRow
 from conceptseg.store.maps import MapKeeper
 from conceptseg.store.run import RunStore
 from conceptseg.tables.sweeps import sweeps_of
+from conceptseg.targets import instantiate
 from conceptseg.types import Task
 
 log = logging.getLogger(__name__)

@@ -15,9 +15,10 @@ from hydra.core.object_type import ObjectType
 from omegaconf import OmegaConf
 
 from conceptseg.backbones.repositories import repository_of
-from conceptseg.config import MOVED_VIEWS, Root, check_targets, instantiate, plain, targets
+from conceptseg.config import MOVED_VIEWS, Root, plain
 from conceptseg.errors import ConfigError, ViewError
 from conceptseg.saliency.views import Axes, expand_views
+from conceptseg.targets import check_targets, instantiate, targets
 
 TRIPLES = list(product(GROUPS["extractor"], GROUPS["dataset"], GROUPS["protocol"]))
 SAMPLED = [

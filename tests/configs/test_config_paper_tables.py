@@ -9,11 +9,11 @@ from functools import cache
 import pytest
 from composing import CONF, GROUPS, plainly
 
-from conceptseg.config import instantiate
 from conceptseg.report.quoted import load_claim, shipped
 from conceptseg.saliency.views import expand_views
 from conceptseg.tables.paper import overrides_of
 from conceptseg.tables.sheet import PaperTable, PerProtocol, read_sheet
+from conceptseg.targets import instantiate
 
 CLAIM = re.compile("^claim:", re.MULTILINE)
 PAPER = [name for name in GROUPS["table"] if CLAIM.search((CONF / "table" / f"{name}.yaml").read_text(encoding="utf-8"))]

@@ -20,7 +20,6 @@ from tiny_transformers import settings_of
 from torch import nn
 
 from conceptseg.backbones.taps import TapSet
-from conceptseg.config import instantiate
 from conceptseg.data.drawn import Scenes
 from conceptseg.errors import ConfigError, DataError, ViewError
 from conceptseg.evaluation.assemble import method_identity
@@ -29,6 +28,7 @@ from conceptseg.extractors.sheets import extractor_sheet
 from conceptseg.keys import run_id
 from conceptseg.lab.models import build_flux, build_sd, save
 from conceptseg.saliency.views import expand_views
+from conceptseg.targets import instantiate
 from conceptseg.types import Batch, SaliencyMaps, Task
 
 EXTRACTORS = GROUPS["extractor"]

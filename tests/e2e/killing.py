@@ -117,7 +117,6 @@ def tabulate(table: dict[str, Any], shards: int) -> None:
     from conceptseg.report.exports import to_csv, to_latex
     from conceptseg.report.results import load, save
     from conceptseg.report.results_md import write
-    from conceptseg.tables.composed_cache import Compositions
     from conceptseg.tables.page import write_html
     from conceptseg.tables.stamp import FinishedTable
 
@@ -128,9 +127,6 @@ def tabulate(table: dict[str, Any], shards: int) -> None:
     write_atomically(Path("report/t.csv"), to_csv(results).encode())
     write_atomically(Path("report/t.tex"), to_latex(results).encode())
     write_html(results, Path("runs"), Path("report"))
-    composed = Compositions(Path("tables/t.configs.json"), "source", lambda overrides: {"of": list(overrides)})
-    composed("a=1")
-    composed.keep()
     FinishedTable(Path("tables/t.json"), Path("t/results.json"), [Path("RESULTS.md")], Path("runs"), ["asked"]).keep(results, [])
 
 

@@ -8,9 +8,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from tiny import tiny_sd3
 
 from conceptseg.backbones.transformers.sd3 import SD3Backbone, encode_prompts
-from conceptseg.config import instantiate
 from conceptseg.errors import DataError
 from conceptseg.saliency.views import expand_views
+from conceptseg.targets import instantiate
 from conceptseg.types import Batch, Concepts, Task
 
 CAPTIONS = ["a fish on grass", "a boat"]

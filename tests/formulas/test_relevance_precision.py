@@ -13,8 +13,8 @@ import conceptseg.backbones.encoders.relevance as relevance
 from conceptseg.backbones.encoders.relevance import full_precision
 from conceptseg.backbones.encoders.tower import Weights
 from conceptseg.backbones.encoders.vit import ViTBackbone
-from conceptseg.config import instantiate
 from conceptseg.errors import ConfigError
+from conceptseg.targets import instantiate
 from conceptseg.types import Batch
 
 SHEETS = ("lrp", "lrp_clip", "partial_lrp", "partial_lrp_clip", "transinterp", "transinterp_clip", "transinterp_given")

@@ -8,9 +8,10 @@ from importlib import metadata
 import pytest
 from composing import plainly
 
-from conceptseg import config
+from conceptseg import targets
 from conceptseg.cli.evaluate import evaluate
 from conceptseg.cli.explain import parse
+from conceptseg.entry_points import PACKAGES
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.evaluation.assemble import assemble
 from conceptseg.reading import read_yaml
@@ -20,7 +21,7 @@ RUNS_A_PROGRAM = "conceptseg.evaluation.launchers._carried_out"
 
 def refused(part, *overrides, match):
     with pytest.raises(ConfigError, match=match):
-        config.instantiate(plainly(*overrides)[part], part)
+        targets.instantiate(plainly(*overrides)[part], part)
 
 
 @pytest.mark.parametrize(("part", "choice"), [("extractor", "oracle"), ("dataset", "scenes"), ("protocol", "scenes_single")])
@@ -41,7 +42,7 @@ def test_a_part_is_built_from_a_subclass_of_its_own_base_only(part, choice, targ
 
 def test_a_launcher_is_a_launcher(tmp_path):
     with pytest.raises(ConfigError, match=r"wanted a subclass of conceptseg.evaluation.launchers.Launcher"):
-        config.instantiate({"_target_": RUNS_A_PROGRAM, "command": ["true"], "folder": "."}, "launcher")
+        targets.instantiate({"_target_": RUNS_A_PROGRAM, "command": ["true"], "folder": "."}, "launcher")
 
 
 @pytest.mark.parametrize(
@@ -59,33 +60,33 @@ def test_a_nested_part_is_held_to_its_base_too(part, overrides):
         for override in [o for o in overrides if "+" in o]:
             key, _, target = override.lstrip("+").partition("=")
             found[key.split(".")[1]] = {"_target_": target}
-        config.instantiate(found, part)
+        targets.instantiate(found, part)
 
 
 @pytest.mark.parametrize("key", ["_partial_", "_args_", "_recursive_", "_convert_"])
 def test_hydras_own_keys_are_refused(key):
     with pytest.raises(ConfigError, match=rf"extractor\.{key}"):
-        config.instantiate({"_target_": "conceptseg.extractors.controls.Constant", key: True}, "extractor")
+        targets.instantiate({"_target_": "conceptseg.extractors.controls.Constant", key: True}, "extractor")
 
 
 def test_a_prefix_is_a_package_and_not_the_beginning_of_a_name():
     whole = plainly("extractor._target_=mylab_evil.Method")
     with pytest.raises(ConfigError, match=r"outside runtime.allow_targets"):
-        config.check_targets(whole, ["mylab"])
+        targets.check_targets(whole, ["mylab"])
 
 
 def test_nothing_of_a_package_that_is_not_allowed_is_imported(tmp_path, monkeypatch):
     (tmp_path / "evil_package.py").write_text("raise SystemExit('imported')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match=r"outside runtime.allow_targets"):
-        config.instantiate({"_target_": "evil_package.Method"}, "extractor")
+        targets.instantiate({"_target_": "evil_package.Method"}, "extractor")
     assert "evil_package" not in sys.modules
 
 
 def test_an_installed_package_of_the_entry_point_group_is_allowed(monkeypatch):
-    points = [metadata.EntryPoint("mine", "mylab", config.PACKAGES)]
-    monkeypatch.setattr(config.metadata, "entry_points", lambda group: points if group == config.PACKAGES else [])
-    config.check_targets(plainly("extractor._target_=mylab.Method"), [])
+    points = [metadata.EntryPoint("mine", "mylab", PACKAGES)]
+    monkeypatch.setattr(targets, "entry_points", lambda group: points if group == PACKAGES else [])
+    targets.check_targets(plainly("extractor._target_=mylab.Method"), [])
 
 
 def command(monkeypatch, capsys, *words):
@@ -179,9 +180,9 @@ def test_a_number_of_the_environment_that_names_the_run_is_refused_unless_allowe
 
 def test_only_the_command_line_allows_to_keep_the_environment():
     whole = plainly("runtime.record_environment=true")
-    config.check_allowance(whole, ["runtime.record_environment=true"])
+    targets.check_allowance(whole, ["runtime.record_environment=true"])
     with pytest.raises(ConfigError, match="on the command line"):
-        config.check_allowance(whole, [])
+        targets.check_allowance(whole, [])
 
 
 def laughs(levels: int) -> str:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from composing import GROUPS, plainly
 
-from conceptseg.config import instantiate
 from conceptseg.extractors.controls import CentrePrior, ColourContrast, Constant, InvertedOracle, Oracle, RandomMap
 from conceptseg.metrics.definitions import DEFINITIONS, Rows
+from conceptseg.targets import instantiate
 from conceptseg.types import VOID, Batch, Sample, Task
 
 SHEETS = {name: plainly(f"protocol={name}")["protocol"] for name in GROUPS["protocol"]}

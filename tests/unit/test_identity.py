@@ -11,10 +11,10 @@ from hydra.utils import instantiate as build
 from tiny_encoders import write_clip
 
 from conceptseg.backbones.base import Backbone, Checkpoint, shipped_digests
-from conceptseg.config import instantiate
 from conceptseg.errors import ConfigError
 from conceptseg.evaluation.assemble import assemble, method_identity
 from conceptseg.extractors.base import OneView
+from conceptseg.targets import instantiate
 
 COMMIT = "7288da5a0d6f0b51c4a2b27c624837a9236d0112"
 FREE = {

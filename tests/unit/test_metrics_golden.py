@@ -10,10 +10,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import interpolate
 
-from conceptseg.config import instantiate
 from conceptseg.metrics.average_precision import minmax_scaled, two_channel_average_precision
 from conceptseg.metrics.counts import count
 from conceptseg.metrics.reported import metric
+from conceptseg.targets import instantiate
 from conceptseg.types import Concepts, Task
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "concept_attention"

@@ -7,6 +7,7 @@ import pytest
 
 from conceptseg.backbones import sheets
 from conceptseg.data.drawn import Scenes
+from conceptseg.entry_points import BACKBONES, METRICS
 from conceptseg.errors import ConfigError
 from conceptseg.evaluation.assemble import check_measured
 from conceptseg.metrics import installed
@@ -25,10 +26,11 @@ OTHER = MapMetric("another", "other", 1, lambda task, scores, labels: 0.0, "Name
 @pytest.fixture(autouse=True)
 def packages(monkeypatch):
     values = {"peak": "PEAK", "empty": "EMPTY", "misnamed": "OTHER", "broken": "NOWHERE"}
-    points = metadata.EntryPoints(metadata.EntryPoint(n, f"{__name__}:{v}", installed.GROUP) for n, v in values.items())
-    families = metadata.EntryPoints([metadata.EntryPoint("MyTransformer2DModel", "my_family:MyBackbone", sheets.GROUP)])
-    held = {installed.GROUP: points, sheets.GROUP: families}
-    monkeypatch.setattr(installed.metadata, "entry_points", lambda group, **more: held[group].select(**more))
+    points = metadata.EntryPoints(metadata.EntryPoint(n, f"{__name__}:{v}", METRICS) for n, v in values.items())
+    families = metadata.EntryPoints([metadata.EntryPoint("MyTransformer2DModel", "my_family:MyBackbone", BACKBONES)])
+    held = {METRICS: points, BACKBONES: families}
+    for module in (installed, sheets):
+        monkeypatch.setattr(module, "entry_points", lambda group: held[group])
 
 
 def protocol(*measures):

@@ -6,9 +6,9 @@ from composing import plainly
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from conceptseg.config import instantiate
 from conceptseg.metrics.released import f1_over_rows
 from conceptseg.metrics.summary import summarise
+from conceptseg.targets import instantiate
 from conceptseg.types import Concepts, Sample, Task
 
 SCORES = np.array([[1, 0.2], [0.4, 0]], np.float32)

@@ -6,10 +6,10 @@ from composing import GROUPS, plainly
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
-from conceptseg.config import instantiate
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.protocols import Excluded, SegmentationProtocol
 from conceptseg.segment.segmenter import Segmenter
+from conceptseg.targets import instantiate
 from conceptseg.types import VOID, Sample, Task
 
 PROTOCOLS = GROUPS["protocol"]

@@ -7,8 +7,8 @@ import pytest
 from composing import GROUPS, plainly
 
 import conceptseg
-from conceptseg.config import targets
 from conceptseg.source import NO_NUMBERS, _read, source_digests
+from conceptseg.targets import targets
 
 PACKAGE = Path(conceptseg.__file__).parent
 EVERY_RUN = {
