@@ -59,7 +59,7 @@ def main() -> int:
     found = list({run.run_id: run for run in (find(said.folder, name) for name in said.runs)}.values())
     if said.command == "export":
         export(found, said.to)
-        print(f"{len(found)} runs: {said.to}, {_size(said.to.stat().st_size)}")
+        print(f"{_counted(found)}: {said.to}, {_size(said.to.stat().st_size)}")
         return 0
     return _remove(found, said.yes)
 
@@ -150,14 +150,22 @@ def _remove(found: Sequence[RunFolder], sure: bool) -> int:
         print(f"{run.run_id}: {run.method} on {run.data}, {_size(run.size)}")
     if not sure:
         if not sys.stdin.isatty():
-            raise ConfigError(f"removing {len(found)} runs: nobody can be asked here. Add --yes to remove them.")
-        if input(f"Remove {len(found)} runs? [y/N] ").strip().lower() not in ("y", "yes"):
+            raise ConfigError(f"removing {_counted(found)}: nobody can be asked here. Add --yes to remove them.")
+        if input(f"Remove {_counted(found)}? [y/N] ").strip().lower() not in ("y", "yes"):
             print("nothing removed")
             return 1
+    from conceptseg.tables.page import write_index
+
     for run in found:
         remove(run)
-    print(f"{len(found)} runs removed, {_size(sum(run.size for run in found))}")
+    print(f"{_counted(found)} removed, {_size(sum(run.size for run in found))}")
+    for folder in {run.folder.parent for run in found}:
+        write_index(folder)
     return 0
+
+
+def _counted(runs: Sequence[RunFolder]) -> str:
+    return f"{len(runs)} run" + ("" if len(runs) == 1 else "s")
 
 
 def _day(text: str) -> datetime:

@@ -159,7 +159,7 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     from conceptseg.evaluation.carry_out import duration
     from conceptseg.report.results import save
     from conceptseg.report.trackers import track
-    from conceptseg.tables.page import write_html
+    from conceptseg.tables.page import write_html, write_index
     from conceptseg.tables.paper import columns_of_paper, compute_paper_table
     from conceptseg.tables.table import columns_of_table, compute_table
 
@@ -177,6 +177,7 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
         return 0
     save(folder / "results.json", results)
     write_html(results, Path(whole["runtime"]["runs"]), folder)
+    write_index(Path(whole["runtime"]["runs"]))
     track(results, report["trackers"], Path(whole["runtime"]["runs"]) / "trackers" / place)
     finished.keep(results, opened.composed.values())
     _show_table(results, folder, report, f"Took {duration(time.monotonic() - started)}. ")
@@ -203,7 +204,9 @@ def _show_table(results: Results, folder: Path, report: Mapping[str, Any], took:
     selection = Selection.of(report)
     print_table(results, selection=selection, detail=report["detail"])
     files = [folder / "results.json", *write_exports(results, folder, selection), folder / "sheet.png"]
-    print(f"{took}Page: {folder / f'{results.table}.html'}")
+    index = folder.parents[1] / "index.html"
+    every = f" (all: {index})" if index.exists() else ""
+    print(f"{took}Page: {folder / f'{results.table}.html'}{every}")
     print(f"Beside it: {', '.join(file.name for file in files if file.exists())}")
     benchmarks, results_md = Path(report["benchmarks"]), Path(report["results_md"])
     if report["publish"]:

@@ -33,10 +33,12 @@ def figure_svg(table: Results, width: int = 760, alone: bool = False) -> str:
     if not columns or sum(len(rows) for _, rows in blocks) < 2:
         return ""
     tops = {column.name: _top(column, [block for block, _ in blocks]) for column in columns}
+    longest = max(len(row.name) for _, rows in blocks for row in rows)
+    labels = 8 if width < NARROW else max(150, min(int(0.44 * width), 16 + 7 * longest))
     parts: list[str] = []
     y = 0
     for block, rows in blocks:
-        y = _block(parts, block, rows, columns, tops, width, y) + 10
+        y = _block(parts, block, rows, columns, tops, width, labels, y) + 10
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}" viewBox="0 0 {width} {y}" role="img"'
     label = f"{table.title}: methods by {' and '.join(column.label for column in columns)}"
     ground = f'<style>{_STYLE}</style><rect width="{width}" height="{y}" fill="#fff"/>' if alone else ""
@@ -69,11 +71,14 @@ def _block(
     columns: Sequence[Column],
     tops: dict[str, float],
     width: int,
+    labels: int,
     y: int,
 ) -> int:
-    """Append a block's panels, drawn from height y on; returns the height below them."""
+    """Append a block's panels, drawn from height y on; returns the height below them.
+
+    labels: pixels left of the panels, the same for every block, so that equal numbers stand above each other.
+    """
     narrow = width < NARROW
-    labels = 8 if narrow else max(150, min(int(0.44 * width), 16 + 7 * max(len(row.name) for row in rows)))
     panel = (width - labels - 12 - _GAP * (len(columns) - 1)) / len(columns)
     line = 32 if narrow else _LINE
     top, bottom = y + 42, y + 42 + line * len(rows)

@@ -75,6 +75,8 @@ class Gallery:
     """Addresses of the sheets of each method, the first methods' alone where not all have pictures."""
     across: int = 8
     down: int = 8
+    side: int = 16
+    """Pixels of a tile's side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +122,14 @@ def render(
     page = environment.get_template("report.html.j2")
     few = {column.name for column in headline_columns(table)}
     swept = any(section.heats for section in sections)  # its heat map is the picture to open with
-    figures = ["" if swept else figure_svg(table, width) for width in (760, 360)]
+    figures = ["" if swept else figure_svg(table, width) for width in (860, 360)]
     return page.render(
         table=table, sections=sections, runs=runs, kinds=KIND_NAMES, absent=ABSENT, few=few, figures=figures, colours=colours,
         content=content,
     )  # fmt: skip
+
+
+INDEX_TITLE = "conceptseg: pages"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +139,15 @@ class Page:
     files: Sequence[str]
     """Addresses from the index: the page, then what lies beside it."""
     title: str
-    summary: str
+    command: str
+    blocks: str
+    """Names of its blocks and how many rows each has."""
     written: str
 
 
 def render_index(pages: Sequence[Page]) -> str:
     """A page that links all pages."""
-    return _environment().get_template("index.html.j2").render(pages=pages)
+    return _environment().get_template("index.html.j2").render(pages=pages, title=INDEX_TITLE)
 
 
 def _environment() -> Environment:
@@ -152,7 +159,7 @@ def _environment() -> Environment:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Gallery):
-        return {name: getattr(value, name) for name in ("methods", "samples", "photos", "maps", "across", "down")}
+        return {name: getattr(value, name) for name in ("methods", "samples", "photos", "maps", "across", "down", "side")}
     raise TypeError(f"{type(value).__name__} is not data of a page")
 
 

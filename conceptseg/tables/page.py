@@ -24,6 +24,7 @@ from conceptseg.files import write_atomically
 from conceptseg.metrics.breakdowns import by_class, by_word
 from conceptseg.metrics.definitions import DEFINITIONS, Rows
 from conceptseg.report.html import (
+    INDEX_TITLE,
     Gallery,
     Page,
     RunBehind,
@@ -117,21 +118,30 @@ def write_html(
 
 
 def write_index(folder: Path) -> Path | None:
-    """Write index.html over the pages in `folder` and the folders in it, or bring it up to date; None where there is none."""
+    """Write index.html over the pages in `folder` and the folders in it, or bring it up to date.
+
+    None where there are no pages, and where index.html is another program's, which is left alone with a warning.
+    """
+    path = folder / "index.html"
+    if path.exists() and f"<title>{INDEX_TITLE}</title>" not in path.read_text(encoding="utf-8", errors="replace")[:4000]:
+        log.warning("%s is not a list of conceptseg's pages and stays as it is; choose another folder for a list", path)
+        return None
     pages = []
-    for path in sorted({*folder.glob("*.html"), *folder.glob("*/*.html"), *folder.glob("tables/*/*.html")}):
-        with path.open(encoding="utf-8", errors="replace") as file:
+    for page in sorted({*folder.glob("*.html"), *folder.glob("*/*.html"), *folder.glob("tables/*/*.html")}):
+        with page.open(encoding="utf-8", errors="replace") as file:
             head = file.read(4000)
-        if path.name != "index.html" and (found := re.search(r'<meta name="conceptseg-table" content="([^"]*)">', head)):
+        said = dict(re.findall(r'<meta name="conceptseg-(table|blocks)" content="([^"]*)">', head))
+        if page != path and "table" in said:
             title = re.search("<title>(.*?)</title>", head)
-            written = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
-            beside = [path.with_suffix(ending) for ending in (".csv", ".tex")]
-            files = [one.relative_to(folder).as_posix() for one in (path, *(one for one in beside if one.exists()))]
-            pages.append(Page(files, unescape(title[1]) if title else path.stem, unescape(found[1]), written))
+            written = datetime.fromtimestamp(page.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+            beside = [page.with_suffix(ending) for ending in (".csv", ".tex")]
+            files = [one.relative_to(folder).as_posix() for one in (page, *(one for one in beside if one.exists()))]
+            name = unescape(title[1]) if title else page.stem
+            pages.append(Page(files, name, unescape(said["table"]), unescape(said.get("blocks", "")), written))
     if not pages:
+        path.unlink(missing_ok=True)
         return None
     pages.sort(key=lambda page: page.written, reverse=True)
-    path = folder / "index.html"
     write_atomically(path, render_index(pages).encode())
     return path
 
@@ -256,7 +266,7 @@ def _gallery(
         for key, task in held
     ]  # fmt: skip
     words = sorted({word for sample in samples for word in sample["words"]})
-    return Gallery(tuple(m.row.name for m in methods), tuple(words), tuple(samples), photos, maps)
+    return Gallery(tuple(m.row.name for m in methods), tuple(words), tuple(samples), photos, maps, side=side)
 
 
 def _rounded(value: float | None) -> float | None:
@@ -325,13 +335,19 @@ def _sheets(keeper: _Thumbnails, name: str, side: int, pairs: Iterator[np.ndarra
 
 def _photo_and_truth(task: Task, side: int) -> np.ndarray:
     photo = _opaque(np.round(255 * task.image).astype(np.uint8), side)
-    return np.concatenate([photo, _cover((task.truth > 0) & (task.truth != 255), side, TRUTH)], axis=1)
+    return _beside(photo, _cover((task.truth > 0) & (task.truth != 255), side, TRUTH))
 
 
 def _map_and_prediction(kept: tuple[np.ndarray, np.ndarray] | None, side: int) -> np.ndarray:
     if kept is None:
         return np.zeros((side, 2 * side, 4), np.uint8)
-    return np.concatenate([_opaque(colour_map()[kept[0]], side), _cover(kept[1] > 0, side, PREDICTION)], axis=1)
+    return _beside(_opaque(colour_map()[kept[0]], side), _cover(kept[1] > 0, side, PREDICTION))
+
+
+def _beside(picture: np.ndarray, cover: np.ndarray) -> np.ndarray:
+    """Two tiles as one. See-through pixels take the colours of the picture's edge, which WebP's filter would darken otherwise."""
+    colours = np.where(cover[..., 3:] > 0, cover[..., :3], picture[:, -1:, :3])
+    return np.concatenate([picture, np.dstack([colours, cover[..., 3]])], axis=1)
 
 
 def _opaque(picture: np.ndarray, side: int) -> np.ndarray:

@@ -83,6 +83,45 @@ def test_pictures_of_thousands_of_images_are_linked_and_stay_under_thirty_megaby
     assert large_page.IMAGES * of_an_image + words + 200_000 < 30e6, of_an_image
 
 
+def test_a_table_stands_in_the_index_over_all_pages(page):
+    runs = page.parents[1] / "runs"
+    (table,) = (runs / "tables").glob("*/*.html")
+    assert f'href="{table.relative_to(runs).as_posix()}"' in (runs / "index.html").read_text()
+
+
+def test_another_programs_index_is_left_alone(page, tmp_path, caplog):
+    shutil.copy(page, tmp_path)
+    (tmp_path / "index.html").write_text("<title>My thesis</title>")
+    assert maker.write_index(tmp_path) is None
+    assert (tmp_path / "index.html").read_text() == "<title>My thesis</title>" and "stays as it is" in caplog.text
+    (tmp_path / "index.html").unlink()
+    assert maker.write_index(tmp_path) == tmp_path / "index.html"
+    (tmp_path / page.name).unlink()
+    assert maker.write_index(tmp_path) is None and not (tmp_path / "index.html").exists(), "a list of nothing"
+
+
+def test_the_gallery_shows_the_methods_that_were_named(page, shared):
+    (results,) = (shared.folder / "runs" / "tables").glob("*/results.json")
+    export = ("--export", "named", "--table", str(results), "--gallery")
+    shared.run(*export, "*cross-attention*", "--gallery", "output, softmax", name="conceptseg-report")
+    (made,) = (path for path in (shared.folder / "named").glob("*.html") if path.name != "index.html")
+    gallery = json.loads(made.read_text().rpartition('<div class="pictures">')[2].partition(">")[2].partition("</script>")[0])
+    pictured = gallery["methods"][: len(gallery["maps"])]
+    assert pictured and all("cross-attention" in name or name == "output, softmax" for name in pictured), gallery["methods"]
+    refused = shared.run(*export, "output softmax", code=1, name="conceptseg-report")
+    assert 'has no method "output softmax". Did you mean "output, softmax"' in refused.said
+
+
+def test_a_figure_is_one_tables(page, shared):
+    (results,) = (shared.folder / "runs" / "tables").glob("*/results.json")
+    shared.run("--figure", "one.svg", "--table", str(results), name="conceptseg-report")
+    drawn = (shared.folder / "one.svg").read_text()
+    assert drawn.startswith("<svg ") and drawn.count("<circle") > 2
+    two = ("--table", str(results), "--table", str(results))
+    refused = shared.run("--figure", "two.svg", *two, code=1, name="conceptseg-report")
+    assert "2 tables were named. Name one" in refused.said and not (shared.folder / "two.svg").exists()
+
+
 # ---------------------------------------------------------------- in a browser
 
 
@@ -185,6 +224,52 @@ def test_bars_follow_the_chosen_method_and_order(browser):
     second = browser.locator(".parts .bars").inner_text()
     browser.select_option(".parts [name=order]", "worst")
     assert len({first, second, browser.locator(".parts .bars").inner_text()}) == 3 and browser.said == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_sticks_out_of_a_page_or_the_index(chromium, page, width):
+    for made in (page, page.parent / "index.html"):
+        window = opened(chromium, made, width)
+        assert window.evaluate("document.documentElement.scrollWidth") <= width, made.name
+        assert window.said == []
+        window.close()
+
+
+def test_a_picture_is_enlarged_by_click_and_by_keyboard(chromium, page):
+    window = opened(chromium, page)
+    dialog, pictures = window.locator("dialog"), window.locator(".card .boxes")
+    methods = window.locator(".pictures [name=method] option").all_inner_texts()
+    assert pictures.first.locator(".stack").count() == 2, "two methods side by side"
+    pictures.nth(1).click()
+    captions = dialog.locator("figcaption").all_inner_texts()
+    assert dialog.is_visible() and captions[:2] == ["photo", "truth"] and len(captions) == 6
+    assert all(f"{name} ·" in captions[2 * place + 2] for place, name in enumerate(methods[:2]))
+    dialog.locator("button").click()
+    assert dialog.is_hidden()
+    pictures.nth(1).click()
+    window.mouse.click(5, 500)
+    assert dialog.is_hidden(), "a click beside it closes it"
+
+    pictures.first.focus()
+    window.keyboard.press("Enter")
+    first = dialog.locator("h4").inner_text()
+    window.keyboard.press("ArrowRight")
+    assert dialog.is_visible() and dialog.locator("h4").inner_text() != first
+    window.keyboard.press("ArrowLeft")
+    assert dialog.locator("h4").inner_text() == first
+    window.keyboard.press("Escape")
+    assert dialog.is_hidden() and pictures.first.evaluate("one => one === document.activeElement") and window.said == []
+    window.close()
+
+
+def test_the_keyboard_keeps_its_place_when_a_gallery_is_drawn_again(chromium, large):
+    window = opened(chromium, large)
+    window.locator(".card .boxes").first.focus()
+    for _ in range(20):
+        window.keyboard.press("Tab")
+    window.wait_for_timeout(100)
+    assert window.evaluate("document.activeElement.closest('.card').dataset.place") is not None
+    window.close()
 
 
 @pytest.mark.parametrize("width", [1280, 390])

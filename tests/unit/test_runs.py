@@ -112,7 +112,7 @@ def test_removing_asks_and_spares_a_run_that_is_being_written(runs, capsys):
         with pytest.raises(StoreError, match="written by another process"):
             remove(find(RUNS, runs[0]))
         assert (RUNS / runs[0] / "maps" / "a.png").exists()
-    assert "1 runs removed" in said(capsys, "rm", runs[0][:5], "--yes")
+    assert "1 run removed" in said(capsys, "rm", runs[0][:5], "--yes")
     assert [path.name for path in RUNS.iterdir()] == [runs[1]]
 
 

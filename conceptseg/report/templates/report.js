@@ -72,7 +72,7 @@ for (const box of document.querySelectorAll(".parts")) {
 const GAP = 12;
 const CAPTION = 52;
 for (const box of document.querySelectorAll(".pictures")) {
-  const { methods, samples, photos, maps, across: lineful, down: lines } = JSON.parse(box.querySelector("script").textContent);
+  const { methods, samples, photos, maps, across: lineful, down: lines, side } = JSON.parse(box.querySelector("script").textContent);
   const gallery = box.querySelector(".gallery");
   const cards = gallery.querySelector(".cards");
   const dialog = box.querySelector("dialog");
@@ -80,12 +80,14 @@ for (const box of document.querySelectorAll(".pictures")) {
   const count = box.querySelector(".count");
   let chosen = [];
   let drawn = "";
+  let enlarged = null;
   samples.forEach((sample, place) => {
     const held = sample.scores.filter((score) => score !== null);
     sample.spread = Math.max(...held) - Math.min(...held);
     sample.place = place;
   });
   if (maps.length > 1) field("beside").value = "1";
+  box.style.setProperty("--zoom", side / (side - 1)); // the outer half pixel of a tile blends with its neighbour's, so it is cut
 
   const choose = () => {
     const at = Number(field("method").value);
@@ -112,7 +114,7 @@ for (const box of document.querySelectorAll(".pictures")) {
 
   // One tile of a sample: the left or the right one of its pair in a sheet.
   const tile = (sample, sheets, right, kind) => {
-    const made = element("div", kind === "photo" ? "tile photo" : `tile layer ${kind}`);
+    const made = element("span", kind === "photo" ? "tile photo" : `tile layer ${kind}`);
     const sheet = Math.floor(sample.place / (lineful * lines));
     const inside = sample.place % (lineful * lines);
     const held = Math.min(lineful * lines, samples.length - sheet * lineful * lines);
@@ -126,8 +128,8 @@ for (const box of document.querySelectorAll(".pictures")) {
   };
 
   const stack = (sample, tiles) => {
-    const square = element("div", "box");
-    const made = element("div", "stack");
+    const square = element("span", "box");
+    const made = element("span", "stack");
     const [width, height] = sample.size;
     made.style.width = `${(100 * width) / Math.max(width, height)}%`;
     made.style.aspectRatio = `${width} / ${height}`;
@@ -139,45 +141,63 @@ for (const box of document.querySelectorAll(".pictures")) {
   const truth = (sample) => tile(sample, photos, 1, "truth");
   const scored = (sample, at) => (sample.scores[at] === null ? "–" : percent(sample.scores[at]));
 
-  const enlarge = (sample, shown) => {
-    const large = dialog.querySelector(".large");
-    const pictures = [["photo", [photo(sample)]], ["truth", [photo(sample), truth(sample)]]];
-    for (const at of shown.filter((one) => one < maps.length)) {
-      const said = `${methods[at]} · ${scored(sample, at)}`;
-      pictures.push([`${said}, map`, [tile(sample, maps[at], 0, "map")]]);
-      pictures.push([`${said}, prediction`, [photo(sample), tile(sample, maps[at], 1, "prediction")]]);
-    }
-    large.replaceChildren(...pictures.map(([name, tiles]) => {
-      const figure = element("figure", "");
-      figure.append(stack(sample, tiles), element("figcaption", "", name));
-      return figure;
-    }));
-    dialog.querySelector("form").firstChild.textContent = `close ${sample.words.join(", ")} (${sample.key})`;
-    dialog.showModal();
-  };
+  const shown = () => [...new Set([field("method").value, field("beside").value])].filter((at) => at !== "").map(Number);
 
-  const card = (sample, shown) => {
+  // A sample in the dialog: photo above truth, then each method's map above its prediction.
+  const enlarge = (sample) => {
+    enlarged = sample;
+    const pairs = [[["photo", [photo(sample)]], ["truth", [photo(sample), truth(sample)]]]];
+    for (const at of shown().filter((one) => one < maps.length)) {
+      const said = `${methods[at]} · ${scored(sample, at)}`;
+      pairs.push([[`${said}, map`, [tile(sample, maps[at], 0, "map")]],
+        [`${said}, prediction`, [photo(sample), tile(sample, maps[at], 1, "prediction")]]]);
+    }
+    const large = dialog.querySelector(".large");
+    large.replaceChildren(...pairs.map((pair) => {
+      const column = element("div", "pair");
+      column.append(...pair.map(([name, tiles]) => {
+        const figure = element("figure", "");
+        figure.append(stack(sample, tiles), element("figcaption", "", name));
+        return figure;
+      }));
+      return column;
+    }));
+    dialog.querySelector("h4").textContent = `${sample.words.join(", ")} · ${sample.key}`;
+    if (!dialog.open) dialog.showModal();
+  };
+  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+  dialog.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    const next = step && chosen[chosen.indexOf(enlarged) + step];
+    if (!next) return;
+    event.preventDefault();
+    enlarge(next);
+  });
+
+  const card = (sample) => {
     const figure = element("figure", "card");
-    const boxes = element("div", "boxes");
-    for (const at of shown) {
+    const boxes = element("button", "boxes");
+    boxes.type = "button";
+    for (const at of shown()) {
       const layers = at < maps.length ? [tile(sample, maps[at], 0, "map"), tile(sample, maps[at], 1, "prediction")] : [];
       boxes.append(stack(sample, [photo(sample), ...layers, truth(sample)]));
     }
-    boxes.addEventListener("click", () => enlarge(sample, shown));
-    const caption = element("figcaption", "", `${sample.words.join(", ")} · ${shown.map((at) => scored(sample, at)).join(" | ")}`);
+    boxes.setAttribute("aria-label", `enlarge ${sample.words.join(", ")}, ${sample.key}`);
+    boxes.addEventListener("click", () => enlarge(sample));
+    const caption = element("figcaption", "", `${sample.words.join(", ")} · ${shown().map((at) => scored(sample, at)).join(" | ")}`);
     caption.append(element("span", "key", sample.key));
     figure.title = methods.map((name, i) => `${name}: ${scored(sample, i)}`).join("\n");
-    figure.dataset.score = sample.scores[shown[0]];
+    figure.dataset.score = sample.scores[shown()[0]];
+    figure.dataset.place = sample.place;
     figure.append(boxes, caption);
     return figure;
   };
 
   const draw = () => {
-    const beside = field("beside").value;
-    const shown = [Number(field("method").value), ...(beside === "" ? [] : [Number(beside)])];
+    const abreast = shown().length;
     const width = gallery.clientWidth;
-    const across = Math.max(shown.length > 1 ? 1 : 2, Math.floor((width + GAP) / (150 * shown.length + GAP)));
-    const height = (width + GAP) / across / shown.length + CAPTION;
+    const across = Math.max(abreast > 1 ? 1 : 2, Math.floor((width + GAP) / (150 * abreast + GAP)));
+    const height = (width + GAP) / across / abreast + CAPTION;
     const down = Math.ceil(chosen.length / across);
     gallery.style.height = `${down * height}px`;
     const top = -gallery.getBoundingClientRect().top;
@@ -188,7 +208,9 @@ for (const box of document.querySelectorAll(".pictures")) {
     cards.style.gridTemplateColumns = `repeat(${across}, minmax(0, 1fr))`;
     cards.style.gridAutoRows = `${height - GAP}px`;
     cards.style.transform = `translateY(${first * height}px)`;
-    cards.replaceChildren(...chosen.slice(first * across, last * across).map((sample) => card(sample, shown)));
+    const focused = cards.contains(document.activeElement) ? document.activeElement.closest(".card").dataset.place : "";
+    cards.replaceChildren(...chosen.slice(first * across, last * across).map(card));
+    if (focused !== "") cards.querySelector(`[data-place="${focused}"] .boxes`)?.focus({ preventScroll: true });
   };
 
   const layers = () => {
