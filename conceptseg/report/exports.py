@@ -36,7 +36,7 @@ def to_csv(table: Results, selection: Selection | None = None) -> str:
     table = selection.all_columns(table)
     ends = ("low", "high") if selection.intervals else ()
     columns = [name for c in table.columns for name in (c.name, *(f"{c.name} {part}" for part in (*ends, "n", "mark")))]
-    head = ["block", "protocol", "row", "group", "status", "extractor", "backbone", "provenance", "told", "trained_on"]
+    head = ["block", "protocol", "row", "group", "status", "extractor", "backbone", "provenance", "told", "names", "trained_on"]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(
@@ -53,7 +53,7 @@ def to_csv(table: Results, selection: Selection | None = None) -> str:
                 numbers = (value.value, value.low, value.high)[: 1 + len(ends)]
                 cells += [*(_shortened(number, column, selection) for number in numbers), value.n, value.mark]
             fixed = (block.name, block.protocol, row.name, row.group, row.status, row.extractor, row.backbone, row.provenance)
-            read = (row.told, row.trained_on, row.view, row.segmenter, row.run_id, row.n, row.excluded, row.failed)
+            read = (row.told, row.names, row.trained_on, row.view, row.segmenter, row.run_id, row.n, row.excluded, row.failed)
             writer.writerow(
                 [
                     "" if cell is None else _inert(cell)
@@ -108,6 +108,8 @@ def _block(block: Block, table: Results, number: int) -> str:
         n = f"{row.n:,}".replace(",", r"\,") if row.status == "ok" else rf"\textit{{{row.status}}}"
         lines.append(" & ".join([name, n, *(_cell(block, row, c) for c in columns)]) + r" \\")
     said = " ".join(filter(None, [f"{block.name}:", block.text, f"{block.dataset}; protocol {block.protocol}."]))
+    if given := block.names_given:
+        said += f" Names given to methods: {given}."
     if any(column.intervals and column.kind not in ("quoted", "cost") for column in columns) and table.interval:
         said += f" Brackets: {table.interval}."
     below = [

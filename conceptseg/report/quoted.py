@@ -52,6 +52,8 @@ class QuotedRow:
     obeys: Mapping[str, str]
     """Column -> name of the definition behind this cell, "unknown" where the source does not settle it."""
     note: str
+    names: str = ""
+    """Class names that the method was given for an image: "truth", "all", "predicted" or another word; empty if not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def load_claim(path: Path) -> Claim:
 
 
 def _row(data: Any, sources: Mapping[str, Source], columns: Mapping[str, QuotedColumn], where: str) -> QuotedRow:
-    found = _keys(data, tuple(n for n in _names(QuotedRow) if n != "note"), where, optional=("note",))
+    found = _keys(data, tuple(n for n in _names(QuotedRow) if n not in ("note", "names")), where, ("note", "names"))
     here = f'{where}: row "{found["row"]}"'
     if found["source"] not in sources:
         raise ReportError(f'{here}: unknown source "{found["source"]}". {did_you_mean(found["source"], sources)}')
@@ -112,7 +114,7 @@ def _row(data: Any, sources: Mapping[str, Source], columns: Mapping[str, QuotedC
         raise ReportError(f"{here}: values are percents from 0 to 100, got {found['values']}.")
     return QuotedRow(
         found["row"], found["model"], sources[found["source"]], tuple(map(str, found["versions"])), found["verified"],
-        {k: float(v) for k, v in found["values"].items()}, dict(found["obeys"]), found.get("note", ""),
+        {k: float(v) for k, v in found["values"].items()}, dict(found["obeys"]), found.get("note", ""), found.get("names", ""),
     )  # fmt: skip
 
 

@@ -176,6 +176,11 @@ class TableRow:
     """Information about the image that is shown to the model; empty in tables of older versions."""
     trained_on: str = ""
     """Supervision of the model."""
+    names: str = ""
+    """Class names that the method is given for an image, by the protocol's rule (such as "truth" or "all"); "none" for a method
+    that reads no names. Of a row that is only quoted, what its source says; empty where that is not known."""
+    protocol: str = ""
+    """Protocols here that compute the row, "none" where nothing here does; empty where the block's holds for every row."""
     argmax: str = ""
     """Whether its channels may be compared by argmax: "yes" or "no"."""
     also: tuple[Behind, ...] = ()
@@ -238,8 +243,16 @@ class Block:
     @property
     def declared(self) -> tuple[tuple[str, str], ...]:
         """(heading, field of TableRow) of the declared properties that some row has: columns of the printed table."""
-        headings = (("shown to the model", "told"), ("trained on", "trained_on"), ("argmax", "argmax"))
+        headings = (
+            ("shown to the model", "told"), ("names given", "names"), ("trained on", "trained_on"), ("argmax", "argmax"),
+            ("protocol here", "protocol"),
+        )  # fmt: skip
         return tuple((heading, name) for heading, name in headings if any(getattr(row, name) for row in self.rows))
+
+    @property
+    def names_given(self) -> str:
+        """The rules by which methods that read names are given them, such as "truth"; empty where no row says it."""
+        return ", ".join(dict.fromkeys(row.names for row in self.rows if row.names not in ("", "none")))
 
     def cell(self, row: TableRow, column: Column) -> Cell | None:
         """Return the printed form of a value; None if the row has no such number."""
@@ -358,6 +371,7 @@ def _printable(value: Any) -> Any:
 
 _OPTIONAL: dict[str, tuple[object, ...]] = {
     "interval": ("",), "sheet": (None, ""), "places": (1,), "mark": ("",), "told": ("",), "trained_on": ("",), "argmax": ("",),
+    "names": ("",), "protocol": ("",),
     "also": ((), []), "series": ("",), "x": (None,), "axis": ("",), "needs": ((), []), "command": ("",), "headline": (False,),
     "intervals": (True,), "higher_is_better": (True,), "remarks": ((), []),
 }  # fmt: skip

@@ -68,6 +68,10 @@ def _print_brief(results: Results, console: Console, selection: Selection) -> No
     said += ["bold is best" if console.color_system and _has_best(shown) else ""]
     if any(said):
         _line(console, Text("; ".join(filter(None, said)), "dim"), hang=2)
+    given = {block.name: block.names_given for block in shown.blocks if block.names_given}
+    if rules := list(dict.fromkeys(given.values())):
+        each = rules if len(rules) == 1 else [f"{rule} ({', '.join(b for b in given if given[b] == rule)})" for rule in rules]
+        _line(console, Text(f"Names given to methods: {'; '.join(each)}.", "dim"), hang=2)
     for explained in dict.fromkeys(note for block in shown.blocks for note in shown.explained_marks(block)):
         _line(console, Text(explained, "dim"), hang=2)
     for note, place in notes.items():
@@ -405,7 +409,8 @@ def _legend(block: Block, columns: Sequence[Column], layouts: Sequence[_Layout])
         else:
             most = values.most_common(1)[0][0]
             named = {v: "; ".join(r.name for r in block.ordered_rows if getattr(r, name) == v) for v in values if v != most}
-            lines.append(f"{heading}: " + ", ".join([*(f"{value} ({rows})" for value, rows in named.items()), f"else {most}"]))
+            rest = f"else {most}" if values.total() == len(block.rows) else f"else {most} where a row says it"
+            lines.append(f"{heading}: " + ", ".join([*(f"{value} ({rows})" for value, rows in named.items()), rest]))
     return lines
 
 

@@ -18,6 +18,7 @@ from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.evaluation.assemble import Evaluation
 from conceptseg.evaluation.readings import Reading, interval_text
 from conceptseg.evaluation.weights import checkpoints
+from conceptseg.given_names import GivenNames
 from conceptseg.metrics.definitions import definition_of
 from conceptseg.report.quoted import Claim, load_claim, shipped
 from conceptseg.report.results import Behind, Block, Column, Results, TableRow, Value
@@ -63,6 +64,8 @@ def compute_paper_table(
         rows, protocols = [], []
         for row in block.rows:
             made, found, labels = _rows_of(row, block, filling)
+            if table.protocol_column:
+                made = [replace(one, protocol=" and ".join(dict.fromkeys(labels)) or "none") for one in made]
             rows += made
             protocols += labels
             report = found[0][1].config["report"] if found else report
@@ -108,12 +111,13 @@ def _rows_of(
 ) -> tuple[list[TableRow], list[tuple[Protocol, Evaluation, Reading]], list[str]]:
     """A row (several if each of its views is a point of a curve), what was computed for it, and its protocols."""
     table, evaluations = filling.table, filling.evaluations
-    quotes = _quotes(row, filling)
+    quotes = _quotes(row, block, filling)
     if table.on_lab and row.lab and row.lab.note:
         row = replace(row, note=_notes(row, row.lab.note))
     if not _has_settings(row, table):
         why = "no model of the lab does this" if table.on_lab and not row.needs else ""
-        return [_not_run(row, None, quotes, _notes(row, why), [] if why else [row.needs])], [], []
+        known = _with_quoted_names("", row, filling.claim) or ("not known" if table.protocol_column else "")
+        return [replace(_not_run(row, None, quotes, _notes(row, why), [] if why else [row.needs]), names=known)], [], []
     found: list[tuple[Protocol, Evaluation, Reading]] = []
     finished: dict[Protocol, Done] = {}
     labels: list[str] = []
@@ -121,7 +125,7 @@ def _rows_of(
     config: dict[str, Any] = {}
     asked = _settings_of(row, block, filling)
     for kind, config, needs, command in asked:
-        labels.append(f"{config['protocol']['name']} v{config['protocol']['version']}")
+        labels.append(_protocol_label(config["protocol"]))
         if needs:
             wants.append((needs, command))
             continue
@@ -129,11 +133,37 @@ def _rows_of(
         finished[kind] = evaluations.carried_out(config, metrics, f"{row.name} ({kind})")
         reading = chosen(finished[kind], _under(row.view, kind), _segmenter(row, table, kind), row.name)
         found.append((kind, finished[kind].evaluation, reading))
+    names = _with_quoted_names(" and ".join(dict.fromkeys(_names_label(setting.config) for setting in asked)), row, filling.claim)
     if not found:
-        return [_not_run(row, config, quotes, _notes(row), *wants[0])], [], labels
+        return [replace(_not_run(row, config, quotes, _notes(row), *wants[0]), names=names)], [], labels
     if row.each_view:
         return _points(row, table, finished), found, labels
-    return [_run(row, found, quotes, table)], found, labels
+    computed = _run(row, found, quotes, table)
+    return [computed if computed.names == "none" else replace(computed, names=names)], found, labels
+
+
+def _protocol_label(protocol: Mapping[str, Any]) -> str:
+    """Name and version, and the windows in which images are shown; the names that are given have a column."""
+    windows = f", windows of {protocol['window']}, stride {protocol['window_stride']}" if protocol.get("window") else ""
+    return f"{protocol['name']} v{protocol['version']}{windows}"
+
+
+def _names_label(config: Mapping[str, Any]) -> str:
+    """The rule by which a row's protocol gives names."""
+    protocol = config["protocol"]
+    settings = {key: protocol.get(key) for key in ("names", "names_total", "names_seed", "names_file")}
+    given = GivenNames(
+        settings["names"] or "truth", settings["names_total"] or 0, settings["names_seed"] or 0, settings["names_file"]
+    )
+    return given.label
+
+
+def _with_quoted_names(names: str, row: PaperRow, claim: Claim) -> str:
+    """The names that are given here, and those that the quoted numbers were given where they are others."""
+    quoted = claim.row(row.quoted).names if row.quoted is not None else ""
+    if not names or quoted in ("", names):
+        return names or quoted
+    return f"{names} (quoted: {quoted})"
 
 
 class _Setting(NamedTuple):
@@ -184,13 +214,13 @@ def _segmenter(row: PaperRow, table: PaperTable, kind: Protocol) -> str:
     return _under(row.segmenter, kind) or table.parts[kind].segmenter
 
 
-def _quotes(row: PaperRow, filling: _Filling) -> dict[str, Value]:
-    """The numbers that are quoted for a row, by column."""
+def _quotes(row: PaperRow, block: PaperBlock, filling: _Filling) -> dict[str, Value]:
+    """The numbers that are quoted for a row of a block, by column."""
     table = filling.table
     if row.quoted is None or not table.quoted:
         return {}
     quoted, found = filling.claim.row(row.quoted), {}
-    for name in table.quoted:
+    for name in block.quoted or table.quoted:
         if name in quoted.values:
             mark = MARKS.get(quoted.obeys[name], "") + ("" if quoted.verified else NOT_VERIFIED)
             found[f"quoted/{name}"] = Value(quoted.values[name] / 100, None, None, None, mark)
@@ -245,7 +275,7 @@ def _run(
         backbone=_backbone(evaluation), provenance=evaluation.extractor.provenance, run_id=evaluation.run_id,
         view=reading.view, segmenter=reading.segmenter, n=reading.n, excluded=reading.excluded, failed=reading.failed,
         values=values, status="ok" if reading.n else "failed", note=_notes(row, late), also=also,
-        **declared(evaluation.extractor),
+        **declared(evaluation),
     )  # fmt: skip
 
 

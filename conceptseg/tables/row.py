@@ -10,7 +10,7 @@ from conceptseg.errors import ConfigError, Interrupted, did_you_mean
 from conceptseg.evaluation.assemble import Evaluation, assemble
 from conceptseg.evaluation.carry_out import Series, carry_out
 from conceptseg.evaluation.readings import Reading, readings, write_readings
-from conceptseg.extractors.base import Extractor
+from conceptseg.extractors.base import WITHOUT_WORDS
 from conceptseg.keys import canonical_json
 from conceptseg.metrics.intervals import Interval
 from conceptseg.report.results import Column, Value
@@ -98,9 +98,14 @@ def chosen(finished: Done, view: str | None, segmenter: str, row: str) -> Readin
     )
 
 
-def declared(extractor: Extractor) -> dict[str, Any]:
-    """Return the columns that a method declares about itself."""
-    return {"told": extractor.told, "trained_on": extractor.trained_on, "argmax": "yes" if extractor.comparable else "no"}
+def declared(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the columns that a method declares about itself, and the class names that its protocol gives it."""
+    extractor = evaluation.extractor
+    names = "none" if extractor.told in WITHOUT_WORDS else evaluation.protocol.names.label
+    return {
+        "told": extractor.told, "trained_on": extractor.trained_on, "argmax": "yes" if extractor.comparable else "no",
+        "names": names,
+    }  # fmt: skip
 
 
 COSTS = (

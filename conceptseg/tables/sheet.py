@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from conceptseg.errors import ConfigError, did_you_mean
+from conceptseg.errors import ConfigError, did_you_mean, one_of
 from conceptseg.metrics.definitions import definition_of
 from conceptseg.report.results import Group
 from conceptseg.report.strict_json import build
@@ -146,6 +146,8 @@ class PaperBlock:
     overrides: tuple[str, ...] = ()
     axis: str = ""
     """Label of a curve's x axis; empty if rows are not points of a curve."""
+    quoted: tuple[str, ...] = ()
+    """Columns of the claim that this block prints; all that the table prints where it is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +178,8 @@ class PaperTable:
     notes: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     """Names of the rows that are computed; all of them where it is empty."""
+    protocol_column: bool = False
+    """Whether a column says which protocol here computes each row, if any does."""
 
     @property
     def on_lab(self) -> bool:
@@ -244,6 +248,8 @@ def _check_against(table: TableSheet, where: str) -> None:
 def _check_paper(table: PaperTable, where: str) -> None:
     _check_rows(table.blocks, where)
     for block in table.blocks:
+        for name in block.quoted:
+            one_of(f'{where}.blocks["{block.name}"].quoted', name, table.quoted)
         for row in block.rows:
             if row.overrides is None and not row.needs:
                 raise ConfigError(

@@ -140,7 +140,7 @@ def _row(row: RowSheet, evaluation: Evaluation, reading: Reading) -> TableRow:
         view=reading.view, segmenter=reading.segmenter, n=reading.n, excluded=reading.excluded, failed=reading.failed,
         values={m: value_of(i) for m, i in reading.values.items()} | costs_of(evaluation), status="ok" if reading.n else "failed",
         note=note or ("" if reading.n else "no sample could be scored: see the rows of its run"),
-        headline=row.headline, **declared(evaluation.extractor),
+        headline=row.headline, **declared(evaluation),
     )  # fmt: skip
 
 
@@ -176,7 +176,7 @@ def single_table(evaluation: Evaluation, found: Sequence[Reading], command: str)
             extractor=method, backbone=None, provenance=evaluation.extractor.provenance, run_id=evaluation.run_id,
             view=r.view, segmenter=r.segmenter, n=r.n, excluded=r.excluded, failed=r.failed,
             values={m: value_of(i) for m, i in r.values.items()} | costs_of(evaluation), status="ok" if r.n else "failed",
-            note=f"{r.waiting} samples are not computed yet" if r.waiting else "", **declared(evaluation.extractor),
+            note=f"{r.waiting} samples are not computed yet" if r.waiting else "", **declared(evaluation),
         )
         for r in found
     )  # fmt: skip

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"errors", "files", "reading", "store", "metrics", "types"},
     "source": {"keys"},
     "evaluation": GROUND | PEERS | {"config", "extractors", "logs", "protocols", "source", "store", "targets", "windows"},
-    "tables": GROUND | PEERS | {"config", "evaluation", "extractors", "protocols", "report", "store", "targets"},
+    "tables": GROUND | PEERS | {"config", "evaluation", "extractors", "given_names", "protocols", "report", "store", "targets"},
     "lab": GROUND | PEERS | {"evaluation", "extractors", "protocols", "store"},
     "trace": GROUND | {"backbones"},
     "studies": GROUND | {"backbones", "data", "trace"},
