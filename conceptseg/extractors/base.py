@@ -286,11 +286,7 @@ class Extractor(ABC):
         concepts = Concepts((*names, *competing), (*range(1, len(names) + 1), *(BACKGROUND for _ in competing)))
         said = (" and ".join(f"a {name}" for name in names) if caption is None else caption) if self.reads_caption else ""
         shown = [self._shown_size(picture, size) for picture in pictures]
-        about = {
-            "method": type(self).__name__, "view": view.key, "provenance": self.provenance, **self.identity(),
-            "shares": view.softmax not in (Softmax.NONE, Softmax.TOKENS),
-            **({"caption": said} if said else {}), **({"background": list(competing)} if competing else {}),
-        }  # fmt: skip
+        about = self._about(view, **({"caption": said} if said else {}), **({"background": list(competing)} if competing else {}))
         found: list[Explanation] = []
         with progress_bar(len(pictures), progress) as advance:
             while len(found) < len(pictures):
@@ -309,6 +305,12 @@ class Extractor(ABC):
                     )
                 advance(len(some))
         return found
+
+    def _about(self, view: View, **more: Any) -> dict[str, Any]:
+        """Return the method and its settings as an explanation keeps them. shares: whether the words' maps sum to one."""
+        shares = view.softmax not in (Softmax.NONE, Softmax.TOKENS)
+        known = {"method": type(self).__name__, "view": view.key, "provenance": self.provenance, **self.identity()}
+        return {**known, "shares": shares, **more}
 
     def _shown_size(self, picture: np.ndarray, size: Any) -> tuple[int, int] | None:
         """(height, width) that the model is shown, or None where the model has one of its own."""

@@ -36,7 +36,7 @@ from conceptseg.extractors.explaining import checked_size
 from conceptseg.extractors.explanation import Explanation, as_pixels, checked_maps
 from conceptseg.saliency.cells import CellStore, background_words, cell_scores, kinds_by_layer
 from conceptseg.saliency.normalize import linear_over_concepts, unit_length
-from conceptseg.saliency.views import Axes, CellKind, Normalize, Softmax, View
+from conceptseg.saliency.views import Axes, CellKind, Normalize, View
 from conceptseg.types import Batch, Concepts, SaliencyMaps, Task
 
 
@@ -249,10 +249,7 @@ class ConceptAttention(Extractor):
         if not bool(images.isfinite().all()):
             raise DataError("the image that was made holds NaN or infinity. Try dtype=float32 or bfloat16.")
         scores = checked_maps([*names, *competing], maps.scores[0].float().cpu())
-        about = {
-            "method": type(self).__name__, "view": maps.view, "provenance": self.provenance, **self.identity(), "prompt": prompt,
-            "steps": steps, "guidance": guidance, "shares": view.softmax not in (Softmax.NONE, Softmax.TOKENS),
-        }  # fmt: skip
+        about = {**self._about(view, prompt=prompt, steps=steps, guidance=guidance), "view": maps.view}
         others = scores[len(names) :] if competing else None
         return Explanation(names, scores[: len(names)], as_pixels(images[0]), about, None, self.comparable, tuple(notes), others)
 

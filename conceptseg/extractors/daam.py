@@ -149,7 +149,7 @@ class DAAM(UNetMaps):
             made = pipe(prompt, generator=generator, output_type="np", **options).images[0]
         found = torch.stack([traced.word_map(word).values for word in (*names, *competing)])
         scores = checked_maps((*names, *competing), found.float().cpu())
-        about = {"method": type(self).__name__, "view": view.key, "provenance": self.provenance, "prompt": prompt, **options}
+        about = self._about(view, prompt=prompt, **options)
         others = scores[len(names) :] if competing else None
         image = np.round(255 * np.clip(made, 0, 1)).astype(np.uint8)
         return Explanation(names, scores[: len(names)], image, about, None, self.comparable, tuple(notes), others)

@@ -14,7 +14,7 @@ from torch.nn.functional import linear, normalize
 
 from conceptseg.backbones.encoders.clip import CLIPBackbone
 from conceptseg.backbones.encoders.image_encoder import Explained, ImageEncoder
-from conceptseg.backbones.encoders.tower import tap_input, tap_normed
+from conceptseg.backbones.encoders.tower import tap_attended, tap_input, tap_normed
 from conceptseg.backbones.encoders.transformers_model import TransformersBackbone
 from conceptseg.backbones.in_memory import Loaded, backbone_from
 from conceptseg.backbones.sheets import CLIP
@@ -95,6 +95,32 @@ class ClassMethod(ImageModelMethod):
             channels.append(torch.where(asked[:, None, None], maps, torch.zeros_like(maps)))
         shown = next(m for m in channels if m is not None)
         return torch.stack([torch.zeros_like(shown) if m is None else m for m in channels], dim=1)
+
+
+class LastBlockGradient(ClassMethod):
+    """A method that weights the last block by the gradient of a class score. One forward and, per word, one backward pass.
+
+    The gradient is that at the class token's heads, before the output projection. Implement `weighted`.
+    """
+
+    def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
+        tower, last = self.backbone.tower, len(self.backbone.tower.blocks) - 1
+        normed: list[Tensor] = []
+        attended: list[Tensor] = []
+        with torch.enable_grad(), TapSet(self.backbone.model) as taps:
+            tap_normed(taps, tower, last, normed.append)
+            tap_attended(taps, tower, last, attended.append)
+            output = self.backbone.run(needs_gradient(self.backbone.images(batch.tasks)), taps)
+
+        def explain(explained: Explained) -> Float[Tensor, "B h w"]:
+            (arriving,) = torch.autograd.grad(self.backbone.score(output, explained).sum(), attended, retain_graph=True)
+            return tower.maps(self.weighted(normed[0].detach(), arriving))
+
+        return self.by_class(batch, output, explain)
+
+    @abstractmethod
+    def weighted(self, normed: Float[Tensor, "B T d"], arriving: Float[Tensor, "B T d"]) -> Float[Tensor, "B L"]:
+        """Return one weight per patch. normed: what enters the block's attention; arriving: the gradient at its heads."""
 
 
 class PatchTextMethod(ImageModelMethod):
