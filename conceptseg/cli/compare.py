@@ -29,13 +29,19 @@ from conceptseg.tables.compared import (
     thresholds_of,
     values_of,
 )
+from conceptseg.tables.shared_results import Held, hold, is_table, read_table
 
 METRICS = ("accuracy", "miou_dataset", "miou_image", "ap_image")
 
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="conceptseg-compare", description=__doc__)
-    found.add_argument("runs", nargs="+", metavar="run", help="run id or folder, with ::view and ::segmenter if it has several")
+    found.add_argument(
+        "runs",
+        nargs="+",
+        metavar="run",
+        help="run id or folder, with ::view and ::segmenter if it has several; or two tables: results.json files, https:// or hf://",
+    )
     found.add_argument("--folder", type=Path, default=Path("runs"), help="folder that holds the run ids (runtime.runs)")
     found.add_argument("--view", help="key or name of the view that is read where a run has several and names none")
     found.add_argument("--baseline", help="the run that others are tested against; by default the first")
@@ -64,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Print tests against the baseline, spreads of seeds, and the selected breakdowns."""
     said = parser().parse_args()
+    if any(map(is_table, said.runs)):
+        return _compare_tables(said)
     definitions = [definition_of(name, "--metric") for name in said.metric or METRICS]
     specs = list(dict.fromkeys([*([said.baseline] if said.baseline else []), *said.runs]))
     found = [read(spec, said.folder, said.view) for spec in specs]
@@ -105,6 +113,54 @@ def main() -> int:
         said.json.write_text(json.dumps(_plain(body), indent=1) + "\n", encoding="utf-8")
         print(f"written: {said.json}")
     return 0
+
+
+TABLES_TAKE = {"runs", "metric", "json"}
+"""Options that mean something where tables are compared."""
+
+
+def _compare_tables(said: argparse.Namespace) -> int:
+    """Print two tables' numbers side by side."""
+    if len(said.runs) != 2 or not all(map(is_table, said.runs)):
+        raise ConfigError(
+            f"comparing tables: {', '.join(said.runs)} were named; wanted two results.json files, each a path, an https:// "
+            f"address or hf://owner/name/path. A run and a table can't be compared: a table has no numbers of single images."
+        )
+    unused = [key for key, value in vars(said).items() if key not in TABLES_TAKE and value != parser().get_default(key)]
+    if unused:
+        raise ConfigError(f"comparing tables: --{unused[0]} needs the rows of runs, and a results.json has none. Leave it out.")
+    mine, theirs = map(read_table, said.runs)
+    held = [one for one in hold(mine, theirs) if not said.metric or one.column.name.rpartition("/")[2] in said.metric]
+    if not held:
+        raise ConfigError(f"comparing tables: they share no number of {', '.join(said.metric)}. Leave --metric out to see all.")
+    from rich.console import Console
+
+    console = Console(width=None if Console().is_terminal else 140)
+    print(printable(f"{mine.title} ({said.runs[0]}) and {theirs.title} ({said.runs[1]}); intervals: {mine.interval}"))
+    print("Differences are not paired: these tables hold no single images, so only large ones stand out.")
+    lines = [
+        [one.block, one.row, one.column.heading, *(" ".join(one.column.written(v)) for v in (one.mine, one.theirs)), _gap(one)]
+        for one in held
+    ]
+    _print(console, "first minus second", ["block", "row", "metric", "first", "second", "difference"], lines)
+    if said.json:
+        plain = [
+            {
+                "block": one.block, "row": one.row, "metric": one.column.name, "first": asdict(one.mine),
+                "second": asdict(one.theirs), "difference": one.difference, "half_width_if_independent": one.spread,
+            }
+            for one in held
+        ]  # fmt: skip
+        said.json.write_text(json.dumps({"tables": said.runs, "numbers": plain}, indent=1) + "\n", encoding="utf-8")
+        print(f"written: {said.json}")
+    return 0
+
+
+def _gap(one: Held) -> str:
+    """The difference, and half the width that its interval would have were the tables independent."""
+    scale, places = (100, one.column.places) if one.column.percent else (1, 3)
+    around = "" if one.spread is None else f" \u00b1 {scale * one.spread:.{places}f}"
+    return f"{scale * one.difference:+.{places}f}{around}"
 
 
 def _interval_words(level: float, resamples: int, draw: str) -> str:

@@ -26,6 +26,13 @@ def report() -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 if RESULTS.md or a README.md of benchmarks/ is stale")
     parser.add_argument("--write", action="store_true", help="bring RESULTS.md and benchmarks/*/README.md up to date")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write each table as CSV, LaTeX and an HTML page")
+    parser.add_argument(
+        "--every-eval-ever",
+        type=Path,
+        metavar="FOLDER",
+        help="write each table's computed numbers in the schema of Every Eval Ever",
+    )
+    parser.add_argument("--organization", default="", help="with --every-eval-ever: the name of whoever evaluated")
     parser.add_argument("--table", action="append", help="only this one, or a results.json anywhere; may be given several times")
     parser.add_argument("--pictures", type=int, help="samples per block in a page, at most; all by default")
     parser.add_argument(
@@ -65,6 +72,10 @@ def report() -> int:
     selection = Selection.of(settings)
     if said.export:
         return _export(found, said.runs, said.export, said.pictures, said.gallery or (), selection)
+    if said.every_eval_ever:
+        return _records(found, said.every_eval_ever, said.organization, bool(asked))
+    if said.organization:
+        parser.error("--organization goes with --every-eval-ever")
     if said.figure:
         return _figure(found, said.figure)
     for number, table in enumerate(found):
@@ -109,6 +120,18 @@ def _export(
         page = write_html(table, runs, folder, pictures, methods, stem, content)
         print(", ".join([str(page), *(file.name for file in write_exports(table, folder, selection, stem))]))
     print(f"All pages: {write_index(folder)}")
+    return 0
+
+
+def _records(tables: Sequence[Results], folder: Path, organization: str, named: bool) -> int:
+    """Write Every Eval Ever records; of all tables, those that have computed numbers."""
+    import time
+
+    from conceptseg.report.every_eval_ever import write_records
+
+    for table in tables if named else [one for one in tables if one.computed]:
+        files = write_records(table, folder, organization, int(time.time()))
+        print(f"{table.table}: {len(files)} records in {folder / table.table}")
     return 0
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from conceptseg.backbones.base import GREATEST_SIDE
 from conceptseg.data.images import IMAGE_FORMATS, as_rgb, open_picture, read_image
+from conceptseg.downloads import read_address
 from conceptseg.errors import ConceptSegError, ConfigError, DataError, whole_number
 from conceptseg.types import check_distinct, checked_word
 
@@ -23,7 +24,6 @@ Picture: TypeAlias = Image.Image | np.ndarray | Tensor | Path | str
 """One image in any form that `read_picture` takes."""
 LARGEST_DOWNLOAD = 64 << 20
 """Bytes of the largest image that is downloaded."""
-DOWNLOAD_SECONDS = 30
 _ENDING = re.compile(r"\.[A-Za-z0-9]{2,5}$")
 _URL = re.compile(r"^https?://", re.IGNORECASE)
 
@@ -40,7 +40,7 @@ def read_picture(image: Any, ground: Any = None) -> UInt8[np.ndarray, "*F H W 3"
     colour = None if ground is None else _colour(ground)
     if isinstance(image, str):
         if _URL.match(image):
-            return _decoded(_downloaded(image), colour, image)
+            return _decoded(read_address(image, LARGEST_DOWNLOAD), colour, image)
         check_no_prompt(image)
         image = Path(image)
     if isinstance(image, Path):
@@ -119,23 +119,6 @@ def _of_array(array: np.ndarray, colour: tuple[int, int, int] | None) -> UInt8[n
         array = np.repeat(array, 3, axis=-1)
     found: np.ndarray = np.ascontiguousarray(array)
     return found
-
-
-def _downloaded(address: str) -> bytes:
-    """The bytes behind a URL. Raises DataError for what can't be had, and for more than 64 MiB."""
-    from urllib.error import URLError
-    from urllib.request import Request, urlopen
-
-    try:
-        with urlopen(Request(address, headers={"User-Agent": "conceptseg"}), timeout=DOWNLOAD_SECONDS) as answer:
-            if not _URL.match(answer.geturl()):
-                raise DataError(f"{address} leads to {answer.geturl()}; only http and https are read.")
-            content: bytes = answer.read(LARGEST_DOWNLOAD + 1)
-    except (URLError, OSError, ValueError) as error:
-        raise DataError(f"{address} can't be downloaded: {error}.\n  Download it yourself and give the file.") from error
-    if len(content) > LARGEST_DOWNLOAD:
-        raise DataError(f"{address} has more than {LARGEST_DOWNLOAD:,} bytes.\n  Download it yourself and make it smaller.")
-    return content
 
 
 def checked_words(words: Any, key: str = "words") -> tuple[str, ...]:
