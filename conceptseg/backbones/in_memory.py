@@ -64,6 +64,7 @@ def _of_pipeline(pipe: Any) -> Backbone:
     kept = {"image_size", "resize", "text_tokens", "concept_pooling", "pooled", "clip_tokens"}
     settings = {key: value for key, value in (sheet_of(name) or {}).items() if key in kept}
     settings.setdefault("image_size", _image_size(pipe, model))
+    settings["compute_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")  # its weights are not touched
     if core == "transformer" and "text_tokens" not in settings:
         settings["text_tokens"] = _text_tokens(model, parts)
     found = _built(target, name, parts, getattr(pipe, "_execution_device", pipe.device), model, **settings)

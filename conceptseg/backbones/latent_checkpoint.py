@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
+
 from conceptseg.backbones.base import GREATEST_SIDE, RESIZES, Backbone, Checkpoint, LoadedCheckpoint
+from conceptseg.backbones.casting import cast_while_running, fast_dtype
 from conceptseg.backbones.planned_weights import load_part
 from conceptseg.backbones.random_weights import RandomWeights
 from conceptseg.backbones.settings import check_length, device_of, dtype_of
@@ -25,8 +28,10 @@ DENOISERS = ("transformer", "unet")
 class LatentCheckpoint(Backbone):
     """Parts of a checkpoint, read on first use.
 
-    dtype, vae_dtype: of the weights; image_size: pixels a side that the model is shown, or [height, width]; resize: how images
-    get there. randomise: a control, see `RandomWeights`; it draws weights of the denoiser, not of text encoders or autoencoder.
+    dtype, vae_dtype: of the weights. compute_dtype: of the denoiser's and text encoders' arithmetic; None is `dtype`, or float32
+    where a CPU lacks instructions for it, which is part of the run id. image_size: pixels a side that the model is shown, or
+    [height, width]; resize: how images get there. randomise: a control, see `RandomWeights`; it draws weights of the denoiser,
+    not of text encoders or autoencoder.
     """
 
     denoises = True
@@ -45,10 +50,14 @@ class LatentCheckpoint(Backbone):
         resize: str = "bicubic",
         vae_dtype: str = "float32",
         randomise: Mapping[str, Any] | None = None,
+        compute_dtype: str | None = None,
     ) -> None:
         self.checkpoint = Checkpoint(path, revision, RandomWeights.of(randomise))
-        self.dtype, self.vae_dtype = dtype_of(dtype, "dtype"), dtype_of(vae_dtype, "vae_dtype")
+        self.stored_dtype, self.vae_dtype = dtype_of(dtype, "dtype"), dtype_of(vae_dtype, "vae_dtype")
         self.device = device_of(device)
+        chosen = None if compute_dtype is None else dtype_of(compute_dtype, "compute_dtype")
+        self.dtype = chosen or fast_dtype(self.stored_dtype, self.device)
+        """Of arithmetic; `stored_dtype` is that of the weights."""
         one_of("extractor.backbone.resize", resize, RESIZES)
         self.size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
         for side in self.size:
@@ -60,9 +69,14 @@ class LatentCheckpoint(Backbone):
     def settings_identity(self) -> dict[str, Any]:
         """The checkpoint and how it is run, for the run id; the device does not belong to it."""
         return {
-            **self.checkpoint.identity(), "dtype": str(self.dtype), "vae_dtype": str(self.vae_dtype),
+            **self.checkpoint.identity(), **self.dtypes_identity(), "vae_dtype": str(self.vae_dtype),
             "image_size": self.size[0] if self.size[0] == self.size[1] else list(self.size), "resize": self.resize,
         }  # fmt: skip
+
+    def dtypes_identity(self) -> dict[str, str]:
+        """The dtype of the weights and, where it is another, that of arithmetic."""
+        other = {} if self.dtype == self.stored_dtype else {"compute_dtype": str(self.dtype)}
+        return {"dtype": str(self.stored_dtype), **other}
 
     def config_of(self, part: str) -> dict[str, Any]:
         """config.json of one part, read without loading weights. Raises ConfigError where there is none."""
@@ -95,7 +109,7 @@ class LatentCheckpoint(Backbone):
         kind = self.vae_config["_class_name"]
         if kind not in codecs:
             raise ConfigError(f'extractor.backbone.path: its vae is a "{kind}". {did_you_mean(kind, codecs)}')
-        return self.placed(self.part("vae", codecs[kind], torch_dtype=self.vae_dtype))
+        return self.placed(self.part("vae", codecs[kind], torch_dtype=self.vae_dtype), self.vae_dtype)
 
     @property
     def pixels_per_latent(self) -> int:
@@ -145,11 +159,28 @@ class LatentCheckpoint(Backbone):
         finally:
             self.size = before
 
-    def placed(self, model: Any) -> Any:
-        """A model on the device, without dropout and gradients; a model that was in memory before stays as it is."""
+    def placed(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """A model on the device, without dropout and gradients; a model that was in memory before stays as it is.
+
+        dtype: of its arithmetic; None is the backbone's.
+        """
         if isinstance(self.checkpoint, LoadedCheckpoint):
             return model
-        return model.to(self.device).eval().requires_grad_(False)
+        model = model.to(self.device).eval().requires_grad_(False)
+        return self.computing(model) if dtype is None else model
+
+    def computing(self, model: Any) -> Any:
+        """A model that computes in `dtype`, with weights that stay in `stored_dtype`."""
+        if self.dtype == self.stored_dtype:
+            return model
+        names = [str(one).removeprefix("torch.") for one in (self.stored_dtype, self.dtype)]
+        if self.dtype == fast_dtype(self.stored_dtype, self.device):
+            self.warn_once(
+                "compute_dtype", "%s: this processor has no instructions for %s, so it computes in %s, on the same weights; the "
+                "run id says so. +extractor.backbone.compute_dtype=%s computes as the sheet says, many times slower.",
+                self.checkpoint.path, *names, names[0],
+            )  # fmt: skip
+        return cast_while_running(model, self.dtype)
 
     def part(self, name: str, loader: Any, **options: Any) -> Any:
         """A tokenizer, scheduler or model of the checkpoint, as its class reads it.

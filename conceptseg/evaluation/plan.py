@@ -28,6 +28,8 @@ from conceptseg.windows import Windows
 
 ACTIVATIONS = 0.2
 """Memory beside the weights, as a share of them: a guess."""
+PROCESS = 700_000_000
+"""Bytes of Python and its libraries, where weights lie in the same memory; measured (docs/rehearsal.md)."""
 OF_THE_PEAK = 0.4
 """Share of the measured matrix speed that a whole model reaches: a guess."""
 PATCH = 16
@@ -124,7 +126,7 @@ def plan_run(name: str, config: Mapping[str, Any]) -> RunPlan:
     cost = cost if cost is not None and cost.images else _like(Path(config["runtime"]["runs"]), json.dumps(classes))
     weights = None if any(m.weights is None for m in models) else sum(m.weights or 0 for m in models)
     beside = extractor.held_bytes(int(config["runtime"]["batch_size"]), _views(config))
-    estimated = None if weights is None else round(weights * (1 + ACTIVATIONS)) + beside
+    estimated = None if weights is None else memory_of(weights, str(config["runtime"]["device"])) + beside
     each = cost.seconds / cost.images if cost is not None and cost.images else _estimated_seconds(config, models)
     views = max(1, len(config["views"]))
     pictured = (views if views <= MAPS_KEPT_FOR_VIEWS else 1) if config["runtime"]["keep_maps"] else 0
@@ -135,6 +137,11 @@ def plan_run(name: str, config: Mapping[str, Any]) -> RunPlan:
         cost is not None and cost.images > 0, None if each is None else each * left, cost is not None and cost.images > 0,
         left * (ROW_BYTES * views * len(protocol.segmenters) + MAP_BYTES * pictured), tuple(dict.fromkeys(lacks)),
     )  # fmt: skip
+
+
+def memory_of(weights: int, device: str) -> int:
+    """Bytes at the peak, estimated from those of the weights: with activations and, on a CPU, the process itself."""
+    return round(weights * (1 + ACTIVATIONS)) + (PROCESS if device_of(device).type == "cpu" else 0)
 
 
 def _class_of(settings: Mapping[str, Any]) -> str:

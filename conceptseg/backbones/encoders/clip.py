@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from conceptseg.announcing import announced, counted
 from conceptseg.backbones.base import LOADING_ERRORS
 from conceptseg.backbones.encoders.image_encoder import (
     Explained,
@@ -229,9 +230,11 @@ class CLIPBackbone(ImageEncoder):
         """Return a unit vector per name, averaged over the templates; every name is encoded once."""
         prompts = self.templates if templates is None else tuple(templates)
         new = [name for name in dict.fromkeys(names) if (prompts, name) not in self._vectors]
-        for name in new:
-            found = normalize(self.encode_tokens(self.token_ids([t.replace("{}", name) for t in prompts])), dim=-1)
-            self._vectors[prompts, name] = normalize(found.mean(0), dim=0)
+        count = f"encoding {len(new)} name{'' if len(new) == 1 else 's'} in {len(prompts)} prompts with CLIP"
+        with announced(count, usually_short=len(new) * len(prompts) <= TEXTS_AT_ONCE or self.checkpoint.path.startswith("lab:")):
+            for name in counted(new, count):
+                found = normalize(self.encode_tokens(self.token_ids([t.replace("{}", name) for t in prompts])), dim=-1)
+                self._vectors[prompts, name] = normalize(found.mean(0), dim=0)
         return torch.stack([self._vectors[prompts, name] for name in names])
 
     # ------------------------------------------------------------ outputs

@@ -77,7 +77,9 @@ class ViTBackbone(ImageEncoder):
         from timm.models.vision_transformer import VisionTransformer
 
         config = self.config
-        arguments = {k: v for k, v in config.get("model_args", {}).items() if k not in ("img_size", "dynamic_img_size")}
+        # timm writes the number of classes there too, and the image's size is set here.
+        set_here = ("img_size", "dynamic_img_size", "num_classes")
+        arguments = {k: v for k, v in config.get("model_args", {}).items() if k not in set_here}
         state = checkpoint_weights(self.checkpoint, self.file)
 
         def build() -> nn.Module:

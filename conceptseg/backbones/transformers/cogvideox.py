@@ -116,7 +116,7 @@ class CogVideoXBackbone(MultiModalBackbone):
     def text_encoder(self) -> Any:
         from transformers import T5EncoderModel
 
-        return self.placed(self.part("text_encoder", T5EncoderModel, torch_dtype=self.dtype))
+        return self.placed(self.part("text_encoder", T5EncoderModel, torch_dtype=self.stored_dtype))
 
     def encode(self, strings: Sequence[str]) -> Iterable[TextRecord]:
         ids = self.tokenizer(

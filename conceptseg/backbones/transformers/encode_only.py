@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from conceptseg.announcing import announced
 from conceptseg.backbones.base import Checkpoint
 from conceptseg.backbones.transformers.quantized_weights import is_rounded, stored_bytes, to_eight_bits
 from conceptseg.errors import ConfigError
@@ -79,9 +81,13 @@ class WeightFiles:
                 raise ConfigError(f'extractor.backbone.path "{self.checkpoint.path}": its {self.part} has no weight "{name}".')
             by_file.setdefault(self.places[name], []).append(name)
         for file, wanted in by_file.items():
-            with self.checkpoint.loading(self.part), safe_open(self._file(file), "pt") as opened:
-                for name in wanted:
-                    yield name, opened.get_tensor(name)
+            with self.checkpoint.loading(self.part):
+                path = self._file(file)
+            for name in wanted:  # opened for each: while a file is mapped, the pages of all that was read of it stay in memory
+                with self.checkpoint.loading(self.part), safe_open(path, "pt") as opened:
+                    tensor = opened.get_tensor(name)
+                yield name, tensor
+                del tensor
 
 
 def cut_flux(config: dict[str, Any], last_layer: int) -> nn.Module:
@@ -114,13 +120,24 @@ def planned_bytes(
 
 
 class EncodeOnlyFlux:
-    """Gives the cut model for a last layer and a level, reading what it lacks."""
+    """Gives the cut model for a last layer and a level, reading what it lacks.
+
+    dtype: of the weights; compute_dtype: of arithmetic. computing: makes a model of those weights compute in that dtype.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, config: dict[str, Any], dtype: torch.dtype, device: torch.device, weights: str = "full"
+        self,
+        checkpoint: Checkpoint,
+        config: dict[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        weights: str = "full",
+        compute_dtype: torch.dtype | None = None,
+        computing: Callable[[nn.Module], nn.Module] = lambda model: model,
     ) -> None:
         self.files = WeightFiles(checkpoint, "transformer")
         self.config, self.dtype, self.device, self.weights = config, dtype, device, weights
+        self.compute_dtype, self.computing = compute_dtype or dtype, computing
         self.model: nn.Module | None = None
 
     def at(self, last_layer: int, conditions: Conditions, conditioning: Callable[[nn.Module], Float[Tensor, "R d"]]) -> nn.Module:
@@ -129,25 +146,33 @@ class EncodeOnlyFlux:
             self.model = self._read(last_layer)
         folded = {name: m for name, m in self.model.named_modules() if isinstance(m, FoldedModulation)}
         if any(conditions not in m.constants for m in folded.values()):
-            self._fold(folded, conditions, torch.nn.functional.silu(conditioning(self.model)))
+            with self._announced(f"modulations of the transformer at noise level {conditions[0]:g}"):
+                self._fold(folded, conditions, torch.nn.functional.silu(conditioning(self.model)))
         for module in folded.values():
             module.conditions = conditions
         return self.model
 
     def _read(self, last_layer: int) -> nn.Module:
-        model = cut_flux(self.config, last_layer)
+        with self._announced(f"blocks 0 to {last_layer} of the transformer"):
+            return self.computing(self._filled(cut_flux(self.config, last_layer)).eval())
+
+    def _filled(self, model: nn.Module) -> nn.Module:
         for name, tensor in self.files.tensors([n for n, _ in model.named_parameters()]):
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
             setattr(module, leaf, nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False))
             if self.weights == "int8" and leaf == "weight" and is_rounded(module, path):
-                to_eight_bits(module, path)
-        return model.eval()
+                to_eight_bits(module, path, self.compute_dtype)
+        return model
+
+    def _announced(self, what: str) -> AbstractContextManager[None]:
+        checkpoint = self.files.checkpoint
+        return announced(f"reading {what} of {checkpoint.path}", checkpoint.path.startswith("lab:"))
 
     def _fold(self, folded: dict[str, FoldedModulation], conditions: Conditions, activated: Float[Tensor, "R d"]) -> None:
         weights: dict[str, Tensor] = {}
         for name, tensor in self.files.tensors([f"{path}.{leaf}" for path in folded for leaf in ("weight", "bias")]):
-            weights[name] = tensor.to(self.device, self.dtype)
+            weights[name] = tensor.to(self.device, self.dtype).to(self.compute_dtype)
             path = name.rpartition(".")[0]
             if {f"{path}.weight", f"{path}.bias"} <= weights.keys():
                 matrix, bias = weights.pop(f"{path}.weight"), weights.pop(f"{path}.bias")

@@ -88,7 +88,9 @@ class FluxBackbone(MultiModalBackbone):
     @cached_property
     def cut(self) -> EncodeOnlyFlux:
         """Reads and holds the cut transformer of load=encode_only."""
-        return EncodeOnlyFlux(self.checkpoint, self.config, self.dtype, self.device, self.weights)
+        return EncodeOnlyFlux(
+            self.checkpoint, self.config, self.stored_dtype, self.device, self.weights, self.dtype, self.computing
+        )
 
     def release(self, *parts: str) -> None:
         super().release(*parts, *(["cut"] if "transformer" in parts else []))
@@ -108,7 +110,7 @@ class FluxBackbone(MultiModalBackbone):
     def text_encoder(self) -> Any:
         from transformers import T5EncoderModel
 
-        return self.placed(self.part("text_encoder_2", T5EncoderModel, torch_dtype=self.dtype))
+        return self.placed(self.part("text_encoder_2", T5EncoderModel, torch_dtype=self.stored_dtype))
 
     @cached_property
     def clip_tokenizer(self) -> Any:
@@ -120,7 +122,7 @@ class FluxBackbone(MultiModalBackbone):
     def clip(self) -> Any:
         from transformers import CLIPTextModel
 
-        return self.placed(self.part("text_encoder", CLIPTextModel, torch_dtype=self.dtype))
+        return self.placed(self.part("text_encoder", CLIPTextModel, torch_dtype=self.stored_dtype))
 
     def encode(self, strings: Sequence[str]) -> Iterable[TextRecord]:
         tokens = self.tokenizer(

@@ -40,8 +40,9 @@ class LatentModel(LatentCheckpoint, ABC):
         vae_dtype: str = "float32",
         weights: str = "full",
         randomise: Mapping[str, Any] | None = None,
+        compute_dtype: str | None = None,
     ) -> None:
-        super().__init__(path, revision, dtype, device, image_size, resize, vae_dtype, randomise)
+        super().__init__(path, revision, dtype, device, image_size, resize, vae_dtype, randomise, compute_dtype)
         one_of("extractor.backbone.weights", weights, WEIGHTS)
         self.weights = weights
 
@@ -56,8 +57,8 @@ class LatentModel(LatentCheckpoint, ABC):
     def transformer(self) -> nn.Module:
         import diffusers
 
-        model = self.part("transformer", getattr(diffusers, self.transformer_class), torch_dtype=self.dtype)
-        return self.placed(model if self.weights == "full" else to_eight_bits(model))
+        model = self.part("transformer", getattr(diffusers, self.transformer_class), torch_dtype=self.stored_dtype)
+        return self.placed(model if self.weights == "full" else to_eight_bits(model, dtype=self.dtype))
 
     @cached_property
     def scheduler(self) -> Any:

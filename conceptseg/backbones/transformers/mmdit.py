@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,9 +14,9 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from conceptseg.announcing import announced
+from conceptseg.announcing import announced, counted
 from conceptseg.backbones.settings import check_length
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextCache, TextRecord
@@ -28,8 +27,6 @@ from conceptseg.errors import ConfigError, DataError, did_you_mean, one_of
 
 log = logging.getLogger(__name__)
 
-SAY_AGAIN = 5.0
-"""Seconds between two lines that say how many texts are encoded."""
 TEXTS_AT_ONCE = 16
 """How many texts go through an encoder together; a T5-XXL keeps 0.2 GB of activations a text."""
 
@@ -103,7 +100,7 @@ class MultiModalBackbone(LatentModel):
     def text_identity(self) -> dict[str, Any]:
         """Return the settings that embedded texts depend on."""
         return {
-            "class": self.kind, **self.checkpoint.identity(), "dtype": str(self.dtype), "text_tokens": self.text_tokens,
+            "class": self.kind, **self.checkpoint.identity(), **self.dtypes_identity(), "text_tokens": self.text_tokens,
         }  # fmt: skip
 
     @property
@@ -127,9 +124,12 @@ class MultiModalBackbone(LatentModel):
 
         with self.checkpoint.loading("text_encoder"), announced(f"reading the text encoder of {self.checkpoint.path}"):
             pipeline = DiffusionPipeline.from_pretrained(
-                transformer=None, vae=None, torch_dtype=self.dtype, **self.checkpoint.source()
+                transformer=None, vae=None, torch_dtype=self.stored_dtype, **self.checkpoint.source()
             )
-        return pipeline.to(self.device)
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                self.placed(part)
+        return pipeline
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -171,20 +171,17 @@ class MultiModalBackbone(LatentModel):
             return
         if self.releases_text_encoders:
             self.release("transformer", "vae")
-        waiting, count = list(new.items()), len(new)
+        count = len(new)
         texts = f"encoding {count} text{'' if count == 1 else 's'} with {self.text_encoder_name}"
         # A run's first texts may wait for an encoder of 10 GB on a processor; later ones come batch by batch, with its progress.
         short = self._encoded_before or self.checkpoint.path.startswith("lab:")
         self._encoded_before = True
+        names_in_order = list(new)
         with announced(texts, short), torch.inference_mode():
-            said = time.monotonic()
-            while waiting:
-                some, waiting = dict(waiting[:TEXTS_AT_ONCE]), waiting[TEXTS_AT_ONCE:]
-                for name, record in zip(some, encode(list(some.values())), strict=True):
+            for start in counted(range(0, count, TEXTS_AT_ONCE), f"{texts}, {TEXTS_AT_ONCE} at a time"):
+                some = names_in_order[start : start + TEXTS_AT_ONCE]
+                for name, record in zip(some, encode([new[name] for name in some]), strict=True):
                     self.texts[name] = {kind: _on_host(tensor) for kind, tensor in record.items()}
-                if waiting and time.monotonic() - said >= SAY_AGAIN:
-                    log.info("%s: %d of %d", texts, count - len(waiting), count)
-                    said = time.monotonic()
         if self.releases_text_encoders:
             self.release(*self.text_parts)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from conceptseg.errors import ConfigError
@@ -15,8 +16,10 @@ from conceptseg.errors import ConfigError
 WEIGHTS = ("full", "int8")
 
 
-def to_eight_bits(model: nn.Module, path: str = "") -> nn.Module:
+def to_eight_bits(model: nn.Module, path: str = "", dtype: torch.dtype | None = None) -> nn.Module:
     """Rounds, in place, every matrix of the model's blocks that multiplies tokens. path: where the model sits in its host.
+
+    dtype: of the scales, and so of what a rounded matrix computes in; None is that of the weights.
 
     Matrices that make modulations stay: they act on one vector that reaches every token, and encode-only loading folds them away.
     Raises ConfigError where torchao is not installed.
@@ -28,7 +31,9 @@ def to_eight_bits(model: nn.Module, path: str = "") -> nn.Module:
             "extractor.backbone.weights is int8, which needs the package torchao: pip install 'conceptseg[int8]', "
             "or use extractor.backbone.weights=full."
         ) from error
-    quantize_(model, Int8WeightOnlyConfig(version=2), filter_fn=lambda m, name: is_rounded(m, f"{path}.{name}".strip(".")))
+    for name, module in model.named_modules():
+        if is_rounded(module, f"{path}.{name}".strip(".")):
+            quantize_(module if dtype is None else module.to(dtype), Int8WeightOnlyConfig(version=2), filter_fn=lambda *_: True)
     return model
 
 

@@ -155,7 +155,7 @@ class SD3Backbone(MultiModalBackbone):
         from transformers import CLIPTextModelWithProjection
 
         clips = [
-            self.placed(self.part(name, CLIPTextModelWithProjection, torch_dtype=self.dtype))
+            self.placed(self.part(name, CLIPTextModelWithProjection, torch_dtype=self.stored_dtype))
             for name in ("text_encoder", "text_encoder_2")
         ]
         return clips[0], clips[1], self.text_encoder
@@ -164,7 +164,7 @@ class SD3Backbone(MultiModalBackbone):
     def text_encoder(self) -> Any:
         from transformers import T5EncoderModel
 
-        return self.placed(self.part("text_encoder_3", T5EncoderModel, torch_dtype=self.dtype))
+        return self.placed(self.part("text_encoder_3", T5EncoderModel, torch_dtype=self.stored_dtype))
 
     def encode(self, strings: Sequence[str]) -> Iterable[TextRecord]:
         hidden, pooled = encode_prompts(strings, self.tokenizers, self.text_encoders, self.clip_tokens, self.text_tokens)

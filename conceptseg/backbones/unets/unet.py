@@ -41,9 +41,10 @@ class UNetBackbone(LatentCheckpoint):
         memory: str | None = None,
         hub: Mapping[str, Any] | None = None,
         randomise: Mapping[str, Any] | None = None,
+        compute_dtype: str | None = None,
     ) -> None:
-        super().__init__(path, revision, dtype, device, image_size, resize, vae_dtype, randomise)
-        self.texts = TextCache(text_cache, lambda: {"class": "unet", **self.checkpoint.identity(), "dtype": str(self.dtype)})
+        super().__init__(path, revision, dtype, device, image_size, resize, vae_dtype, randomise, compute_dtype)
+        self.texts = TextCache(text_cache, lambda: {"class": "unet", **self.checkpoint.identity(), **self.dtypes_identity()})
         self.forward_passes = 0
 
     # ------------------------------------------------------------ what it is
@@ -83,7 +84,7 @@ class UNetBackbone(LatentCheckpoint):
     def unet(self) -> nn.Module:
         from diffusers import UNet2DConditionModel
 
-        found: nn.Module = self.placed(self.part("unet", UNet2DConditionModel, torch_dtype=self.dtype))
+        found: nn.Module = self.placed(self.part("unet", UNet2DConditionModel, torch_dtype=self.stored_dtype))
         return found
 
     @cached_property
@@ -102,13 +103,13 @@ class UNetBackbone(LatentCheckpoint):
     def text_encoder(self) -> Any:
         from transformers import CLIPTextModel
 
-        return self.placed(self.part("text_encoder", CLIPTextModel, torch_dtype=self.dtype))
+        return self.placed(self.part("text_encoder", CLIPTextModel, torch_dtype=self.stored_dtype))
 
     @cached_property
     def text_encoder_2(self) -> Any:
         from transformers import CLIPTextModelWithProjection
 
-        return self.placed(self.part("text_encoder_2", CLIPTextModelWithProjection, torch_dtype=self.dtype))
+        return self.placed(self.part("text_encoder_2", CLIPTextModelWithProjection, torch_dtype=self.stored_dtype))
 
     @cached_property
     def signal_shares(self) -> Float[Tensor, " steps"]:
