@@ -254,7 +254,8 @@ class SegmentationProtocol:
                 precisions = {**precisions, "f1_rowwise": rowwise}
             record["ap"] = precisions
             if self.measures:
-                record["measured"] = {m.name: _number(m.measure(task, scores, prediction.labels)) for m in self.measures}
+                here = [m for m in self.measures if not m.asks_again]
+                record["measured"] = {m.name: _number(m.measure(task, scores, prediction.labels)) for m in here}
             yield segmenter, record, prediction
 
     def _average_precisions(

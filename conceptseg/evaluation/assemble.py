@@ -17,10 +17,11 @@ from conceptseg.config import added_places, check_frame, unresolved
 from conceptseg.data.base import SegmentationDataset
 from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.evaluation.loop import Shard
+from conceptseg.evaluation.perturbed import classifier_of
 from conceptseg.extractors.base import Extractor
 from conceptseg.metrics.definitions import definition_of
-from conceptseg.metrics.installed import MapMetric, installed
-from conceptseg.metrics.measured import MEASURES
+from conceptseg.metrics.installed import MapMetric
+from conceptseg.metrics.measured import known
 from conceptseg.metrics.summary import DRAWN
 from conceptseg.protocols import SegmentationProtocol
 from conceptseg.saliency.views import View, expand_views
@@ -72,6 +73,8 @@ def assemble(config: Mapping[str, Any], in_table: bool = False, overrides: Seque
     check_targets(whole, allowed)
     dataset, protocol, extractor = build_parts(whole)
     _check_windows(protocol, extractor)
+    if reruns := [metric for metric in protocol.measures if metric.asks_again]:
+        classifier_of(extractor, reruns)
     if not in_table:
         _check_decisions(protocol, extractor)
         check_measured(protocol, whole["report"]["columns"])
@@ -147,7 +150,7 @@ def check_measured(protocol: SegmentationProtocol, metrics: Sequence[str]) -> No
     """Raise ConfigError for a metric of maps that the protocol does not measure, so that its rows hold no such number."""
     measured = [metric.name for metric in protocol.measures]
     for name in metrics:
-        if name not in measured and isinstance(MEASURES.get(name) or installed(name), MapMetric):
+        if name not in measured and isinstance(known(name), MapMetric):
             raise ConfigError(
                 f'"{name}" is measured from maps, and protocol {protocol.label} measures {", ".join(measured) or "nothing"}. '
                 f"Set protocol.measures=[{','.join([*measured, name])}], or leave the metric out of the columns."

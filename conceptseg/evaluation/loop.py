@@ -19,8 +19,10 @@ from jaxtyping import Float
 
 from conceptseg.data.base import SegmentationDataset
 from conceptseg.errors import ConceptSegError, DataError, StoreError
+from conceptseg.evaluation.perturbed import perturbed
 from conceptseg.extractors.base import Extractor
 from conceptseg.files import write_atomically
+from conceptseg.metrics.installed import MapMetric
 from conceptseg.protocols import Excluded, SegmentationProtocol
 from conceptseg.saliency.views import View
 from conceptseg.segment.segmenter import Segmenter
@@ -108,7 +110,7 @@ def evaluate(
     total, done = sum(len(chunk) for chunk, _ in todo), 0
     failures = Failures(store.folder / "failures")
     scorer = Scorer(store, protocol, segmenters, maps, tally, max_failures, failures)
-    model = Model(extractor, failures, protocol.windows)
+    model = Model(extractor, failures, protocol.windows, tuple(m for m in protocol.measures if m.asks_again))
 
     def settle(job: Future[None], samples: int) -> None:
         nonlocal done
@@ -187,6 +189,8 @@ class Answer:
     seconds: float
     """The task's share of its batch's time."""
     error: str = ""
+    measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """View -> name -> number of the metrics that asked the classifier again."""
 
 
 @dataclass(slots=True)
@@ -197,6 +201,8 @@ class Model:
     failures: Failures
     windows: Windows | None = None
     """Squares in which each image is shown; None shows it whole."""
+    reruns: Sequence[MapMetric] = ()
+    """Metrics that ask the method's classifier again."""
     largest: int | None = None
     """Most samples a batch since the device ran out of memory; None before."""
 
@@ -221,13 +227,17 @@ class Model:
         started, size = time.perf_counter(), len(batch)
         try:
             found = self._maps(batch, views)
+            again = [
+                perturbed(self.extractor, task, maps, self.reruns) if self.reruns else {}
+                for task, maps in zip(batch.tasks, found, strict=True)
+            ]
         except Exception as error:
             full = _out_of_memory(error)
             reason = self.failures.reason(batch.keys[0] if size == 1 else "", error)
         else:
             share = (time.perf_counter() - started) / size
-            for key, maps in zip(batch.keys, found, strict=True):
-                yield key, Answer(maps, share)
+            for key, maps, measured in zip(batch.keys, found, again, strict=True):
+                yield key, Answer(maps, share, measured=measured)
             return
         # Outside of "except", whose traceback holds the tensors of the batch that failed.
         if full and torch.cuda.is_available():
@@ -348,7 +358,11 @@ class Scorer:
         error, rows = answer.error, []
         if not error:
             try:
-                rows = [row for view, maps in answer.maps.items() for row in self._view_rows(task, view, maps)]
+                rows = [
+                    row
+                    for view, maps in answer.maps.items()
+                    for row in self._view_rows(task, view, maps, answer.measured.get(view, {}))
+                ]
                 if fault := next(filter(None, map(row_fault, rows)), None):
                     raise ValueError(f"the protocol's record can't be kept: {fault}")
             except Exception as raised:
@@ -359,7 +373,7 @@ class Scorer:
             row["seconds"] = round(answer.seconds + time.perf_counter() - started, 4)
         return rows
 
-    def _view_rows(self, task: Task, view: str, maps: Float[np.ndarray, "C h w"]) -> Iterator[Row]:
+    def _view_rows(self, task: Task, view: str, maps: Float[np.ndarray, "C h w"], measured: Mapping[str, float]) -> Iterator[Row]:
         known: dict[str, Any] = {"sample": task.key, "view": view}
         if not np.isfinite(maps).all():
             reason = (
@@ -376,6 +390,8 @@ class Scorer:
                 for segmenter, _, prediction in scored:
                     self.keeper.keep(task, view, segmenter.key, maps, prediction)
         for segmenter, record, _ in scored:
+            if measured:
+                record["measured"] = {**record.get("measured", {}), **measured}
             yield cast(Row, {**known, "segmenter": segmenter.key, "status": "ok", "words": words, **record})
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 
 from conceptseg.errors import ConfigError, DataError, did_you_mean
-from conceptseg.metrics.installed import MapMetric, installed
-from conceptseg.metrics.measured import MEASURES, names
+from conceptseg.metrics.installed import MapMetric
+from conceptseg.metrics.measured import known, names
 from conceptseg.metrics.released import BACKGROUND, iou_from_accuracy
 from conceptseg.types import PER_IMAGE
 
@@ -401,7 +401,7 @@ def definition_of(name: str, where: str) -> Definition:
     name = current_name(name)
     if name in DEFINITIONS:
         return DEFINITIONS[name]
-    found = MEASURES.get(name) or installed(name)
+    found = known(name)
     if isinstance(found, MapMetric):
         return of_map_metric(found)
     if not isinstance(found, Definition):

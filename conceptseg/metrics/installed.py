@@ -37,6 +37,8 @@ class MapMetric:
     percent: bool = True
     """Printed times 100."""
     higher_is_better: bool = True
+    asks_again: bool = False
+    """Whether the number asks the method's classifier again (see `metrics.perturbation`), so that `measure` is never called."""
 
 
 def names() -> list[str]:

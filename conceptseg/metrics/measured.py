@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -180,16 +181,47 @@ MEASURES: dict[str, MapMetric] = {
 """Name -> metric of those that this package has."""
 
 
+def _not_of_maps(task: Task, scores: Float[np.ndarray, "C H W"], labels: UInt8[np.ndarray, "H W"]) -> float | None:
+    raise AssertionError("deletion and insertion ask the classifier again, which the loop does")
+
+
+ASKING: dict[str, MapMetric] = {
+    metric.name: metric
+    for metric in (
+        MapMetric(
+            "deletion", "deletion", 1, _not_of_maps,
+            "Area under the explained class's probability while pixels go to the mean colour, those of greatest score first; "
+            "mean over words, then images. Less is better.",
+            "Petsiuk et al. 2018, RISE (arXiv:1806.07421), section 4.1; 16 steps, equal scores in a drawn order.",
+            higher_is_better=False, asks_again=True,
+        ),
+        MapMetric(
+            "insertion", "insertion", 1, _not_of_maps,
+            "Area under the explained class's probability while pixels return to a blurred image, those of greatest score first; "
+            "mean over words, then images.",
+            "Petsiuk et al. 2018, RISE (arXiv:1806.07421), section 4.1; 16 steps, blur of 11 pixels and deviation 5.",
+            asks_again=True,
+        ),
+    )
+}  # fmt: skip
+"""Name -> metric of those that ask a classifier again: 17 images of a forward pass each, for every word and view."""
+
+
 def names() -> list[str]:
     """Names of the metrics that are measured from maps here or added by installed packages."""
-    return sorted({*MEASURES, *installed.names()})
+    return sorted({*MEASURES, *ASKING, *installed.names()})
+
+
+def known(name: str) -> Any:
+    """The metric of that name that is measured here or that an installed package adds; None where there is none."""
+    return MEASURES.get(name) or ASKING.get(name) or installed.installed(name)
 
 
 def map_metrics(asked: Sequence[str], where: str) -> tuple[MapMetric, ...]:
     """The metrics of these names. Raises ConfigError, which names the setting `where`, for one that is not measured from maps."""
     found = []
     for name in asked:
-        metric = MEASURES.get(name) or installed.installed(name)
+        metric = known(name)
         if not isinstance(metric, MapMetric):
             raise ConfigError(
                 f'{where}: no metric "{name}" is measured from maps. {did_you_mean(name, names())} '
