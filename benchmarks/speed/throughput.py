@@ -1,25 +1,19 @@
 """Where an image's time goes on an accelerator: stages, share of peak, memory, images a second, compiling, attention back-ends.
 
-    python benchmarks/speed/throughput.py --device cuda --geometry full --write     # FLUX.1-schnell at 1024 x 1024, bfloat16
-    python benchmarks/speed/throughput.py --geometry tiny                           # that it runs, anywhere
-
-Random weights. The model is the one that load=encode_only reads: the blocks up to the last one read, modulations as constants.
-One noise draw a row: a batch of four images with one draw costs what one image with four draws costs, but for autoencoder and
-text. A variant whose maps are not those of the plain model is reported as wrong, not as fast.
+gpu_check.py runs it. Random weights. The model is the one that load=encode_only reads: the blocks up to the last one read,
+modulations as constants. One noise draw a row: a batch of four images with one draw costs what one image with four draws costs,
+but for autoencoder and text. A variant whose maps are not those of the plain model is reported as wrong, not as fast.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from figures import record
-from flux_geometry import GEOMETRIES, Geometry, random_backbone, random_task
+from flux_geometry import Geometry, random_backbone, random_task
 from original_plan import LEVEL, TOLERANCE, clock
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -129,63 +123,62 @@ class Bench:
         return found.scores.cpu()
 
 
-def variants(backbone: FluxBackbone) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Name, and what turns it on; what raises is not there."""
-    model = backbone.cut.model
-    assert model is not None
+def variants(backbone: Callable[[], FluxBackbone]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Name, and what turns it on; what raises is not there. backbone: builds or returns the model when one is turned on."""
+
+    def model() -> Any:
+        found = backbone().cut.model
+        assert found is not None, "maps are made before a variant is turned on"
+        return found
+
     for name in BACKENDS:
-        yield f"attention: {name}", lambda name=name: model.set_attention_backend(name)  # type: ignore[misc, operator]
-    yield "compiled block by block", lambda: (model.reset_attention_backend(), model.compile_repeated_blocks())  # type: ignore[operator]
+        yield f"attention: {name}", lambda name=name: model().set_attention_backend(name)  # type: ignore[misc]
+    yield "compiled block by block", lambda: (model().reset_attention_backend(), model().compile_repeated_blocks())
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the benchmark and return the results by their printed names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--geometry", choices=list(GEOMETRIES), default="full")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=list(TOLERANCE))
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--write", action="store_true", help="keep the figures")
-    said = parser.parse_args(arguments)
-    geometry, dtype = GEOMETRIES[said.geometry], said.dtype or ("float32" if said.device == "cpu" else "bfloat16")
-    now, backbone = clock(said.device), encode_only(geometry, said.device, dtype)
-    found: dict[str, Any] = {"peak_tflops": peak_tflops(said.device, backbone.dtype, now), "batches": {}, "variants": {}}
-    print(f"a large {dtype} matrix product: {found['peak_tflops']:.3g} TFLOP/s")
-    for rows in said.batches:
-        bench = Bench(backbone, geometry, rows)
-        bench.text()
-        if rows == said.batches[0]:
-            backbone.release("text_encoder")  # words are known from here on: it need not be in memory
-            if said.device != "cpu":
-                torch.cuda.reset_peak_memory_stats()
-            plain = bench.maps()
-            if said.device != "cpu":
-                found["peak_gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
-                print(f"peak memory at batch {rows}, words known: {found['peak_gigabytes']:.1f} GB")
-            backbone.text_encoder = random_backbone(geometry, said.device, dtype, whole=False).text_encoder
-        stages = bench.stages(now, said.repeats)
-        stages["share of peak"] = stages["transformer TFLOP"] / stages["transformer"] * 1000 / found["peak_tflops"]
-        stages["images a second"] = 1000 * rows / timed(bench.maps, now, said.repeats)
-        found["batches"][rows] = stages
-        print(f"batch {rows}: " + ", ".join(f"{name} {value:.3g}" for name, value in stages.items()), flush=True)
-    first = Bench(backbone, geometry, said.batches[0])
-    for name, turn_on in variants(backbone):
-        try:
-            turn_on()
-            milliseconds, made = timed(first.maps, now, said.repeats), first.maps()
-        except Exception as error:  # whatever a back-end that is not there raises
-            found["variants"][name] = f"not there: {str(error).splitlines()[0][:90] if str(error) else type(error).__name__}"
-        else:
-            difference = float((made - plain).abs().max())
-            right = difference <= TOLERANCE[dtype]
-            found["variants"][name] = milliseconds if right else f"wrong: maps differ by {difference:.1e}"
-        print(f"{name}: {found['variants'][name]}", flush=True)
-    if said.write:
-        record(f"throughput {said.geometry}", found, said.device)
+def batch_figures(bench: Bench, peak: float, device: str, repeats: int) -> dict[str, float]:
+    """Milliseconds of each stage, share of the measured peak, images a second, and on a GPU the most memory that was taken."""
+    now, rows = clock(device), len(bench.batch.tasks)
+    bench.text()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    found = bench.stages(now, repeats)
+    found["share of peak"] = found["transformer TFLOP"] / found["transformer"] * 1000 / peak
+    found["images a second"] = 1000 * rows / timed(bench.maps, now, repeats)
+    if device != "cpu":
+        found["peak gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
     return found
 
 
-if __name__ == "__main__":
-    logging.disable(logging.WARNING)  # of this process alone: loaders and the lab warn of random weights
-    main()
+def peak_gigabytes(bench: Bench) -> float:
+    """The most GPU memory while maps are made of images whose words are known, so that no text encoder need be there."""
+    encoder = bench.backbone.text_encoder
+    bench.text()
+    bench.backbone.release("text_encoder")
+    kept = encoder.to("cpu")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    bench.maps()
+    found = torch.cuda.max_memory_allocated() / 1e9
+    bench.backbone.text_encoder = kept.to(bench.backbone.device)
+    return found
+
+
+def variant_figure(
+    turn_on: Callable[[], Any], benches: Sequence[Bench], plain: Sequence[Tensor], device: str, repeats: int
+) -> dict[int, float] | str:
+    """Milliseconds a batch, by the rows of the bench; a text where the variant is not there or its maps are not the plain ones.
+
+    plain: each bench's maps [B C h w], in 0..1, before the variant is turned on.
+    """
+    found = {}
+    try:
+        turn_on()
+        for bench, wanted in zip(benches, plain, strict=True):
+            found[len(bench.batch.tasks)] = timed(bench.maps, clock(device), repeats)
+            difference = float((bench.maps() - wanted).abs().max())
+            if not difference <= TOLERANCE[str(bench.backbone.dtype).removeprefix("torch.")]:
+                return f"wrong: maps differ by {difference:.1e}"
+    except Exception as error:  # whatever a back-end that is not there raises
+        return f"not there: {str(error).splitlines()[0][:90] if str(error) else type(error).__name__}"
+    return found
