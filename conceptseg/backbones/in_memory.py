@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from inspect import signature
 from typing import Any, TypeAlias
 
 import torch
@@ -61,32 +62,42 @@ def _of_pipeline(pipe: Any) -> Backbone:
     if core == "transformer" and (kind := type(model).__name__) not in families():
         raise ConfigError(f"the pipeline's transformer is a {kind}. {did_you_mean(kind, families())}")
     target = UNET if core == "unet" else families()[type(model).__name__]
-    kept = {"image_size", "resize", "text_tokens", "concept_pooling", "pooled", "clip_tokens"}
+    kept = {"image_size", "resize", "text_tokens", "concept_pooling", "pooled", "clip_tokens", "concept_text", "concept_token"}
     settings = {key: value for key, value in (sheet_of(name) or {}).items() if key in kept}
     settings.setdefault("image_size", _image_size(pipe, model))
     settings["compute_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")  # its weights are not touched
     if core == "transformer" and "text_tokens" not in settings:
-        settings["text_tokens"] = _text_tokens(model, parts)
+        settings["text_tokens"] = _text_tokens(pipe, model, parts)
     found = _built(target, name, parts, getattr(pipe, "_execution_device", pipe.device), model, **settings)
     if "vae" in parts:
         found.vae_dtype = parts["vae"].dtype
     if core == "transformer":
         found.text_pipeline = pipe
+        if (solver := type(pipe.scheduler).__name__) not in found.schedulers:
+            raise ConfigError(
+                f"the pipeline's scheduler is a {solver}; images are made here by a {' or a '.join(found.schedulers)}. "
+                f"Set pipe.scheduler = {found.schedulers[0]}.from_config(pipe.scheduler.config)."
+            )
         found.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)  # a copy: its timesteps are set here
     found.pipeline = pipe
     return found
 
 
-def _image_size(pipe: Any, model: Any) -> int:
-    """Pixels a side that the pipeline makes by default."""
+def _image_size(pipe: Any, model: Any) -> int | list[int]:
+    """Pixels a side, or [height, width], that the pipeline makes by default."""
+    if "sample_height" in model.config:  # of video
+        factor = int(pipe.vae_scale_factor_spatial)
+        return [factor * int(model.config[f"sample_{side}"]) for side in ("height", "width")]
     cells = getattr(pipe, "default_sample_size", None) or model.config.get("sample_size") or 64
     cells = cells if isinstance(cells, int) else max(cells)
     return int(cells * getattr(pipe, "vae_scale_factor", 8))
 
 
-def _text_tokens(model: Any, parts: Mapping[str, Any]) -> int:
-    """Padded text length: 256 for a Flux without embedded guidance (schnell), else 512; never more than the tokenizer allows."""
-    wanted = 256 if model.config.get("guidance_embeds") is False else 512
+def _text_tokens(pipe: Any, model: Any, parts: Mapping[str, Any]) -> int:
+    """Padded text length: the pipeline's own, 256 for a Flux without embedded guidance (schnell); at most the tokenizer's."""
+    own = signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    schnell = type(model).__name__ == "FluxTransformer2DModel" and model.config.get("guidance_embeds") is False
+    wanted = 256 if schnell or own is None else int(own.default)
     lengths = [
         getattr(parts[key], "model_max_length", wanted) for key in ("tokenizer_3", "tokenizer_2", "tokenizer") if key in parts
     ]

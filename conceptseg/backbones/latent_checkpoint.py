@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import count, takewhile
 from typing import Any, ClassVar
 
 import torch
@@ -215,6 +216,7 @@ class LatentCheckpoint(Backbone):
         """Raises DataError for a word the tokenizer does not know; warns once of a word a lab model was not trained on."""
         if not strings:
             return
+        self._check_inversions(strings)
         tokenizer, unknown = self.tokenizer, self.tokenizer.unk_token_id
         refuses = unknown is not None and unknown != tokenizer.eos_token_id  # CLIP's "unknown" is its end mark
         for string in strings:
@@ -229,3 +231,42 @@ class LatentCheckpoint(Backbone):
         if trained and (unseen := sorted(said - trained - self._warned)):
             self._warned |= set(unseen)
             log.warning("this lab model never saw the words %s: such maps say nothing about the method", ", ".join(unseen))
+
+    def _check_inversions(self, strings: Sequence[str]) -> None:
+        """Raises DataError for a textual inversion that would be read in part: of several vectors the first, or in pieces."""
+        if not isinstance(self.checkpoint, LoadedCheckpoint):
+            return
+        named = {name: part for name, part in self.checkpoint.parts.items() if name.startswith("tokenizer")}
+        tokenizers = {name: getattr(part, "tokenizer", part) for name, part in named.items()}
+        own = {name: set(one.added_tokens_encoder) - set(one.all_special_tokens) for name, one in tokenizers.items()}
+        inversions = set().union(*own.values())
+        for string in strings if inversions else ():
+            for name, one in tokenizers.items():
+                called = {place: token for token, place in one.added_tokens_encoder.items()}
+                ids = one(string, add_special_tokens=False, verbose=False).input_ids if own[name] else []
+                said = [called.get(place, "") for place in ids]
+                for token in sorted(own[name].intersection(said)):
+                    if lacking := [other for other, added in own.items() if token not in added]:
+                        raise DataError(
+                            f'the text "{string}": the textual inversion "{token}" is not in {" and ".join(lacking)}, which '
+                            f"would read its pieces. Load it into each: pipe.load_textual_inversion(..., tokenizer=..., "
+                            f"text_encoder=...)."
+                        )
+                    parts = [token, *takewhile(inversions.__contains__, (f"{token}_{k}" for k in count(1)))]
+                    places = [place for place, piece in enumerate(said) if piece == token]
+                    if any(said[place : place + len(parts)] != parts for place in places):
+                        raise DataError(
+                            f'the text "{string}": the textual inversion "{token}" has {len(parts)} vectors, of which only the '
+                            f'first would be read. Write all of them: "{" ".join(parts)}".'
+                        )
+
+    def check_shown(self) -> None:
+        """Raises ConfigError for a denoiser of a pipeline in memory whose IP-Adapter waits for a picture: none is shown here."""
+        if not isinstance(self.checkpoint, LoadedCheckpoint):
+            return
+        denoiser = next(self.checkpoint.parts[name] for name in DENOISERS if name in self.checkpoint.parts)
+        if any("IPAdapter" in type(one).__name__ for one in getattr(denoiser, "attn_processors", {}).values()):
+            raise ConfigError(
+                "the pipeline has an IP-Adapter, which wants a picture to be shown beside the text, and none is shown here. Call "
+                "pipe.unload_ip_adapter(); or of a U-Net make the image under `with trace(pipe) as tr:`, and read tr.word_map()."
+            )

@@ -13,13 +13,14 @@ from diffusers import (
     FluxTransformer2DModel,
     StableDiffusionPipeline,
 )
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from tiny import tiny_flux
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-from conceptseg import ConceptAttention
-from conceptseg.errors import ConceptSegError
+from conceptseg import DAAM, OVAM, ConceptAttention
+from conceptseg.errors import ConceptSegError, ConfigError, DataError
 from conceptseg.trace import trace
 
 SD = Path(__file__).parents[1] / "golden" / "daam" / "models_sd"
@@ -196,15 +197,14 @@ def test_a_lora_that_is_loaded_is_in_the_maps_as_if_it_were_merged(folder, plain
         assert differs(read(pipe), adapted) <= 1e-4, read.__name__
 
 
-def test_the_words_map_is_read_beside_an_ip_adapter(folder, plain):
-    """At scale 0 the picture that is shown changes nothing, so the maps are the plain ones; at scale 1 they are others."""
-    pipe = made(traced, folder)
-    width, crosses = pipe.unet.config.cross_attention_dim, {}
+def load_ip_adapter(unet):
+    """Random weights of an IP-Adapter of one token in every cross-attention, as a checkpoint brings them."""
+    width, crosses = unet.config.cross_attention_dim, {}
     generator = torch.Generator().manual_seed(0)
     number = 1
-    for name in pipe.unet.attn_processors:
+    for name in unet.attn_processors:
         if name.endswith("attn2.processor"):
-            out = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape[0]
+            out = unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape[0]
             for kind in ("k", "v"):
                 crosses[f"{number}.to_{kind}_ip.weight"] = torch.randn(out, width, generator=generator)
             number += 2
@@ -212,10 +212,71 @@ def test_the_words_map_is_read_beside_an_ip_adapter(folder, plain):
         "proj.weight": torch.randn(4 * width, 8, generator=generator), "proj.bias": torch.zeros(4 * width),
         "norm.weight": torch.ones(width), "norm.bias": torch.zeros(width),
     }  # fmt: skip
-    pipe.unet._load_ip_adapter_weights([{"image_proj": image, "ip_adapter": crosses}])
-    shown = torch.randn(2, 1, 8, generator=generator)
+    unet._load_ip_adapter_weights([{"image_proj": image, "ip_adapter": crosses}])
+
+
+def test_the_words_map_is_read_beside_an_ip_adapter(folder, plain):
+    """At scale 0 the picture that is shown changes nothing, so the maps are the plain ones; at scale 1 they are others."""
+    pipe = made(traced, folder)
+    load_ip_adapter(pipe.unet)
+    shown = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(1))
     found = {}
     for scale in (0.0, 1.0):
         pipe.set_ip_adapter_scale(scale)
         found[scale] = traced(pipe, ip_adapter_image_embeds=[shown])
     assert differs(found[0.0], plain[traced]) <= 1e-4 < 1e-3 < differs(found[1.0], plain[traced])
+
+
+def test_images_are_not_read_while_an_ip_adapter_waits_for_a_picture(folder, plain):
+    """Also one that was loaded after the method was made; without it the maps are the plain ones again."""
+    pipe = made(traced, folder)
+    methods = [kind(pipe) for kind in (DAAM, OVAM)]
+    load_ip_adapter(pipe.unet)
+    for method in methods:
+        with pytest.raises(ConfigError, match=r"IP-Adapter.*unload_ip_adapter"):
+            method.explain(IMAGE, ["cat"], size=(64, 64))
+    flux = made(concepts, folder)
+    method, block = ConceptAttention(flux), flux.transformer.transformer_blocks[0]
+    stock = block.attn.processor
+    block.attn.set_processor(FluxIPAdapterAttnProcessor(24, 16))
+    with pytest.raises(ConfigError, match=r"IP-Adapter.*unload_ip_adapter"):
+        method.explain(IMAGE, ["kite", "boat"], size=(32, 32))
+    block.attn.set_processor(stock)
+    assert differs(concepts(flux), plain[concepts]) <= EXACT
+
+
+# ---------------------------------------------------------------- textual inversion
+
+
+def vectors_of(encoder, tokenizer, words):
+    """[n d]: input embeddings of words of one token."""
+    return encoder.get_input_embeddings().weight.detach()[tokenizer.convert_tokens_to_ids(words)].clone()
+
+
+def test_a_textual_inversion_is_read_as_the_words_whose_vectors_it_has(folder):
+    """In a Flux its words are read by the T5; in a U-Net by CLIP."""
+    sd, flux = made(traced, folder), made(concepts, folder)
+    for pipe, places, names, shown, kind in (
+        (sd, {"tokenizer": "text_encoder"}, ["cat</w>", "dog</w>"], (64, 64), DAAM),
+        (flux, {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}, ["kite", "boat"], (32, 32), ConceptAttention),
+    ):
+        words = [name.removesuffix("</w>") for name in names]
+        for read, encodes in places.items():
+            tokenizer, encoder = getattr(pipe, read), getattr(pipe, encodes)
+            if read == "tokenizer_2":  # so far CLIP alone knows it
+                with pytest.raises(DataError, match=f'"<one>" is not in {read}'):
+                    kind(pipe).explain(IMAGE, ["<one>", "boat"], size=shown)
+            found = vectors_of(encoder, tokenizer, names)
+            pipe.load_textual_inversion(found[:1], token="<one>", tokenizer=tokenizer, text_encoder=encoder)
+            pipe.load_textual_inversion(found, token="<two>", tokenizer=tokenizer, text_encoder=encoder)
+        method, told = kind(pipe), {"size": shown}
+        if kind is ConceptAttention:
+            method.backbone.concept_pooling, told["caption"] = "mean", "a sky"
+        wanted = method.explain(IMAGE, [*words, " ".join(words)], **told).scores
+        assert differs(wanted[0], wanted[2]) > 1e-3
+        # The tiny T5's tokenizer drops all signs, so that "<two>_1" can't be written for it.
+        both = "<two> <two>_1" if kind is DAAM else " ".join(words)
+        said = method.explain(IMAGE, ["<one>", words[1], both], **told).scores
+        assert differs(said, wanted) <= 1e-5, kind
+        with pytest.raises(DataError, match=r'"<two>" has 2 vectors.*Write all of them: "<two> <two>_1"'):
+            method.explain(IMAGE, ["<two>", words[0]], **told)

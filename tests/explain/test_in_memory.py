@@ -7,13 +7,22 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
 )
-from tiny import tiny_flux
-from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+from tiny import tiny_cogvideox, tiny_flux, tiny_sd3
+from tiny_chat_models import flux2, qwen_image, saved, z_image
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 import conceptseg
 from conceptseg import DAAM, ConceptAttention, MaskCLIP, TransInterp, load_extractor
@@ -46,6 +55,58 @@ def test_a_flux_pipeline_is_read_without_a_second_copy(tmp_path):
     assert all(weight.requires_grad for weight in pipe.transformer.parameters())  # left as it was
     pipe.transformer.train()
     with pytest.raises(ConfigError, match="training mode"):
+        ConceptAttention(pipe)
+
+
+SD3_PARTS = {
+    "transformer": SD3Transformer2DModel, "scheduler": FlowMatchEulerDiscreteScheduler, "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModelWithProjection, "tokenizer": AutoTokenizer, "text_encoder_2": CLIPTextModelWithProjection,
+    "tokenizer_2": AutoTokenizer, "text_encoder_3": T5EncoderModel, "tokenizer_3": AutoTokenizer,
+}  # fmt: skip
+VIDEO_PARTS = {
+    "transformer": CogVideoXTransformer3DModel, "scheduler": CogVideoXDDIMScheduler, "vae": AutoencoderKLCogVideoX,
+    "text_encoder": T5EncoderModel, "tokenizer": AutoTokenizer,
+}  # fmt: skip
+
+
+def read_in(kind, parts, folder):
+    """A stock pipeline in float32, as somebody has it in memory."""
+    found = {name: part.from_pretrained(folder, subfolder=name) for name, part in parts.items()}
+    return kind(**{name: part.float() if isinstance(part, torch.nn.Module) else part for name, part in found.items()})
+
+
+# Family -> pipeline in memory of a folder, the settings that tiny tokenizers ask for, and the padded length that is found.
+FAMILIES = {
+    "sd3": (lambda folder: read_in(StableDiffusion3Pipeline, SD3_PARTS, tiny_sd3(folder, kl=True)), {"clip_tokens": 12}, 12),
+    "cogvideox": (lambda folder: read_in(CogVideoXPipeline, VIDEO_PARTS, tiny_cogvideox(folder)), {}, 8),
+    "flux2": (lambda folder: saved(flux2, folder), {"text_tokens": 120, "concept_token": 118}, 512),
+    "qwen_image": (lambda folder: saved(qwen_image, folder), {}, 512),
+    "z_image": (lambda folder: saved(z_image, folder), {}, 512),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pipelines_of_every_family_give_the_maps_and_images_of_their_checkpoint(family, tmp_path):
+    build, settings, tokens = FAMILIES[family]
+    pipe = build(tmp_path)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    method = ConceptAttention(pipe)
+    assert method.backbone.text_tokens == tokens and method.backbone.transformer is pipe.transformer
+    for name, value in settings.items():
+        setattr(method.backbone, name, value)
+    told = {"image_size": 32, "resize": method.backbone.resize, "text_tokens": method.backbone.text_tokens, **settings}
+    other = ConceptAttention.from_pretrained(str(tmp_path), **told)
+    words = ["fish", "boat"]
+    found, wanted = method.explain(IMAGE, words, size=(32, 32)), other.explain(IMAGE, words)
+    assert wanted.scores.std() > 1e-3
+    torch.testing.assert_close(found.scores, wanted.scores, atol=1e-5, rtol=1e-5)
+    made, wanted = (one.explain(prompt="a boat", words=words, steps=2, size=(32, 32)) for one in (method, other))
+    assert np.abs(made.image.astype(int) - wanted.image).max() <= 1 and wanted.image.std() > 0
+    torch.testing.assert_close(made.scores, wanted.scores, atol=1e-5, rtol=1e-5)
+    pipe.scheduler = DDIMScheduler() if family == "cogvideox" else FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(ConfigError, match=r"Set pipe.scheduler = (FlowMatchEuler|CogVideoXDDIM)"):
         ConceptAttention(pipe)
 
 

@@ -1,26 +1,21 @@
 """CogVideoX from a tiny checkpoint: frames in, maps of frames x height x width out."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKLCogVideoX,
-    CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
     CogVideoXPipeline,
-    CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
 )
 from PIL import Image
-from transformers import T5Config, T5EncoderModel
+from tiny import tiny_cogvideox
 
 from conceptseg.backbones.transformers.cogvideox import CogVideoXBackbone
 from conceptseg.errors import ConfigError
 from conceptseg.extractors.concept_attention import ConceptAttention
-from conceptseg.lab.models import save, word_tokenizer
 from conceptseg.saliency.views import Softmax, View
 from conceptseg.types import Batch, Concepts, Task
 
@@ -29,28 +24,7 @@ WORDS = ["fish", "boat", "sky"]
 
 @pytest.fixture(scope="module")
 def method(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cogvideox")
-    torch.manual_seed(0)
-    tokenizer = word_tokenizer(8)
-    parts = {
-        "transformer": CogVideoXTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
-            num_layers=2, sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=8,
-            use_rotary_positional_embeddings=True, temporal_compression_ratio=4,
-        ),
-        "vae": AutoencoderKLCogVideoX(
-            block_out_channels=(4, 4, 4, 4), latent_channels=4, layers_per_block=1, norm_num_groups=2, sample_height=32,
-            sample_width=32, temporal_compression_ratio=4,
-            down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
-        ),
-        "text_encoder": T5EncoderModel(
-            T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4, eos_token_id=1)
-        ),
-        "tokenizer": tokenizer, "scheduler": CogVideoXDDIMScheduler(),
-    }  # fmt: skip
-    save(parts, folder)
-    (folder / "card.json").write_text(json.dumps({"provenance": "random"}))
-    return ConceptAttention.from_pretrained(str(folder), image_size=32, text_tokens=8)
+    return ConceptAttention.from_pretrained(tiny_cogvideox(tmp_path_factory.mktemp("cogvideox")), image_size=32, text_tokens=8)
 
 
 def test_frames_give_maps_of_frames_height_and_width(method):

@@ -3,9 +3,15 @@
 import json
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from conceptseg.lab.models import build_flux, build_sd3, save, word_tokenizer
 
@@ -54,3 +60,27 @@ def tiny_flux(folder, shifted=False, clip=False, guidance=False, **options):
 def tiny_sd3(folder, **options):
     torch.manual_seed(0)
     return written(build_sd3(SD3), folder, **options)
+
+
+def tiny_cogvideox(folder):
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer(8)
+    parts = {
+        "transformer": CogVideoXTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
+            num_layers=2, sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=8,
+            use_rotary_positional_embeddings=True, temporal_compression_ratio=4,
+        ),
+        "vae": AutoencoderKLCogVideoX(
+            block_out_channels=(4, 4, 4, 4), latent_channels=4, layers_per_block=1, norm_num_groups=2, sample_height=32,
+            sample_width=32, temporal_compression_ratio=4,
+            down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+        ),
+        "text_encoder": T5EncoderModel(
+            T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4, eos_token_id=1)
+        ),
+        "tokenizer": tokenizer, "scheduler": CogVideoXDDIMScheduler(),
+    }  # fmt: skip
+    save(parts, folder)
+    (folder / "card.json").write_text(json.dumps({"provenance": "random"}))
+    return str(folder)

@@ -95,6 +95,7 @@ class CogVideoXBackbone(MultiModalBackbone):
     carrier = CogVideoXCarrier
     autoencoders = ("AutoencoderKLCogVideoX",)
     classifier_free = True
+    schedulers = SOLVERS
 
     def __init__(self, path: str, revision: str | None = None, frames: int | None = None, **settings: Any) -> None:
         super().__init__(path, revision, **settings)

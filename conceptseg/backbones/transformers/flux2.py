@@ -100,6 +100,11 @@ class Flux2Backbone(MultiModalBackbone):
         return Flux2Carrier(stream, self.concept_token)
 
     @cached_property
+    def tokenizer(self) -> Any:
+        found = super().tokenizer
+        return getattr(found, "tokenizer", found)  # of a pipeline in memory the processor is at hand
+
+    @cached_property
     def chat(self) -> Any:
         """Return the processor that makes chat messages of strings, as the checkpoint's pipeline holds it; reads no weights."""
         from transformers import AutoProcessor

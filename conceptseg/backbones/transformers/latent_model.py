@@ -60,6 +60,9 @@ class LatentModel(LatentCheckpoint, ABC):
         model = self.part("transformer", getattr(diffusers, self.transformer_class), torch_dtype=self.stored_dtype)
         return self.placed(model if self.weights == "full" else to_eight_bits(model, dtype=self.dtype))
 
+    schedulers: ClassVar[tuple[str, ...]] = ("FlowMatchEulerDiscreteScheduler",)
+    """Stock classes that make images."""
+
     @cached_property
     def scheduler(self) -> Any:
         """The checkpoint's own schedule of noise levels, for making images."""

@@ -281,6 +281,7 @@ class MultiModalBackbone(LatentModel):
         Returns the velocity in the model's own layout (see `as_latents`), or None if the stream stopped the pass early.
         """
         levels = torch.as_tensor(level, dtype=torch.float64, device=self.device).expand(len(noisy))
+        self.check_shown()
         self.forward_passes += 1
         with torch.inference_mode():
             if stream is None:

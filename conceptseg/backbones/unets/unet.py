@@ -240,6 +240,7 @@ class UNetBackbone(LatentCheckpoint):
         model, added = self.unet, None
         if conditions is not None:
             added = {name: value.to(self.device, self.dtype) for name, value in conditions.items()}
+        self.check_shown()
         self.forward_passes += 1
 
         def forward() -> Any:
