@@ -12,17 +12,27 @@ HELD_SCORES = 2**22
 """Scores of some rows of all heads that are held at once: 16 MiB in float32, and as much again for their softmax."""
 
 
-def attention_rows(
+def attention_by_head(
     queries: Float[Tensor, "R A N d"], keys: Float[Tensor, "R A S d"], scale: float
-) -> Iterator[tuple[slice, Float[Tensor, "R m S"]]]:
-    """Yield some of the N rows at a time: which, and their attention to S keys, 0..1, mean over heads of softmax in float32."""
+) -> Iterator[tuple[slice, Float[Tensor, "R A m S"]]]:
+    """Yield some of the N rows at a time: which, and their attention to S keys in every head, 0..1, softmax in float32."""
     rows, heads, positions, _ = queries.shape
     keys = keys.float().mT
     some = max(1, HELD_SCORES // (rows * heads * keys.shape[-1]))
     for start in range(0, positions, some):
         part = slice(start, min(start + some, positions))
-        scores = (queries[:, :, part].float() * scale) @ keys
-        yield part, scores.softmax(-1).mean(1)
+        # One expression: a name would keep the last part's scores while the next are computed.
+        yield part, ((queries[:, :, part].float() * scale) @ keys).softmax(-1)
+
+
+def attention_rows(
+    queries: Float[Tensor, "R A N d"], keys: Float[Tensor, "R A S d"], scale: float
+) -> Iterator[tuple[slice, Float[Tensor, "R m S"]]]:
+    """Yield some of the N rows at a time: which, and their attention to S keys, 0..1, mean over heads of softmax in float32."""
+    for part, attention in attention_by_head(queries, keys, scale):
+        mean = attention.mean(1)
+        del attention
+        yield part, mean
 
 
 class MeanAttention:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -50,6 +50,9 @@ class AcrossLayers(ConceptAttention):
                 f"backbone@extractor.backbone=lab_flux."
             )
 
+    matrices: ClassVar[int] = 1
+    """Matrices of tokens x tokens that a row holds at the peak."""
+
     @abstractmethod
     def gathering(self, concepts: ConceptTokens) -> Gathered:
         """An empty holder for one set of layers; concepts: of the rows of one forward pass."""
@@ -62,7 +65,7 @@ class AcrossLayers(ConceptAttention):
         tokens = (self.backbone.size[0] // side) * (self.backbone.size[1] // side) + self.backbone.prompt_tokens
         rows = images * max((int(view.get("draws") or 1) for view in views), default=1)
         sets = len({str(view.get("layers", "all")) for view in views})
-        return mean_attention_bytes(rows, heads, tokens, tokens, width) + (sets - 1) * 4 * rows * tokens**2
+        return mean_attention_bytes(rows, heads, tokens, tokens, width) + (sets * self.matrices - 1) * 4 * rows * tokens**2
 
     def concept_stream(
         self,

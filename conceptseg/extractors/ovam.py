@@ -26,7 +26,7 @@ from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.backbones.unets.word_tokens import PlacedText, placed, positions_of
 from conceptseg.errors import ConfigError, DataError, one_of
 from conceptseg.extractors.dense_crf import DenseCRF
-from conceptseg.extractors.unet_maps import Asked, Kind, LayerSum, LayerSums, UNetMaps, check_template
+from conceptseg.extractors.unet_maps import SELF, Asked, Kind, LayerSum, LayerSums, UNetMaps, check_template
 from conceptseg.saliency.views import View
 from conceptseg.types import Batch, Task, folded
 
@@ -42,8 +42,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 """Activations of a head's scores, by the name that settings use."""
 
-SELF = Kind(softmax=True, head=-1)
-"""Self-attention's place among the sums of a layer."""
 
 CRF = DenseCRF(
     appearance_weight=10.0, appearance_xy=80.0, appearance_rgb=13.0, smoothness_weight=3.0, smoothness_xy=3.0, iterations=5
@@ -224,7 +222,7 @@ class OVAM(UNetMaps):
     # ------------------------------------------------------------ self-attention
 
     def further_taps(
-        self, layers: Sequence[CrossAttention], level: float, size: tuple[int, int], sums: LayerSums
+        self, layers: Sequence[CrossAttention], views: Sequence[View], level: float, size: tuple[int, int], sums: LayerSums
     ) -> list[CrossAttentionTap]:
         if self.self_attention_floor is None:
             return []

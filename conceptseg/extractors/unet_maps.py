@@ -32,7 +32,7 @@ from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.backbones.unets.word_tokens import PlacedText
 from conceptseg.errors import ConfigError, ViewError, one_of
 from conceptseg.extractors.base import Extractor
-from conceptseg.saliency.cells import background_words, softmax_of_cell, softmax_of_fold
+from conceptseg.saliency.cells import Layers, background_words, softmax_of_cell, softmax_of_fold
 from conceptseg.saliency.normalize import gaussian_blur
 from conceptseg.saliency.views import IN_CELLS, Axes, Fold, View
 from conceptseg.types import Batch, SaliencyMaps, Task
@@ -84,8 +84,10 @@ class LayerSum:
     grid: tuple[int, int]
 
 
-LayerSums = dict[tuple[int, Kind, float], LayerSum]
-"""By layer, kind and noise level."""
+LayerSums = dict[tuple[Layers, Kind, float], LayerSum]
+"""By layer (or layers that yield one sum together), kind and noise level."""
+SELF = Kind(head=-1)
+"""Kind of what is read of the image's self-attention."""
 
 
 def check_template(template: str, key: str, known: Sequence[str]) -> None:
@@ -168,10 +170,14 @@ class UNetMaps(Extractor):
         return {text for task in batch.tasks for one in self.asked(task) for text in self.strings(one)}
 
     def further_taps(
-        self, layers: Sequence[CrossAttention], level: float, size: tuple[int, int], sums: LayerSums
+        self, layers: Sequence[CrossAttention], views: Sequence[View], level: float, size: tuple[int, int], sums: LayerSums
     ) -> list[CrossAttentionTap]:
-        """Return further taps of a method for a forward pass. They may add maps of their own to `sums`."""
+        """Return further taps of a method for a forward pass of these views. They may add maps of their own to `sums`."""
         return []
+
+    def refine(self, maps: Float[Tensor, "R S X Y"], view: View, level: float, sums: LayerSums) -> Float[Tensor, "R S x y"]:
+        """Apply what a method does to the maps of a view at one noise level, before words compete; by default nothing."""
+        return maps
 
     @property
     def layers(self) -> list[CrossAttention]:
@@ -269,7 +275,7 @@ class UNetMaps(Extractor):
                 sums[layer.index, Kind(softmax), level] = LayerSum(total, passes * len(heads), attended.grid)
 
         layers = [layer for layer in backbone.layers if layer.index in wanted]
-        further = self.further_taps(layers, level, size, sums)
+        further = self.further_taps(layers, views, level, size, sums)
         backbone.denoise(noisy, step, text, conditions, *further, CrossAttentionTap(layers, on_layer, stop=True))
 
     # ------------------------------------------------------------ reading views
@@ -298,7 +304,7 @@ class UNetMaps(Extractor):
             for unit in units:
                 share = sum(one.pairs * weight for one, weight in unit)
                 mean = torch.stack([one.maps * (weight / share) for one, weight in unit]).sum(0)
-                parts.append(_cell(mean, view, images, prompts, background) * share)
+                parts.append(_cell(self.refine(mean, view, level, sums), view, images, prompts, background) * share)
             whole = torch.stack(parts).sum(0)
             folded.append(whole[:, : view.draws])
         stacked = torch.cat(folded, dim=1)

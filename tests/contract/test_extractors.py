@@ -194,10 +194,10 @@ def hooks(extractor):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for host in hosts(extractor) for m in host.modules())
 
 
-def every_cell(extractor):
-    """Views of everything on offer, as many as there are layers and spaces."""
-    axes = extractor.axes()
-    setting = {"space": list(axes.spaces), **({"timesteps": [0.5], "each": "layer"} if axes.has_timesteps else {})}
+def every_cell(extractor, views=()):
+    """Views of everything on offer, as many as there are layers and spaces, at the noise levels of the views if given."""
+    axes, levels = extractor.axes(), sorted({level for view in views for level in view.timesteps}) or [0.5]
+    setting = {"space": list(axes.spaces), **({"timesteps": levels, "each": "layer"} if axes.has_timesteps else {})}
     return list(expand_views({"all": setting}, axes).values())
 
 
@@ -499,7 +499,7 @@ def test_adding_views_adds_no_forward_pass(extractor, views, tasks):
     before = extractor.backbone.forward_passes
     read(extractor, tasks, views)
     once = extractor.backbone.forward_passes - before
-    read(extractor, tasks, [*views, *every_cell(extractor)])
+    read(extractor, tasks, [*views, *every_cell(extractor, views)])
     assert extractor.backbone.forward_passes - before == 2 * once > 0
 
 

@@ -14,6 +14,8 @@ from conceptseg.backbones.unets.optimised_tokens import write_tokens
 from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.extractors.daam import DAAM
+from conceptseg.extractors.diffseg import DiffSeg
+from conceptseg.extractors.iseg import ISeg
 from conceptseg.extractors.ovam import OVAM
 from conceptseg.lab.models import build_sd, save
 from conceptseg.saliency.views import Fold, View
@@ -254,3 +256,71 @@ def test_prompts_that_do_not_fit_and_words_that_are_not_said_are_refused(backbon
         read(silent, task, view(silent, "words"))
     with pytest.raises(ConfigError, match="It may name: caption, concepts"):
         DAAM(backbone, prompt="{words}")
+
+
+# ---------------------------------------------------------------- refined along self-attention
+
+
+def mean_over_heads(processor):
+    return sum(processor.probabilities[0, head] for head in range(2)).double() / 2
+
+
+def test_iseg_iterates_daams_map_along_entropy_reduced_self_attention(backbone, task):
+    extractor, entropy = ISeg(backbone, entropy=0.2, iterations=3), 0.2
+    got, words = read(extractor, task, view(extractor, "refined"), view(extractor, "words"))
+    plain = DAAM(backbone, exclude_factor=8)
+    torch.testing.assert_close(words, read(plain, task, view(plain, "words"))[0])
+    seen = [mean_over_heads(one) for one in watched(backbone, task, "a apple, a grass, a sky", self_attention=True).values()]
+    finest = [one for one in seen if len(one) == 144]
+    assert 0 < len(finest) < len(seen)
+    attention = (sum(finest) / len(finest)).tolist()
+    tops = [max(attention[i][j] for i in range(144)) for j in range(144)]
+    moves = []
+    for row in attention:
+        sharp = [a / top for a, top in zip(row, tops, strict=True)]
+        sharp = [max(0.0, x + entropy * math.log10(math.e * x)) for x in sharp]
+        moves.append([x / sum(sharp) for x in sharp])
+    for word, map_ in zip(words, got, strict=True):
+        weights = word.flatten().double().tolist()
+        for step in range(4):
+            if step:
+                weights = [sum(move * weight for move, weight in zip(row, weights, strict=True)) for row in moves]
+            weights = [weight - min(weights) for weight in weights]
+            weights = [weight / sum(weights) for weight in weights]
+        wanted = torch.tensor(weights).view(12, 12) / max(weights)
+        torch.testing.assert_close(map_, wanted, atol=1e-4, rtol=1e-3)  # what is left of nearly even attention
+
+
+def test_diffseg_merges_attention_maps_and_names_the_segments_by_daam(backbone, task):
+    weighted = []
+    for one in watched(backbone, task, "a apple, a grass, a sky", self_attention=True).values():
+        attention = mean_over_heads(one)
+        side = math.isqrt(len(attention))
+        for row in range(12):
+            for column in range(12):
+                keys = attention[(row * side // 12) * side + column * side // 12].reshape(1, 1, side, side)
+                wide = interpolate(keys, size=(12, 12), mode="bilinear").flatten()
+                weighted.append((row * 12 + column, side, wide / wide.sum()))
+    maps = torch.zeros(144, 144, dtype=torch.float64)
+    for cell, side, wide in weighted:
+        maps[cell] += side * wide / sum(s for c, s, _ in weighted if c == cell)
+
+    def apart(a, b):
+        return float((a * (a.log() - b.log())).sum() + (b * (b.log() - a.log())).sum()) / 2
+
+    anchors = [maps[row * 12 + column] for row in (1, 4, 7, 10) for column in (1, 4, 7, 10)]
+    threshold = sorted(apart(a, b) for a in anchors for b in maps)[len(anchors) * len(maps) // 12]
+    merged = [torch.stack([b for b in maps if apart(a, b) < threshold]).mean(0) for a in anchors]
+    gone, kept = set(), []
+    for i in range(len(merged)):
+        if i not in gone:
+            close = [j for j in range(len(merged)) if apart(merged[i], merged[j]) < threshold]
+            gone.update(close)
+            kept.append(torch.stack([merged[j] for j in close]).mean(0))
+    segment = torch.stack(kept).argmax(0)
+    assert len(set(segment.tolist())) > 1 and len(kept) < 16
+    extractor = DiffSeg(backbone, points=4, threshold=threshold, merges=2)
+    got, words = read(extractor, task, view(extractor, "refined"), view(extractor, "words"))
+    for word, map_ in zip(words, got, strict=True):
+        wanted = torch.stack([word.flatten()[segment == one].mean() for one in segment]).view(12, 12)
+        torch.testing.assert_close(map_, wanted, **CLOSE)

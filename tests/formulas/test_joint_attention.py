@@ -16,8 +16,10 @@ from conceptseg.backbones.transformers.concept_stream import ConceptTokens
 from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.errors import ConfigError
 from conceptseg.evaluation.plan import plan_run
+from conceptseg.extractors.anchordiff import AnchorDiff
 from conceptseg.extractors.attention_chains import AttentionChains
 from conceptseg.extractors.concept_attention import ConceptAttention
+from conceptseg.extractors.goca import GoCA
 from conceptseg.saliency.views import Softmax, View
 
 PROMPT, IMAGE = 5, GRID[0] * GRID[1]
@@ -118,6 +120,95 @@ def test_sets_of_layers_and_draws_are_read_side_by_side(model):
     plain, shares = (together.read(view, GRID) for view in views[:2])
     assert not torch.allclose(plain, together.read(views[2], GRID))
     torch.testing.assert_close(shares.sum(1), torch.ones_like(shares[:, 0]))
+
+
+# ---------------------------------------------------------------- AnchorDiff
+
+
+def cosine(a, b):
+    return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+
+
+def answers(found, word):
+    """Attention of a concept to image tokens, of all concepts and image tokens, mean over heads."""
+    total = [0.0] * IMAGE
+    for qc, kc, kx in zip(found["qc"], found["kc"], found["kx"], strict=True):
+        shares = softmaxed([float(qc[word] @ key) / len(key) ** 0.5 for key in [*kc, *kx]])
+        total = [a + share / len(found["qc"]) for a, share in zip(total, shares[-IMAGE:], strict=True)]
+    return torch.tensor(total, dtype=torch.float64)
+
+
+def similarity(found):
+    outputs = torch.cat([*found["ox"]], -1)
+    return torch.tensor([[cosine(a, b) for b in outputs] for a in outputs], dtype=torch.float64)
+
+
+def anchored(found, word, gate, steps):
+    attention, alike = over_layers(joint, found)[PROMPT:, PROMPT:], over_layers(similarity, found)
+    peak = int(over_layers(lambda one: answers(one, word), found).argmax())
+    edges = torch.zeros(IMAGE, IMAGE, dtype=torch.float64)
+    for i in range(IMAGE):
+        for j in range(IMAGE):
+            if attention[i, j] >= gate * float(attention[i].sum()) / IMAGE:
+                edges[i, j] = max(0.0, float(alike[i, j]))
+        edges[i] /= edges[i].sum()
+    seed = [1.0 if i == peak else 0.0 for i in range(IMAGE)]
+    for _ in range(steps):
+        seed = [sum(seed[i] * float(edges[i, j]) for i in range(IMAGE)) for j in range(IMAGE)]
+    return torch.tensor(seed, dtype=torch.float64) / max(seed)
+
+
+def test_anchordiff_spreads_the_seed_of_one_image_token_over_the_gated_graph(model, blocks):
+    method = AnchorDiff(wrapped(model), gate=0.9, steps=3)
+    maps = read(method, View("propagated", LAYERS, (LEVEL,)), "concepts")
+    wanted = torch.stack([torch.stack([anchored(found, word, 0.9, 3) for word in range(4)]) for found in blocks])
+    torch.testing.assert_close(maps, wanted.unflatten(-1, GRID), **CLOSE)
+    assert not torch.allclose(wanted[0, 0], anchored(blocks[0], 0, 0.0, 3), atol=1e-3)  # the gate leaves edges out
+    attention = read(method, View("attention", LAYERS, (LEVEL,)), "concepts")
+    torch.testing.assert_close(attention[1, 2].flatten(), over_layers(lambda one: answers(one, 2), blocks[1]), **CLOSE)
+
+
+# ---------------------------------------------------------------- GoCA
+
+
+def weighted_layer(model, found, temperature=0.1):
+    """Words' maps of one layer, [C L], times the layer's weight; the weight; and the attention between image tokens."""
+    heads, width = len(found["qp"]), found["qp"].shape[-1]
+    project = dict(model.named_parameters())[f"{found['at']}.attn.to_out.0.weight"].detach()
+    between, maps = joint(found)[PROMPT:, PROMPT:], torch.zeros(len(WORDS), IMAGE, dtype=torch.float64)
+    for i in range(IMAGE):
+        shares, parts = [], []
+        for a in range(heads):
+            keys = [*found["kp"][a], *found["kx"][a]]
+            share = softmaxed([float(found["turned_q"][a][i] @ key) / width**0.5 for key in keys])[:PROMPT]
+            seen = sum(s * v for s, v in zip(share, found["vp"][a], strict=True))
+            parts.append(project[:, a * width : (a + 1) * width] @ seen)
+            shares.append(torch.tensor(share, dtype=torch.float64))
+        along = [max(0.0, float(part @ sum(parts))) for part in parts]
+        for a in range(heads):
+            maps[:, i] += along[a] / sum(along) * (WORDS @ shares[a])
+    alike = similarity(found) / temperature
+    weight = (
+        sum(cosine(between[i], torch.tensor(softmaxed(alike[i].tolist()), dtype=torch.float64)) for i in range(IMAGE)) / IMAGE
+    )
+    return weight * maps, weight, between
+
+
+def test_goca_weighs_heads_by_pixel_and_layers_and_rescales_words(model, blocks):
+    for space in ("aggregated", "rescaled"):
+        wanted = []
+        for found in blocks:
+            layers = [weighted_layer(model, found[layer]) for layer in LAYERS]
+            maps = sum(one for one, _, _ in layers) / sum(weight for _, weight, _ in layers)
+            between = sum(one for _, _, one in layers)
+            if space == "rescaled":
+                maps = maps / maps.sum(0)
+                maps = torch.stack([(one - min(one.tolist())) / (max(one.tolist()) - min(one.tolist())) for one in maps])
+                for _ in range(2):
+                    maps = torch.stack([sum(between[:, j] * one[j] for j in range(IMAGE)) / between.sum(1) for one in maps])
+            wanted.append(maps)
+        found = read(GoCA(wrapped(model), refinements=2), View(space, LAYERS, (LEVEL,)), "captions")
+        torch.testing.assert_close(found, torch.stack(wanted).unflatten(-1, GRID), atol=1e-4, rtol=1e-4)
 
 
 # ---------------------------------------------------------------- memory

@@ -74,7 +74,7 @@ class CogVideoXCarrier(ConceptCarrier):
         )
         image = Heads(state["queries"][:, text:], state["keys"][:, text:], state["values"][:, text:], self._rotate)
         project = attention.to_out[0].forward
-        prompt = state["queries"][:, :text], state["keys"][:, :text]
+        prompt = Heads(state["queries"][:, :text], state["keys"][:, :text], state["values"][:, :text])
         outputs = self.attend(layer, concepts, image, image_outputs, prompt, project, project)
         residual = residual + gate * project(outputs)
         _, x, _, gate = block.norm2.forward(residual, residual, state["temb"])

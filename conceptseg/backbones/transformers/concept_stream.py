@@ -44,6 +44,7 @@ class StreamActivations:
     rotated_image_keys: Tensor
     text_queries: Tensor
     text_keys: Tensor
+    text_values: Tensor
     rotated_image_queries: Callable[[], Tensor]
     """Image queries as attention sees them, [R L A d]; computed on demand."""
     image_outputs_beside_concepts: Callable[[], Tensor]
@@ -258,13 +259,13 @@ class ConceptCarrier(ABC):
         concepts: Heads,
         image: Heads,
         image_outputs: Float[Tensor, "R L D"],
-        text: tuple[Float[Tensor, "R N A d"], Float[Tensor, "R N A d"]],
+        text: Heads,
         project_concepts: Callable[[Tensor], Tensor],
         project_image: Callable[[Tensor], Tensor],
     ) -> Float[Tensor, "R T D"]:
         """Compute the concepts' attention outputs in one block, pass them to `on_block`, and stop after the last layer.
 
-        text: the prompt's own queries and keys, before rotation, for methods that score them. project_concepts, project_image:
+        text: the prompt's own tokens, before rotation, for methods that score them. project_concepts, project_image:
         output projections, [R n D] -> [R n D]. Raises TapError if the image has other tokens than its grid.
         """
         stream = self.stream
@@ -290,7 +291,8 @@ class ConceptCarrier(ABC):
             StreamActivations(
                 concept_queries=concepts.queries, concept_keys=concepts.keys, concept_values=concepts.values,
                 concept_outputs=outputs, image_queries=image.queries, image_keys=image.keys, image_values=image.values,
-                image_outputs=image_outputs, rotated_image_keys=rotated_image_keys, text_queries=text[0], text_keys=text[1],
+                image_outputs=image_outputs, rotated_image_keys=rotated_image_keys,
+                text_queries=text.queries, text_keys=text.keys, text_values=text.values,
                 rotated_image_queries=lambda: image.rotate(image.queries),
                 image_outputs_beside_concepts=beside_concepts, project_concepts=project_concepts, project_image=project_image,
             ),

@@ -19,7 +19,7 @@ class DoubleBlockCarrier(ConceptCarrier):
         """Hook every block up to the last layer."""
         for layer, path, block in self.wanted_blocks(taps, "transformer_blocks"):
             self.refuse_fused(f"{path}.attn", block.attn)
-            for name in ("add_q_proj", "add_v_proj", "to_add_out"):
+            for name in ("add_q_proj", "to_add_out"):
                 taps.module(f"{path}.attn.{name}")
             taps.before(path, self.before_block)
             taps.after(f"{path}.attn.norm_q", self.keep("image_queries"))
@@ -27,6 +27,7 @@ class DoubleBlockCarrier(ConceptCarrier):
             taps.after(f"{path}.attn.to_v", self.keep("image_values"))
             taps.after(f"{path}.attn.norm_added_q", self.keep("text_queries"))
             taps.after(f"{path}.attn.norm_added_k", self.keep("text_keys"))
+            taps.after(f"{path}.attn.add_v_proj", self.keep("text_values"))
             taps.before(f"{path}.attn.to_out.0", self.at_output(layer, block))
 
     @abstractmethod
@@ -56,16 +57,16 @@ class DoubleBlockCarrier(ConceptCarrier):
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(block)
         normed = norm(residual) * (1 + scale) + shift
         concepts = Heads(
-            # forward(): the text's queries and keys are read at these very modules.
+            # forward(): the text's queries, keys and values are read at these very modules.
             attention.norm_added_q.forward(by_heads(attention.add_q_proj(normed), attention)),
             attention.norm_added_k.forward(by_heads(attention.add_k_proj(normed), attention)),
-            by_heads(attention.add_v_proj(normed), attention),
+            by_heads(attention.add_v_proj.forward(normed), attention),
             self.rotate_concepts,
         )
         values = by_heads(state["image_values"], attention)
         image = Heads(state["image_queries"], state["image_keys"], values, self.rotate_image)
         project_image = attention.to_out[0].forward
-        text = state["text_queries"], state["text_keys"]
+        text = Heads(state["text_queries"], state["text_keys"], by_heads(state["text_values"], attention))
         outputs = self.attend(layer, concepts, image, image_outputs, text, attention.to_add_out, project_image)
         residual = residual + gate * attention.to_add_out(outputs)
         state["residual"] = residual + gate_mlp * mlp(norm_mlp(residual) * (1 + scale_mlp) + shift_mlp)

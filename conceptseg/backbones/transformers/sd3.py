@@ -34,7 +34,6 @@ class SD3Carrier(ConceptCarrier):
         for layer, path, block in self.wanted_blocks(taps, "transformer_blocks"):
             attention = block.attn
             self.refuse_fused(f"{path}.attn", attention)
-            taps.module(f"{path}.attn.add_v_proj")
             # SD3 medium has no norms on queries and keys; then the projections themselves are read.
             for name, norm, projection in (
                 ("image_queries", "norm_q", "to_q"),
@@ -46,7 +45,8 @@ class SD3Carrier(ConceptCarrier):
                     taps.after(f"{path}.attn.{projection}", self.keep(name, lambda x, a=attention: by_heads(x, a)))  # type: ignore[misc]
                 else:
                     taps.after(f"{path}.attn.{norm}", self.keep(name, lambda x: x.transpose(1, 2)))
-            taps.after(f"{path}.attn.to_v", self.keep("image_values", lambda x, a=attention: by_heads(x, a)))  # type: ignore[misc]
+            for name, projection in (("image_values", "to_v"), ("text_values", "add_v_proj")):
+                taps.after(f"{path}.attn.{projection}", self.keep(name, lambda x, a=attention: by_heads(x, a)))  # type: ignore[misc]
             taps.before(f"{path}.attn.to_out.0", self.at_output(layer, block))
 
     def advance(self, layer: int, block: Any, image_outputs: Float[Tensor, "R L D"]) -> None:
@@ -59,12 +59,13 @@ class SD3Carrier(ConceptCarrier):
         concepts = Heads(
             normed(attention.norm_added_q, by_heads(attention.add_q_proj.forward(x), attention)),
             normed(attention.norm_added_k, by_heads(attention.add_k_proj.forward(x), attention)),
-            by_heads(attention.add_v_proj(x), attention),
+            by_heads(attention.add_v_proj.forward(x), attention),
         )
         image = Heads(state["image_queries"], state["image_keys"], state["image_values"])
+        text = Heads(state["text_queries"], state["text_keys"], state["text_values"])
         # The last block has no projection for text; "output_projected" is therefore no space of this family.
         outputs = self.attend(
-            layer, concepts, image, image_outputs, (state["text_queries"], state["text_keys"]),
+            layer, concepts, image, image_outputs, text,
             attention.to_add_out or nn.Identity(), attention.to_out[0].forward,
         )  # fmt: skip
         if block.context_pre_only:

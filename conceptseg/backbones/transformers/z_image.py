@@ -81,7 +81,7 @@ class ZImageCarrier(ConceptCarrier):
             lambda x: self._rotate(x, state["image_rotary"]),
         )  # fmt: skip
         project = attention.to_out[0].forward
-        prompt = state["queries"][:, end:], state["keys"][:, end:]
+        prompt = Heads(state["queries"][:, end:], state["keys"][:, end:], by_heads(state["values"][:, end:], attention))
         outputs = self.attend(layer, concepts, image, image_outputs, prompt, project, project)
         residual = residual + gate.tanh() * block.attention_norm2(project(outputs))
         inner = block.feed_forward(block.ffn_norm1(residual) * (1 + scale_mlp))
