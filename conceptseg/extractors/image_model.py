@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 
 import torch
@@ -73,6 +73,10 @@ class ClassMethod(ImageModelMethod):
         given.explained_class, given.told = "given", TOLD_BY_CLASS["given"]
         return given
 
+    def named(self, names: Sequence[str], batch: Batch) -> Explained:
+        """One word of each image, as the score that is explained; a method may change the words' vectors here."""
+        return self.backbone.named(names)
+
     def by_class(
         self, batch: Batch, output: Float[Tensor, "B k"], explain: Callable[[Explained], Float[Tensor, "B h w"]]
     ) -> Float[Tensor, "B C h w"]:
@@ -91,7 +95,7 @@ class ClassMethod(ImageModelMethod):
                 c.names[channel if label else next(i for i, v in enumerate(c.labels) if v)]
                 for c, label in zip(batch.concepts, asked.tolist(), strict=True)
             ]
-            maps = explain(self.backbone.named(names)).detach()
+            maps = explain(self.named(names, batch)).detach()
             channels.append(torch.where(asked[:, None, None], maps, torch.zeros_like(maps)))
         shown = next(m for m in channels if m is not None)
         return torch.stack([torch.zeros_like(shown) if m is None else m for m in channels], dim=1)
