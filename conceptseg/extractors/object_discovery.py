@@ -53,7 +53,8 @@ class LOST(ObjectDiscovery):
     """The patch that few others resemble is the seed; patches add up their similarity to it and to its like.
 
     patches: how many of the least-connected patches may join the seed; those that resemble it (dot product above 0) do. 100 in
-    the released code, of some thousand patches.
+    the released code, of some thousand patches. Where all patches resemble one another, as a DINOv2's may, the seed is the
+    first patch, as in the released code: the map then shows what resembles the top left corner.
     """
 
     version = 1
