@@ -44,11 +44,11 @@ class ReportError(ConceptSegError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while rows are computed."""
+    """Ctrl-C or SIGTERM while rows are computed; code: with which the process ends."""
 
-    def __init__(self, kept: int) -> None:
+    def __init__(self, kept: int, code: int = 130) -> None:
         super().__init__(f"{kept:,} rows kept; run the same command again to go on")
-        self.kept = kept
+        self.kept, self.code = kept, code
 
 
 def did_you_mean(got: str, offered: Iterable[str]) -> str:
@@ -128,7 +128,7 @@ def printable(text: str) -> str:
 
 
 def guarded(main: Callable[[], int | None]) -> Callable[[], None]:
-    """Print our own errors, and what the system refuses, bare on stderr, and exit with 1; on Ctrl-C with 130.
+    """Print our own errors, and what the system refuses, bare on stderr, and exit with 1; on Ctrl-C with 130, on SIGTERM 143.
 
     The rest shows its traceback.
     """
@@ -146,7 +146,7 @@ def guarded(main: Callable[[], int | None]) -> Callable[[], None]:
             _end_with(f"{type(error).__name__}: {error}")
         except KeyboardInterrupt as stop:
             print(printable(str(stop)) or "interrupted; what was written is kept", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(getattr(stop, "code", 130))
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(141)

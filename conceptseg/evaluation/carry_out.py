@@ -30,6 +30,10 @@ GRACE = 30.0
 """Seconds from SIGTERM until a process ends even if a thread hangs."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came. No SystemExit, which a method may raise, too."""
+
+
 @dataclass(slots=True)
 class Series:
     """How far the runs of a table are."""
@@ -69,7 +73,7 @@ def carry_out(evaluation: Evaluation, title: str = "", series: Series | None = N
     """Compute what is missing, with a progress bar where there is a terminal and a line at the end.
 
     title: what a reader calls the run, its id unless said. series: the table's runs, of which this one is the next. Raises
-    Interrupted, which says how many rows are kept, on Ctrl-C.
+    Interrupted, which says how many rows are kept, on Ctrl-C and SIGTERM.
     """
     import torch
     from rich.console import Console
@@ -109,9 +113,10 @@ def carry_out(evaluation: Evaluation, title: str = "", series: Series | None = N
                     lambda done, total: bar.update(task, completed=done, total=total),
                 )  # fmt: skip
                 cost.images, cost.stages = tally.computed, tally.stages
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             evaluation.store.refresh()
-            raise Interrupted(len(evaluation.store.rows())) from None
+            number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+            raise Interrupted(len(evaluation.store.rows()), 128 + number) from None
         if tally.computed and series is not None:
             series.computing.append(time.monotonic() - started)
         remaining = series.seconds_left if series is not None else None
@@ -140,7 +145,7 @@ def ending_in_order(grace: float = GRACE) -> Iterator[None]:
     """
 
     def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
+        raise Terminated
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set what a signal does
         yield

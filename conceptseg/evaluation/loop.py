@@ -37,6 +37,8 @@ from conceptseg.windows import Windows
 log = logging.getLogger(__name__)
 
 Loaded = Task | Excluded | DataError
+FAULTS = (Exception, SystemExit)
+"""What a method, a data set or a protocol may raise without ending the run: some code calls exit() where it fails."""
 
 BEHIND = 1
 """Chunks that may wait to be scored while the model works on the next one: what a kill costs beside the chunk in work."""
@@ -151,7 +153,7 @@ def _loaded(data: SegmentationDataset, protocol: SegmentationProtocol, failures:
         return protocol.prepare(data.read(key))
     except DataError as error:
         return error
-    except Exception as error:
+    except FAULTS as error:
         return DataError(failures.reason(key, error))
 
 
@@ -210,7 +212,7 @@ class Model:
         """Let the extractor encode all texts at once. Where it can't, each batch encodes its own, and fails for itself."""
         try:
             self.extractor.encode_texts(tasks)
-        except Exception as error:
+        except FAULTS as error:
             reason = self.failures.reason("encode_texts", error)
             log.warning("encoding all texts at once failed: %s. Each batch encodes its own.", reason)
 
@@ -231,7 +233,7 @@ class Model:
                 perturbed(self.extractor, task, maps, self.reruns) if self.reruns else {}
                 for task, maps in zip(batch.tasks, found, strict=True)
             ]
-        except Exception as error:
+        except FAULTS as error:
             full = _out_of_memory(error)
             reason = self.failures.reason(batch.keys[0] if size == 1 else "", error)
         else:
@@ -289,7 +291,7 @@ def _maps(extractor: Extractor, batch: Batch, views: Sequence[View]) -> list[dic
     return [{view: scores[number] for view, scores in found.items()} for number in range(len(batch))]
 
 
-def _out_of_memory(error: Exception) -> bool:
+def _out_of_memory(error: BaseException) -> bool:
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(part in str(error) for part in words)
@@ -302,7 +304,7 @@ class Failures:
 
     folder: Path
 
-    def reason(self, key: str, error: Exception) -> str:
+    def reason(self, key: str, error: BaseException) -> str:
         """The error in a line, for the row of a sample that failed; its traceback is written unless the key is empty.
 
         Raises the error again where a setting is wrong, so that every sample would fail alike; StoreError for a full disk.
@@ -365,7 +367,7 @@ class Scorer:
                 ]
                 if fault := next(filter(None, map(row_fault, rows)), None):
                     raise ValueError(f"the protocol's record can't be kept: {fault}")
-            except Exception as raised:
+            except FAULTS as raised:
                 error = self.failures.reason(task.key, raised)
         if error:
             rows = [_whole(task.key, "failed", error)]

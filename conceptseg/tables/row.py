@@ -65,7 +65,7 @@ class Evaluations:
             except Interrupted as stop:
                 earlier = {done.evaluation.run_id: done.evaluation for done in self._done.values()}
                 others = [e for run, e in earlier.items() if run != evaluation.run_id]
-                raise Interrupted(stop.kept + sum(len(e.store.rows()) for e in others)) from None
+                raise Interrupted(stop.kept + sum(len(e.store.rows()) for e in others), stop.code) from None
             found = readings(evaluation, metrics)
             write_readings(evaluation, found)
             self._done[place] = Done(evaluation, tuple(found))

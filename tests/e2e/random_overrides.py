@@ -21,6 +21,15 @@ KEYS = (
     "runtime.device", "runtime.keep_maps", "runtime.retry_failed", "runtime.allow_targets", "runtime.new", "report",
     "report.columns", "report.level", "report.draw", "report.pictures", "report.trackers", "report.costs", "report.benchmarks",
     "report.results_md", "hydra.run.dir", "new", "new.inner",
+    "protocol.names", "protocol.names_file", "protocol.names_total", "protocol.names_seed", "protocol.background_rule",
+    "protocol.measures", "protocol.select", "protocol.order", "protocol._target_", "protocol.segmenters.0.decision",
+    "dataset.words", "dataset.classes", "dataset.mask_encoding", "dataset.void", "dataset.annotations", "dataset.name",
+    "dataset.distractors", "dataset.placement", "extractor.randomise", "extractor.backbone.randomise",
+    "backbone@extractor.backbone", "extractor.backbone.device", "launcher.parameters", "launcher.folder", "experiment@new",
+    "table.rows", "table.blocks", "table.against", "table.title", "views.map", "runtime.runs", "runtime.download",
+    "runtime.verbosity", "runtime.progress", "runtime.record_environment", "report.rows", "report.top", "report.sort",
+    "report.digits", "report.intervals", "report.detail", "report.resamples", "report.development", "report.split_seed",
+    "report.publish", "hydra.searchpath", "hydra.mode", "hydra.sweeper", "hydra.output_subdir", "hydra.verbose",
 )  # fmt: skip
 VALUES = (
     "", "null", "true", "0", "1", "-1", "3", "1.5", "-0.5", "nan", "inf", "1e400", "99999",
@@ -30,6 +39,10 @@ VALUES = (
     "concept_attention", "lab_clip", "lab_flux", "scenes", "scenes_hard", "scenes_single", "scenes_multi",
     "map", "lab", "cpu", "cuda", "accept", "fork", "words", "per_cell", "output", "all", "last 2", "mean",
     "accuracy", "ap_image", "\u00e9", "a b", "x" * 300,
+    "named", "distractors", "file", "threshold", "none", "coco", "folder", "{seed:0}", "{0:a}", "[map]", "{map:null}", "best",
+    "full", "quiet", "[pointing_game]", "[{a:1}]", "a,b", "range(1,9)", "choice(a)", "${.}", "${..}", "${extractor}",
+    "${oc.decode:1}", "${oc.create:{a:1}}", "${a}${a}", "'${'", "$(ls)", "*", "\\x1b[31m", "\t", "!!python/object:os.system",
+    "1_000", "0x10", "12:30", "2024-01-01", "[-1,-1]", "[3,1]", "[1,2,3,4,5,6,7,8,9]", "file:///dev/null", "pkg://os",
 )  # fmt: skip
 PREFIXES = ("", "", "", "", "+", "++", "~")
 BASE = (

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -95,15 +98,17 @@ def test_an_evaluation_prints_its_row_under_the_methods_name_and_keeps_a_log(run
     assert err == "" and again.splitlines()[:6] == out.splitlines()[:6]
 
 
-def test_ctrl_c_says_how_many_rows_are_kept_and_ends_with_130(run, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_say_how_many_rows_are_kept(run, monkeypatch, number):
     def interrupted(self, tasks, views):
         if self.seen:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
+            time.sleep(10)
         self.seen = True
         return answers(self, tasks, views)
 
     answers = loop.Model.answers
     monkeypatch.setattr(loop, "Model", type("Model", (loop.Model,), {"answers": interrupted, "seen": False}))
     command = ("table=lab", "table.only=[constant]", *SMALL[0:1], *SMALL[2:], "dataset.count=3", "runtime.batch_size=1")
-    out, err = run(*command, code=130)
+    out, err = run(*command, code=128 + number)
     assert out == "" and err.splitlines()[-1] == "2 rows kept; run the same command again to go on" and "Traceback" not in err
