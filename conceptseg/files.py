@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,17 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write beside `path`, then rename; see `written_aside`. Raises OSError."""
     with written_aside(path) as part:
         part.write_bytes(content)
+
+
+def takes_files(folder: Path) -> bool:
+    """Whether a file can be made in a folder. One is made and removed: permissions do not tell of /proc or a full disk."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"0")
+            probe.flush()
+    except OSError:
+        return False
+    return True
 
 
 def remove_folder(folder: Path) -> None:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from conceptseg.cli.composing import quiet_libraries, run_hydra, task_overrides
 from conceptseg.config import plain, register
 from conceptseg.errors import ConfigError, guarded, printable
+from conceptseg.files import takes_files
 
 HELP = """\
 conceptseg-doctor: what this machine, the weights of a backbone, or a data set lacks, and how to mend it.
@@ -89,7 +90,7 @@ def _machine(runtime: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
     cache, runs = cache_folder(), Path(runtime["runs"])
     yield False, f"hub's cache: {cache}, {free_bytes(cache) / 1e9:.3g} GB free"
     at = next(place for place in (runs.absolute(), *runs.absolute().parents) if place.exists())
-    writable = os.access(at, os.W_OK)
+    writable = takes_files(at)
     yield (
         not writable,
         f"runs: {runs}, {free_bytes(runs) / 1e9:.3g} GB free" + ("" if writable else f"; {at} can't be written to"),

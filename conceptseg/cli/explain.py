@@ -135,6 +135,8 @@ def explain(given: dict[str, Any]) -> list[Path]:
     from conceptseg.extractors.loading import load_extractor
 
     out = checked_place(given.get("out", "explained.png"), PICTURES, "conceptseg-explain: out")
+    if "prompt" in given:
+        checked_place(_beside(out), PICTURES, "conceptseg-explain: the image of the prompt, beside out")
     if "maps" in given:
         checked_place(given["maps"], (NUMBERS,), "conceptseg-explain: maps")
     device, model = given.get("device", "cpu"), given.get("model")
@@ -167,10 +169,15 @@ def explain(given: dict[str, Any]) -> list[Path]:
         side_by_side(found).save(out)
         written = [out]
     if "prompt" in given:
-        written.append(first.save_image(out.with_stem(f"{out.stem}_image")))
+        written.append(first.save_image(_beside(out)))
     if "maps" in given:
         written.append(first.save(given["maps"]))
     return written
+
+
+def _beside(out: Path) -> Path:
+    """Where the image of a prompt goes."""
+    return out.with_stem(f"{out.stem}_image")
 
 
 def _for_scene(method: Any, alone: bool) -> dict[str, Any]:

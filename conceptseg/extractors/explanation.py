@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from conceptseg.errors import ConfigError, DataError, did_you_mean, one_of
+from conceptseg.files import takes_files
 from conceptseg.segment.segmenter import Segmenter
 from conceptseg.types import BACKGROUND, Concepts
 
@@ -265,7 +266,7 @@ def checked_place(path: str | Path, endings: Sequence[str], key: str) -> Path:
     if path.suffix.lower() not in endings:
         raise ConfigError(f'{key}: saving to "{path}": unknown ending "{path.suffix}". {did_you_mean(path.suffix, endings)}')
     nearest = next((one for one in path.absolute().parents if one.exists()), Path("/"))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+    if not nearest.is_dir() or not takes_files(nearest):
         raise ConfigError(f'{key}: saving to "{path}": "{nearest}" is no folder that can be written to. Name another place.')
     if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
         raise ConfigError(f'{key}: saving to "{path}": it is there and is no file that can be written to. Name another place.')

@@ -170,6 +170,10 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_model_runs(tmp_pat
     monkeypatch.setattr(ConceptAttention, "read_cells", lambda *a, **k: pytest.fail("the model ran"))
     (tmp_path / "taken.png").mkdir()
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "taken.png", tmp_path / "file" / "x.png"):
+    (tmp_path / "x_image.png").mkdir()
+    for place in (tmp_path / "taken.png", tmp_path / "file" / "x.png", Path("/proc/x.png"), Path("/dev/null/x.png")):
         with pytest.raises(ConfigError, match="Name another place"):
             explain(parse([f"image={Path(__file__)}", "concepts=[kite,boat]", f"out={place}"]))
+    with pytest.raises(ConfigError, match=r"x_image\.png(.|\n)*Name another place"):
+        explain(parse(["prompt=a kite", "concepts=[kite,boat]", f"out={tmp_path / 'x.png'}"]))
+    assert not list(tmp_path.glob("tmp*"))
