@@ -206,14 +206,108 @@ def _environment_variable(name: str, *default: str | None) -> str | None:
 
 
 def plain(config: Any) -> Any:
-    """A resolved config as dicts and lists; settings that read the environment are listed in it under `ENVIRONMENT`."""
+    """A resolved config as dicts and lists; settings that read the environment are listed in it under `ENVIRONMENT`.
+
+    Raises ConfigError where `check_interpolations` does.
+    """
     if not isinstance(config, DictConfig):
         return config
+    check_interpolations(config)
     found = OmegaConf.to_container(config, resolve=True)
     read = [[keys, text] for keys, text in _interpolations(OmegaConf.to_container(config)) if _reads_environment(config, keys)]
     if read and isinstance(found, dict):
         found[ENVIRONMENT] = read
     return found
+
+
+MOST_INTERPOLATIONS = 2_000
+"""Interpolations that resolving a configuration may take, each counted as often as it is resolved."""
+MOST_LETTERS = 10_000_000
+"""Letters that all texts of a resolved configuration may have together."""
+DEEPEST = 100
+"""Levels of the deepest value that an interpolation may name."""
+_INNERMOST = re.compile(r"\$\{((?:[^${}]|\{[^${}]*\})*)\}")
+_COMPUTED = "\0"
+"""Stands for an interpolation inside another."""
+
+
+def check_interpolations(config: Any) -> None:
+    """Raises ConfigError where a few interpolations would be resolved to very many values, or nest too deep; resolves none.
+
+    `a: ${b}${b}`, `b: ${c}${c}` and so on double with every line. An interpolation whose key is itself computed counts as much
+    as the costliest value.
+    """
+    root = OmegaConf.to_container(config._get_root(), resolve=False)
+    costs: dict[tuple[Any, ...], tuple[int, int]] = {}
+    within: set[tuple[Any, ...]] = set()
+
+    def cost(keys: tuple[Any, ...]) -> tuple[int, int]:
+        """Interpolations and letters of the value at these keys; a value inside itself is left to OmegaConf, which refuses it."""
+        if keys in within:
+            return 0, 0
+        if keys not in costs:
+            within.add(keys)
+            costs[keys] = _measured(keys)
+            within.remove(keys)
+            if costs[keys][0] > MOST_INTERPOLATIONS or costs[keys][1] > MOST_LETTERS:
+                raise ConfigError(
+                    f"{'.'.join(map(str, keys)) or 'the configuration'}: its interpolations (${{...}}) would be resolved to "
+                    f"{costs[keys][0]:,} values and {costs[keys][1]:,} letters; at most {MOST_INTERPOLATIONS:,} and "
+                    f"{MOST_LETTERS:,} are. Write the values themselves."
+                )
+        return costs[keys]
+
+    def _measured(keys: tuple[Any, ...]) -> tuple[int, int]:
+        held = _held(root, keys)
+        if isinstance(held, Mapping | list):
+            found = [cost((*keys, key)) for key in (held if isinstance(held, Mapping) else range(len(held)))]
+            return sum(one for one, _ in found), sum(letters for _, letters in found)
+        if not isinstance(held, str):
+            return 0, 0
+        times, letters = 0, len(held)
+        while match := _INNERMOST.search(held):
+            held = held[: match.start()] + _COMPUTED + held[match.end() :]
+            times += 1
+            for place in _places(match[1], keys):
+                costliest = max(costs.values(), default=(0, 0))
+                more = costliest if place is None else cost(place)
+                times, letters = times + more[0], letters + more[1]
+        return times, letters
+
+    def _places(inside: str, keys: tuple[Any, ...]) -> list[tuple[Any, ...] | None]:
+        """Keys that the text of an interpolation names; None for one that is computed."""
+        _, colon, arguments = inside.partition(":")
+        found: list[tuple[Any, ...] | None] = []
+        for name in re.split(r"[\s,]+", arguments) if colon else [inside]:
+            dots = len(name) - len(name.lstrip("."))
+            parts = tuple(filter(None, re.split(r"[.\[\]]+", name[dots:].strip(" '\""))))
+            if len(parts) > DEEPEST:
+                raise ConfigError(
+                    f"{'.'.join(map(str, keys))}: an interpolation (${{...}}) names a value {len(parts):,} levels deep."
+                )
+            if _COMPUTED in name:
+                found += [] if colon else [None]
+            elif name and _held(root, place := (*keys[: len(keys) - dots], *parts) if dots else parts) is not None:
+                found.append(place)
+        return found
+
+    try:
+        cost(())
+    except RecursionError as error:
+        raise ConfigError("the configuration's interpolations (${...}) or values nest too deep. Write the values.") from error
+
+
+def _held(root: Any, keys: Sequence[Any]) -> Any:
+    """The value at some keys; None where there is none."""
+    for key in keys:
+        try:
+            if isinstance(root, Mapping):
+                root = root[key if key in root else next(one for one in root if str(one) == str(key))]
+            else:
+                root = root[int(key)] if isinstance(root, list) else None
+        except (LookupError, ValueError, StopIteration):
+            return None
+    return root
 
 
 def resolved(config: Mapping[str, Any]) -> dict[str, Any]:

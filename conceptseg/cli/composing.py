@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,8 +16,9 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from conceptseg.cli.options import added_folders
+from conceptseg.cli.options import added_folders, searched_folders
 from conceptseg.cli.refusals import explain_refusal
+from conceptseg.config import check_interpolations
 from conceptseg.errors import ConceptSegError, ConfigError, printable
 from conceptseg.logs import show_logs
 from conceptseg.reading import LARGEST_TEXT, check_aliases, decode_text, read_regular
@@ -60,6 +60,7 @@ def run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
     def run(config: DictConfig) -> None:
         started.append(True)
         try:
+            check_interpolations(config)
             show_logs(config.runtime.verbosity)
             check_allowance(config, task_overrides())
             codes.append(task(config))
@@ -113,8 +114,8 @@ def prepare_search_path() -> None:
 def check_foreign_sources(arguments: Sequence[str], config_name: str) -> None:
     """Raises ConfigError if sheets from elsewhere would make Hydra itself run code: callbacks, launchers, log handlers.
 
-    Hydra builds those before our own checks see the configuration. So the configuration is composed once ahead where a
-    folder is added, and the part of it that is Hydra's must equal our own.
+    Hydra builds those, and resolves its own settings, before our own checks see the configuration. So the configuration is
+    composed once ahead where a folder is added or Hydra's settings interpolate, and its part of Hydra must equal ours.
     """
     if chosen := [word for word in arguments if word.partition("=")[0] in PRIMARY]:
         raise ConfigError(
@@ -123,7 +124,8 @@ def check_foreign_sources(arguments: Sequence[str], config_name: str) -> None:
         )
     overrides = [word for word in arguments if not word.startswith("-") and "=" in word]
     folders = added_folders(arguments)
-    if not folders and not any(word.lstrip("+~").startswith("hydra.searchpath") for word in overrides):
+    hydras = [word for word in overrides if word.lstrip("+~").startswith("hydra.")]
+    if not folders and not any("searchpath" in word.partition("=")[0] or "${" in word for word in hydras):
         return
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
@@ -133,6 +135,7 @@ def check_foreign_sources(arguments: Sequence[str], config_name: str) -> None:
     with initialize_config_module("conceptseg.conf", version_base="1.3"):
         theirs = compose(config_name, overrides=[*overrides, *added], return_hydra_config=True)
         ours = compose(config_name, overrides=[o for o in overrides if o.startswith("hydra")], return_hydra_config=True)
+    check_interpolations(theirs)
     for key in ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging"):
         if _plainly(ours, key) != _plainly(theirs, key):
             raise ConfigError(
@@ -151,10 +154,7 @@ def _check_config_files(arguments: Sequence[str]) -> None:
 
     Raises ConfigError or DataError.
     """
-    searched = [word.partition("=")[2] for word in arguments if word.lstrip("+~").startswith("hydra.searchpath=")]
-    named = [re.sub(r"^file://", "", place.strip(" '\"")) for places in searched for place in places.strip("[]").split(",")]
-    folders = [*added_folders(arguments), *(place for place in named if "://" not in place)]
-    for path in (path for folder in folders for path in sorted(Path(folder).rglob("*.yaml"))):
+    for path in (path for folder in searched_folders(arguments) for path in sorted(Path(folder).rglob("*.yaml"))):
         content = read_regular(path, str(path), LARGEST_TEXT)
         check_aliases(decode_text(content, str(path)), str(path))
         if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

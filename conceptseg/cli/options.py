@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib import resources
 from importlib.util import find_spec
@@ -21,6 +22,13 @@ def added_folders(arguments: Sequence[str]) -> list[str]:
         for place, word in enumerate(arguments)
         if word.partition("=")[0] in FOLDERS
     ]
+
+
+def searched_folders(arguments: Sequence[str]) -> list[str]:
+    """Folders of sheets that a command line adds by --config-dir or hydra.searchpath."""
+    lists = [word.partition("=")[2] for word in arguments if word.lstrip("+~").startswith("hydra.searchpath=")]
+    named = [re.sub(r"^file://", "", place.strip(" '\"")) for places in lists for place in places.strip("[]").split(",")]
+    return [*added_folders(arguments), *(place for place in named if place and "://" not in place)]
 
 
 def groups(folders: Sequence[str] = ()) -> dict[str, dict[str, Path]]:

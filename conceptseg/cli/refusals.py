@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conceptseg.cli.options import groups
+from conceptseg.cli.options import groups, searched_folders
 from conceptseg.config import MOVED_VIEWS
 from conceptseg.errors import did_you_mean
 
@@ -21,7 +23,8 @@ def explain_refusal(overrides: Sequence[str]) -> str | None:
 
     if unreadable := next(filter(None, map(_unreadable, overrides)), None):
         return unreadable
-    offered = {name: list(options) for name, options in groups().items()}
+    folders = searched_folders(sys.argv[1:])
+    offered = {name: list(options) for name, options in groups(folders).items()}
     GlobalHydra.instance().clear()
     with initialize_config_module("conceptseg.conf", version_base="1.3"):
         chosen, options = [], []
@@ -33,7 +36,8 @@ def explain_refusal(overrides: Sequence[str]) -> str | None:
                     options.append(override)
                 elif value not in ("null", "") and "," not in value:
                     return f'{key}: unknown option "{value}". {did_you_mean(value, offered[group])}'
-        known = _keys_of(options)  # what a key may be depends on the options
+        places = f"hydra.searchpath=[{','.join(f'file://{Path(folder).absolute()}' for folder in folders)}]"
+        known = _keys_of([*options, *([places] if folders else [])])  # what a key may be depends on the options
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         if override in chosen or override[0] in "+~" or key.startswith("hydra"):

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conceptseg.config import check_interpolations
 from conceptseg.errors import ConfigError, did_you_mean
 
 
@@ -37,6 +38,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), device: str = "cpu") -
         known = OmegaConf.select(recipe, part) if part else recipe
         nearest = did_you_mean(last, map(str, known if isinstance(known, DictConfig) else recipe))
         raise ConfigError(f'conceptseg-lab train {name}: can\'t set "{key}". {nearest}') from error
+    check_interpolations(whole)
     found: dict[str, Any] = OmegaConf.to_container(whole, resolve=True)  # type: ignore[assignment]
     for number, phase in enumerate(found.get("phases", ())):
         _check_keys(phase, {"from", *found}, f"conceptseg-lab train {name}: phases[{number}]")

@@ -7,10 +7,12 @@ from importlib import metadata
 
 import pytest
 from composing import plainly
+from omegaconf import OmegaConf
 
 from conceptseg import targets
 from conceptseg.cli.evaluate import evaluate
 from conceptseg.cli.explain import parse
+from conceptseg.config import plain
 from conceptseg.entry_points import PACKAGES
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.evaluation.assemble import assemble
@@ -209,4 +211,43 @@ def test_yaml_that_stands_for_billions_of_values_is_refused_at_once(tmp_path, mo
             code, said = command(monkeypatch, capsys, where, f"{group}=bomb")
             assert code == 1 and "aliases stand for" in said and "bomb.yaml" in said
         (tmp_path / "conf" / group / "bomb.yaml").unlink()
+    assert time.process_time() - started < 20
+
+
+def doubling(levels, twice):
+    return {"bomb": {**{f"a{n}": twice(f"bomb.a{n + 1}") for n in range(levels)}, f"a{levels}": "x"}}
+
+
+TWICE = {
+    "text": lambda key: f"${{{key}}}${{{key}}}",
+    "list": lambda key: [f"${{{key}}}", f"${{{key}}}"],
+    "mapping": lambda key: {"x": f"${{{key}}}", "y": f"${{{key}}}"},
+    "resolver": lambda key: f"${{oc.create:[${{{key}}},${{{key}}}]}}",
+    "key of a resolver": lambda key: f"${{oc.select:{key}}}${{oc.env:NOWHERE,${{{key}}}}}",
+    "computed key": lambda key: f"${{bomb.${{oc.decode:{key[5:]}}}}}${{{key}}}",
+}
+
+
+@pytest.mark.parametrize("how", TWICE)
+def test_interpolations_that_double_with_every_line_are_refused_at_once(how):
+    started = time.process_time()
+    for levels in (40, 700):
+        with pytest.raises(ConfigError, match="interpolations"):
+            plain(OmegaConf.create(doubling(levels, TWICE[how])))
+    assert "x" in str(plain(OmegaConf.create(doubling(4, TWICE[how])))["bomb"]["a0"])
+    assert time.process_time() - started < 10
+
+
+def test_commands_refuse_interpolations_that_double(tmp_path, monkeypatch, capsys):
+    started = time.process_time()
+    uses = {"runtime": {"runs": "${bomb.a0}"}, "hydra": {"run": {"dir": "${bomb.a0}"}}, "table": {"title": "${bomb.a0}"}}
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    for part, use in uses.items():
+        whole = json.dumps({**doubling(60, TWICE["text"]), part: use}, indent=1).replace("bomb", "views")
+        (tmp_path / "conf" / "experiment" / "bomb.yaml").write_text(f"# @package _global_\n{whole}\n")
+        code, said = command(monkeypatch, capsys, f"--config-dir={tmp_path}/conf", "experiment=bomb")
+        assert code == 1 and "its interpolations" in said, said
+    typed = [f"+b.a{n}=${{b.a{n + 1}}}${{b.a{n + 1}}}" for n in range(60)]
+    code, said = command(monkeypatch, capsys, "extractor=constant", *typed, "+b.a60=x")
+    assert code == 1 and "its interpolations" in said and not list(tmp_path.glob("runs"))
     assert time.process_time() - started < 20

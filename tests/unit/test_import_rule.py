@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "source": {"keys"},
     "evaluation": GROUND | PEERS | {"config", "extractors", "logs", "protocols", "source", "store", "targets", "windows"},
     "tables": GROUND | PEERS | {"config", "evaluation", "extractors", "given_names", "protocols", "report", "store", "targets"},
-    "lab": GROUND | PEERS | {"evaluation", "extractors", "protocols", "store"},
+    "lab": GROUND | PEERS | {"config", "evaluation", "extractors", "protocols", "store"},
     "trace": GROUND | {"backbones"},
     "studies": GROUND | {"backbones", "data", "trace"},
     "cli": GROUND
