@@ -113,7 +113,8 @@ def remove(run: RunFolder) -> None:
 def export(found: Sequence[RunFolder], path: Path) -> None:
     """Write runs into one file: .zip, .tar, .tar.gz or .tgz with all their files, or .csv with their rows.
 
-    Raises ConfigError for another ending and for a file that exists.
+    Damaged rows are named in warnings; archives hold them as they are. Raises ConfigError for another ending and for a file that
+    exists.
     """
     if path.exists():
         raise ConfigError(f"{path} exists already. Name another file, or remove it first.")
@@ -124,11 +125,14 @@ def export(found: Sequence[RunFolder], path: Path) -> None:
         with written_aside(path) as part:
             if kind == ".csv":
                 part.write_text(_as_csv(found), encoding="utf-8")
-            elif kind == ".zip":
+            else:
+                for run in found:
+                    RunStore(run.folder).rows()  # says which are damaged
+            if kind == ".zip":
                 with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
                     for file, name in _files(found):
                         archive.write(file, name)
-            else:
+            elif kind != ".csv":
                 with tarfile.open(part, "w" if kind == ".tar" else "w:gz") as archive:
                     for file, name in _files(found):
                         archive.add(file, name, recursive=False, filter=_without_owner)

@@ -203,7 +203,9 @@ class RunStore:
                     except DamagedRow as reason:
                         damaged += 1
                         if path not in self._told and damaged <= WARNINGS:
-                            log.warning("%s, line %d: %s. It is skipped; its sample is computed again.", path, number, reason)
+                            log.warning(
+                                "%s, line %d: %s. It is skipped; the next run computes its sample again.", path, number, reason
+                            )
                         continue
                     if "check" in row:
                         checked = True  # older versions wrote before newer ones

@@ -1,6 +1,7 @@
 """Killed at any of its file operations and started again, a run, a table, a report or a training ends like one that was not.
 
-The suite tries a part of the operations; `CONCEPTSEG_KILL_ALL=1 pytest tests/e2e/test_e2e_killing.py` tries each, whole and torn.
+The suite tries a part of the operations; `CONCEPTSEG_KILL_ALL=1 pytest tests/e2e/test_e2e_killing.py` tries each, whole and torn;
+`CONCEPTSEG_KILL_ALL=2/5` the second fifth of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from hydra import compose, initialize_config_module
 from conceptseg.config import plain, register
 from conceptseg.lab.recipes import load_recipe
 
-ALL = bool(os.environ.get("CONCEPTSEG_KILL_ALL"))
+ALL = os.environ.get("CONCEPTSEG_KILL_ALL", "")
 RUN = ("extractor=centre_prior", "dataset.count=3", "runtime.batch_size=1", "runtime.progress=false", "report.resamples=10")
 VIT = (
     "steps=5", "horizon=5", "batch=2", "scenes=4", "hard_scenes=2", "plain_scenes=2", "checkpoint_every=3", "warmup=1",
@@ -56,14 +57,16 @@ class Killing:
         whole = self.folder("whole")
         operations, wanted = self.child(whole), state(whole)
         kills = [(n, torn) for n in range(len(operations)) for torn in (False, True)]
-        for number, (fatal, torn) in enumerate(kills if ALL else kills[::every]):
+        part, _, parts = ALL.partition("/")
+        tried = kills[int(part) - 1 :: int(parts or 1)] if ALL else kills[::every]
+        for number, (fatal, torn) in enumerate(tried):
             folder = self.folder(f"{fatal}-{torn}")
             self.child(folder, -9, fatal, torn)
             self.child(folder, shards=1 + number % 3)
             assert state(folder) == wanted, f"{self.job} killed at {fatal} ({operations[fatal]}, torn: {torn}) ends otherwise"
             assert not list(folder.rglob("*.part")), f"{self.job} killed at {fatal} ({operations[fatal]}) leaves a part"
             shutil.rmtree(folder)
-        print(f"{self.job}: {len(kills if ALL else kills[::every])} kills, {len(operations)} operations")
+        print(f"{self.job}: {len(tried)} kills, {len(operations)} operations")
         return len(operations)
 
 
