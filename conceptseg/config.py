@@ -12,6 +12,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 from omegaconf.resolvers import oc
 
 from conceptseg.errors import ConfigError, in_range, one_of
@@ -208,12 +209,16 @@ def _environment_variable(name: str, *default: str | None) -> str | None:
 def plain(config: Any) -> Any:
     """A resolved config as dicts and lists; settings that read the environment are listed in it under `ENVIRONMENT`.
 
-    Raises ConfigError where `check_interpolations` does.
+    Raises ConfigError where `check_interpolations` does, and for a value that is `???`.
     """
     if not isinstance(config, DictConfig):
         return config
     check_interpolations(config)
-    found = OmegaConf.to_container(config, resolve=True)
+    try:
+        found = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        name = error.full_key
+        raise ConfigError(f"{name} is ???, which stands for a value that is not set yet. Set {name}=... to one.") from error
     read = [[keys, text] for keys, text in _interpolations(OmegaConf.to_container(config)) if _reads_environment(config, keys)]
     if read and isinstance(found, dict):
         found[ENVIRONMENT] = read

@@ -54,9 +54,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def takes_files(folder: Path) -> bool:
-    """Whether a file can be made in a folder. One is made and removed: permissions do not tell of /proc or a full disk."""
+    """Whether a file can be made in a folder, or in the nearest one above that is there.
+
+    A file is made and removed: permissions do not tell of /proc or a full disk.
+    """
+    nearest = next((one for one in (folder.absolute(), *folder.absolute().parents) if one.exists()), folder)
     try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
+        with tempfile.TemporaryFile(dir=nearest) as probe:
             probe.write(b"0")
             probe.flush()
     except OSError:

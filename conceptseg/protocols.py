@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -99,7 +100,7 @@ class SegmentationProtocol:
         check_distinct(background, "protocol.background", ConfigError)
         self.name, self.version, self.task, self.variant = name, version, task, variant
         self.background, self.order, self.select = background, order, select
-        self.caption, self.caption_join = caption, caption_join
+        self.caption, self.caption_join = _checked_template(caption), caption_join
         self.image_size, self.image_resample, self.mask_size = image_size, image_resample, mask_size
         self.image_fit, self.f1_over_rows = image_fit, f1_over_rows
         self.measures = map_metrics(measures, "protocol.measures")
@@ -286,6 +287,17 @@ class SegmentationProtocol:
 def _number(value: Any) -> float | None:
     """A measured number as JSON holds it; None where it is undefined."""
     return None if value is None or np.isnan(value) else float(value)
+
+
+def _checked_template(caption: str) -> str:
+    """The caption unchanged. Raises ConfigError for a field other than {word}."""
+    try:
+        fields = [(name, how, kind) for _, name, how, kind in string.Formatter().parse(caption) if name is not None]
+    except ValueError as error:
+        raise ConfigError(f'protocol.caption is "{caption}": {error}. Write {{word}} for the class, {{{{ for a brace.') from error
+    if set(fields) - {("word", "", None)}:
+        raise ConfigError(f'protocol.caption is "{caption}"; wanted no field but {{word}}, such as "a photo of a {{word}}".')
+    return caption
 
 
 def _plain(value: Any) -> Any:

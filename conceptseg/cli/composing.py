@@ -50,6 +50,7 @@ def run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # or Hydra prints refusals in words of its own, and exits
     _check_config_files(sys.argv[1:])
     codes: list[int] = []
     errors: list[Exception] = []
@@ -64,8 +65,6 @@ def run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
             show_logs(config.runtime.verbosity)
             check_allowance(config, task_overrides())
             codes.append(task(config))
-        except (HydraException, OmegaConfBaseException):
-            raise
         except Exception as error:  # carried out of Hydra, which would print lines of its own
             errors.append(error)
 
@@ -83,6 +82,8 @@ def run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:
         if started:
             raise
         raise ConfigError(f"a configuration file can't be read as YAML: {' '.join(str(error).split())}.") from error
+    if errors and isinstance(errors[0], HydraException | OmegaConfBaseException):
+        raise ConfigError(_explained(overrides) or _readable(errors[0], overrides)) from errors[0]
     if errors:
         raise errors[0]
     return max(codes, default=0)

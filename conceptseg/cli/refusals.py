@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,8 +35,10 @@ def explain_refusal(overrides: Sequence[str]) -> str | None:
                 chosen.append(override)
                 if value in offered[group] or (group == "views" and value in MOVED_VIEWS):
                     options.append(override)
-                elif value not in ("null", "") and "," not in value:
-                    return f'{key}: unknown option "{value}". {did_you_mean(value, offered[group])}'
+                elif value not in ("null", ""):
+                    for one in value.split(",") if re.fullmatch(r"[\w/.,-]+", value) else [value]:  # a sweep names several
+                        if one not in offered[group] and "," not in one:
+                            return f'{key}: unknown option "{one}". {did_you_mean(one, offered[group])}'
         places = f"hydra.searchpath=[{','.join(f'file://{Path(folder).absolute()}' for folder in folders)}]"
         known = _keys_of([*options, *([places] if folders else [])])  # what a key may be depends on the options
     for override in overrides:

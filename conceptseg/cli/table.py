@@ -113,6 +113,7 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     """Compute what a table lacks, write it below runtime.runs, print it, and publish it if report.publish says so."""
     from conceptseg.config import ENVIRONMENT
     from conceptseg.errors import ConfigError
+    from conceptseg.files import takes_files
     from conceptseg.keys import digest
     from conceptseg.report.results_md import page_to_change
     from conceptseg.report.trackers import check_trackers
@@ -132,6 +133,9 @@ def print_table_of(config: DictConfig, overrides: Sequence[str]) -> int:
     check_trackers(report["trackers"])
     if report["publish"]:
         page_to_change(Path(report["results_md"]), "")
+        for key, at in (("results_md", Path(report["results_md"]).parent), ("benchmarks", Path(report["benchmarks"]))):
+            if not takes_files(at):
+                raise ConfigError(f"report.{key} is {report[key]}: no file can be written to {at}. Name another place.")
     meaningful = [*settings, *(o for o in opened.of_table if not o.startswith("table.backbones="))]
     tables = Path(whole["runtime"]["runs"]) / "tables"
     folder = tables / (f"{place}-{digest(sorted(meaningful), 6)}" if meaningful else place)

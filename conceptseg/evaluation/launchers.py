@@ -67,6 +67,10 @@ def _deaf_to_warnings() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+REFUSALS = (RuntimeError, NameError, AssertionError, TypeError, ValueError)
+"""What submitit raises without sbatch, for an unknown parameter, and for a value of another type."""
+
+
 class SubmititLauncher(Launcher):
     """Jobs through submitit.
 
@@ -91,7 +95,7 @@ class SubmititLauncher(Launcher):
             executor.update_parameters(**self.parameters)
             with executor.batch():  # one array of jobs, not one queue entry each
                 jobs = [executor.submit(ShardCommand(tuple(command))) for command in commands]
-        except (FailedJobError, RuntimeError, NameError) as error:  # Slurm's refusal; no sbatch; an unknown parameter
+        except (FailedJobError, *REFUSALS) as error:
             raise ConfigError(
                 f"launcher.parameters {self.parameters}: {self.executor} took none of {len(commands)} shards: {error} "
                 "Leave a parameter out with ~launcher.parameters.NAME, or rehearse with launcher=local."
