@@ -79,8 +79,8 @@ def _check_values(found: Mapping[str, Any], recipe: Any, where: str) -> None:
         elif isinstance(own, bool | str | list):
             if not isinstance(value, type(own)):
                 raise ConfigError(f"{at} is {value!r}; wanted a value such as {own!r}.")
-            for one in value if isinstance(own, list) else []:
-                if not isinstance(one, bool | str):
+            if isinstance(own, list) and isinstance(value, list) and not any(isinstance(one, bool | str) for one in own):
+                for one in value:
                     real_number(at, one)
         elif isinstance(own, int):
             whole_number(at, value, int(key in COUNTS))

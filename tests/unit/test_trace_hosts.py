@@ -46,6 +46,14 @@ def test_words_behind_a_textual_inversion_are_read_where_they_were_encoded(pipe,
         places = [said.index(piece) for piece in pieces]
         assert len(places) == {"<toy>": vectors, "cat": 1, "wombat": 2}[word]
         torch.testing.assert_close(tr.word_map(word).values, maps[places].mean(0), **SAME)
+    # The same ids through the text encoder itself. encode_prompt(full) is no reference: it writes the vectors out once more.
+    pad = pipe.tokenizer("", padding="max_length").input_ids
+    with torch.no_grad():
+        embeds, none = (pipe.text_encoder(torch.tensor([[*ids, *pad[len(ids) :]]]))[0] for ids in (full, pad))
+    with trace(pipe, **SIDE) as by_ids:
+        run(pipe, None, prompt_embeds=embeds, negative_prompt_embeds=none)
+    for position in range(len(full)):
+        assert torch.equal(by_ids.token_map([position]).values, maps[position])
 
 
 def test_embeddings_made_inside_a_trace_keep_the_text_that_was_encoded(pipe):
