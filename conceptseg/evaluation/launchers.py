@@ -68,7 +68,7 @@ def _deaf_to_warnings() -> None:
 
 
 REFUSALS = (RuntimeError, NameError, AssertionError, TypeError, ValueError)
-"""What submitit raises without sbatch, for an unknown parameter, and for a value of another type."""
+"""Errors that submitit raises without sbatch, for an unknown parameter, and for a value of another type."""
 
 
 class SubmititLauncher(Launcher):

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 Loaded = Task | Excluded | DataError
 FAULTS = (Exception, SystemExit)
-"""What a method, a data set or a protocol may raise without ending the run: some code calls exit() where it fails."""
+"""Raised by a method, a data set or a protocol, these do not end the run: some code calls exit() where it fails."""
 
 BEHIND = 1
 """Chunks that may wait to be scored while the model works on the next one: what a kill costs beside the chunk in work."""
