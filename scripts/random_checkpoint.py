@@ -360,6 +360,14 @@ def write_repository(folder: Path, layout: Mapping[str, Any]) -> None:
     """Write a repository in a layout of rehearsal.yaml, with a card that says that its weights are random."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "card.json", {"provenance": "random"})
+    try:
+        _write_parts(folder, layout)
+    finally:  # what is rehearsed next wants the memory
+        pool.cache_clear()
+        _scaled.cache_clear()
+
+
+def _write_parts(folder: Path, layout: Mapping[str, Any]) -> None:
     if "timm" in layout:
         write_timm(folder, layout)
     elif "open_clip" in layout:

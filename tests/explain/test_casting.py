@@ -65,6 +65,14 @@ def test_maps_are_those_of_the_same_weights_cast_as_a_whole(folder, load, monkey
     assert backbone.text_identity() != sixteen.text_identity()
 
 
+def test_rounded_weights_compute_in_float32_too(folder, monkeypatch):
+    capable(monkeypatch)
+    settings = {"dtype": "bfloat16", "load": "encode_only", "image_size": 32, "text_tokens": 8}
+    full, rounded = (maps_of(FluxBackbone(folder, weights=weights, **settings)) for weights in ("full", "int8"))
+    assert rounded.dtype == torch.float32
+    assert 0 < (full - rounded).abs().max() < 0.05 * full.abs().max()
+
+
 def test_a_pass_that_ends_inside_of_a_block_leaves_the_weights_as_they_are_stored():
     class Ended(Exception):
         pass
