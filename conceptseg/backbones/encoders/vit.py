@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,13 +19,14 @@ from conceptseg.backbones.encoders.image_encoder import (
     load_strictly,
 )
 from conceptseg.backbones.encoders.tower import Tower, TowerBlock, Weights, resized_positions
+from conceptseg.backbones.encoders.transformers_vit import in_transformers_layout, timm_config, timm_weights
 from conceptseg.backbones.planned_weights import check_plan
 from conceptseg.errors import ConfigError, DataError, TapError, did_you_mean
 from conceptseg.types import folded
 
 
 class ViTBackbone(ImageEncoder):
-    """A stock timm VisionTransformer in timm's hub layout: config.json and a file of weights.
+    """A stock timm VisionTransformer: config.json and a file of weights, in timm's hub layout or in that of transformers' ViT.
 
     architecture: for a bare weights file (DINO's and iBOT's own), which has no config.json: a name that timm knows.
     file: the weights; .pth is read without running code.
@@ -47,7 +48,10 @@ class ViTBackbone(ImageEncoder):
     def config(self) -> dict[str, Any]:
         """timm's config.json, or what timm itself says of a bare file's architecture; read without loading weights."""
         if self.architecture is None:
-            return checkpoint_json(self.checkpoint, "config.json")
+            config = checkpoint_json(self.checkpoint, "config.json")
+            if not in_transformers_layout(config):
+                return config
+            return timm_config(config, self._preprocessing, self.checkpoint.path)
         import timm
 
         known = timm.get_pretrained_cfg(self.architecture)
@@ -57,6 +61,14 @@ class ViTBackbone(ImageEncoder):
                 f"{did_you_mean(self.architecture, timm.list_models('vit_*', pretrained=True))}"
             )
         return {"architecture": self.architecture, "num_classes": 0, "pretrained_cfg": known.to_dict()}
+
+    @property
+    def _preprocessing(self) -> dict[str, Any]:
+        """preprocessor_config.json of a checkpoint of transformers; empty where it lacks one."""
+        try:
+            return checkpoint_json(self.checkpoint, "preprocessor_config.json")
+        except (ConfigError, OSError):
+            return {}
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -81,11 +93,14 @@ class ViTBackbone(ImageEncoder):
         set_here = ("img_size", "dynamic_img_size", "num_classes")
         arguments = {k: v for k, v in config.get("model_args", {}).items() if k not in set_here}
         state = checkpoint_weights(self.checkpoint, self.file)
+        norm: dict[str, Any] = {}
+        if "norm_eps" in config:
+            state, norm = timm_weights(state), {"norm_layer": partial(nn.LayerNorm, eps=config["norm_eps"])}
 
         def build() -> nn.Module:
             return timm.create_model(
                 config["architecture"], pretrained=False, num_classes=config["num_classes"], img_size=self.image_size,
-                **arguments,
+                **arguments, **norm,
             )  # fmt: skip
 
         try:
