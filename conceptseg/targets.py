@@ -114,7 +114,7 @@ def _annotations(kind: type) -> dict[str, Any]:
     return found
 
 
-def _check_types(settings: Mapping[str, Any], kind: type, path: str) -> None:
+def check_types(settings: Mapping[str, Any], kind: type, path: str) -> None:
     """Raises ConfigError for a value that does not fit the annotation of its parameter, and for numbers that are not finite."""
     from beartype import BeartypeConf
     from beartype.door import is_bearable
@@ -186,7 +186,7 @@ def _check_settings(config: Any, path: str, base: str | None, nested: str | None
         for key in given:
             if key not in accepted:
                 raise ConfigError(f"{path}.{key}: {name} takes no such setting. {did_you_mean(key, accepted)}")
-    _check_types({key: config[key] for key in given}, kind, path)
+    check_types({key: config[key] for key in given}, kind, path)
     for key, parameter in accepted.items():
         if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD and key not in given:
             raise ConfigError(f"{path}.{key} is not set, and {name} needs it.")

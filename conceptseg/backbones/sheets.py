@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -36,12 +37,18 @@ VIT = "conceptseg.backbones.encoders.vit.ViTBackbone"
 
 
 def backbone_of(
-    path: str, revision: str | None = None, device: str = "cpu", family: str | None = None, **settings: Any
+    path: str,
+    revision: str | None = None,
+    device: str = "cpu",
+    family: str | None = None,
+    of_method: Iterable[str] = (),
+    **settings: Any,
 ) -> Backbone:
     """The backbone of a hub repository, a local folder, "lab:<name>", or the name of a sheet of conf/backbone.
 
     A checkpoint that a sheet names gets that sheet's settings (revision, text length, ...), under those given here. family: the
-    class of a hub repository that no sheet names, where its files can't tell. Raises ConfigError for a checkpoint of no known
+    class of a hub repository that no sheet names, where its files can't tell. of_method: settings of the method that reads the
+    backbone, to be named where one is misspelt. Raises ConfigError for a checkpoint of no known
     family, or a hub repository without a revision.
     """
     sheet = sheet_of(path)
@@ -52,7 +59,8 @@ def backbone_of(
     kind = getattr(import_module(module), name)
     known = {key for base in kind.__mro__[:-1] if "__init__" in vars(base) for key in signature(base.__init__).parameters}
     if unknown := sorted(settings.keys() - known):
-        raise ConfigError(f"extractor.backbone.{unknown[0]}: no such setting. {did_you_mean(unknown[0], known - {'self'})}")
+        offered = {*known, *of_method} - {"self"}
+        raise ConfigError(f"extractor.backbone.{unknown[0]}: no such setting. {did_you_mean(unknown[0], offered)}")
     backbone: Backbone = kind(**given)
     return backbone
 

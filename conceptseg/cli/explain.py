@@ -39,6 +39,9 @@ SETTINGS: dict[str, str] = {
     "normalize": "none, linear, unit (none)",
     "blur": "sigma of a 3 x 3 Gaussian (0)",
 }
+OF_METHOD = """Any other key is a setting of the method, as in its sheet of conf/extractor: extractor=naclip sigma=3. Where the
+name is taken above, write extractor.layers=6; settings of the model are extractor.backbone.dtype=bfloat16.
+conceptseg --cfg job -p extractor extractor=naclip prints the settings of a method."""
 VIEW = ("space", "layers", "timesteps", "draws", "softmax", "normalize", "blur")
 
 
@@ -57,11 +60,20 @@ PASSED_ON = ("background", "caption", "ground", "size", "seed", "steps", "guidan
 def parse(words: Sequence[str]) -> dict[str, Any]:
     """Settings from "key=value" words. Raises ConfigError for a word that is no setting, or a value of another kind."""
     given: dict[str, Any] = {}
+    of_method: dict[str, tuple[str, Any]] = {}
     for word in words:
         key, equals, value = word.partition("=")
         key = "concepts" if key == "words" else key
-        if not equals or key not in SETTINGS:
+        if not equals:
             raise ConfigError(f'conceptseg-explain: can\'t read "{word}". {did_you_mean(key, SETTINGS)} Write key=value.')
+        if key in ("backbone", "extractor.backbone", "backbone@extractor.backbone", "extractor.backbone.path"):
+            raise ConfigError(f"conceptseg-explain: {key} is not a setting here. Write model={value}.")
+        if key not in SETTINGS:
+            key = key.removeprefix("extractor.")
+            if key in of_method:
+                raise ConfigError(f'conceptseg-explain: {key} is given twice, the second time as "{value}". Leave one out.')
+            of_method[key] = word, _yaml(f"conceptseg-explain: {key}", value)
+            continue
         if key in given:
             raise ConfigError(f'conceptseg-explain: {key} is given twice, the second time as "{value}". Leave one out.')
         given[key] = value if key in TEXTS else _read(key, value)
@@ -99,21 +111,49 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"conceptseg-explain: extractor is {chosen}; wanted a name, or several: [concept_attention,naclip].")
     if "maps" in given and len(given["extractor"]) > 1:
         raise ConfigError("conceptseg-explain: maps holds the numbers of one method. Name one extractor, or leave maps out.")
+    given["of_method"] = _checked_of_method(of_method, given["extractor"])
     return given
 
 
-def _read(key: str, value: str) -> Any:
-    """A value read as YAML and held against what its setting is. Raises ConfigError."""
+def _checked_of_method(settings: dict[str, tuple[str, Any]], extractors: Sequence[str]) -> dict[str, Any]:
+    """Settings of the method, and of its model without their "backbone.". Raises ConfigError for one that it does not take.
+
+    settings: name -> the word that was typed, and the value.
+    """
+    from inspect import signature
+
+    from conceptseg.extractors.sheets import extractor_sheet
+
+    if not settings:
+        return {}
+    for name in extractors or ["concept_attention"]:
+        sheet = extractor_sheet(name)
+        known = [key for key in signature(sheet.kind).parameters if key not in sheet.models]
+        unknown = [key for key in settings if key not in known and not (key.startswith("backbone.") and sheet.models)]
+        if unknown:
+            raise ConfigError(
+                f'conceptseg-explain: can\'t read "{settings[unknown[0]][0]}": a setting neither of this command nor of {name}. '
+                f"{did_you_mean(unknown[0], {*known, *SETTINGS})}"
+            )
+    return {key.removeprefix("backbone."): value for key, (_, value) in settings.items()}
+
+
+def _yaml(where: str, value: str) -> Any:
     import yaml
 
-    where = f"conceptseg-explain: {key}"
     check_aliases(value, where)
     try:
-        found = yaml.safe_load(value)
+        return yaml.safe_load(value)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(
             f'{where}: "{value}" can\'t be read: {str(error).splitlines()[0]}. Is a bracket or quote open?'
         ) from error
+
+
+def _read(key: str, value: str) -> Any:
+    """A value read as YAML and held against what its setting is. Raises ConfigError."""
+    where = f"conceptseg-explain: {key}"
+    found = _yaml(where, value)
     if key in ("size", "timesteps"):
         if not isinstance(found, list) or (key == "size" and len(found) != 2):
             wanted = "[height,width], such as [512,768]" if key == "size" else "a list of noise levels, such as [0.5]"
@@ -141,11 +181,12 @@ def explain(given: dict[str, Any]) -> list[Path]:
         checked_place(given["maps"], (NUMBERS,), "conceptseg-explain: maps")
     device, model = given.get("device", "cpu"), given.get("model")
     alone = "image" not in given and "prompt" not in given
-    if alone and not given["extractor"] and model is None:
+    of_method = {"device": device, **given["of_method"]}
+    if alone and not given["extractor"] and model is None and len(of_method) == 1:
         methods = {title: load_extractor(name, sheet, device=device) for title, (name, sheet) in FIRST.items()}
     else:
         names = given["extractor"] or ["concept_attention"]
-        methods = {name: load_extractor(name, model, device=device) for name in names}
+        methods = {name: load_extractor(name, model, **of_method) for name in names}
     for method in methods.values():
         provide_weights_of(method, given.get("download", False))
     settings = {key: given[key] for key in (*VIEW, *PASSED_ON) if key in given}
@@ -196,6 +237,7 @@ def main() -> None:
     if set(words) & {"-h", "--help"}:
         print(f"{__doc__}\n")
         print("\n".join(f"  {key + '=':12}{meaning}" for key, meaning in SETTINGS.items()))
+        print(f"\n{OF_METHOD}")
         return
     for path in explain(parse(words)):
         print(path)

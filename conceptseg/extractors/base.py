@@ -29,6 +29,7 @@ from conceptseg.extractors.explaining import (
 from conceptseg.extractors.explanation import Explanation, checked_maps
 from conceptseg.extractors.sheets import lab_view, sheet_of_class
 from conceptseg.saliency.views import Axes, Normalize, Softmax, View, expand_views
+from conceptseg.targets import check_types
 from conceptseg.types import (
     BACKGROUND,
     LEAST_KNOWN_FIRST,
@@ -127,9 +128,12 @@ class Extractor(ABC):
         sheet = sheet_of_class(cls)
         plain, models = ({}, {}) if sheet is None else (sheet.settings, sheet.models)
         with python_names():
-            own = {key: settings.pop(key) for key in list(settings) if key in signature(cls).parameters and key != "backbone"}
+            known = [key for key in signature(cls).parameters if key != "backbone"]
+            own = {key: settings.pop(key) for key in list(settings) if key in known}
+            check_types(own, cls, "extractor")
             _, changed = models.pop("backbone", ("", {}))
-            given = {**plain, **own, "backbone": backbone_of(path, revision, device, cls.family, **{**changed, **settings})}
+            model = backbone_of(path, revision, device, cls.family, known, **{**changed, **settings})
+            given = {**plain, **own, "backbone": model}
             for name, (option, others) in models.items():
                 if name not in own:
                     given[name] = backbone_of(option, device=device, **others)

@@ -10,6 +10,7 @@ from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.extractors.base import Extractor
 from conceptseg.extractors.explaining import python_names
 from conceptseg.extractors.sheets import extractor_sheet
+from conceptseg.targets import check_types
 
 
 def load_extractor(
@@ -32,6 +33,7 @@ def load_extractor(
 
         known = [key for key in signature(kind).parameters if key not in sheet.models]
         own = {key: settings.pop(key) for key in list(settings) if key in known}
+        check_types(own, kind, "extractor")
         given = {**sheet.settings, **own}
         if not sheet.models and (backbone is not None or settings):
             key = "backbone" if backbone is not None else next(iter(settings))
@@ -44,6 +46,7 @@ def load_extractor(
                 given[key] = backbone_from(model)
             else:
                 fixed = {**changed, **mine}
-                given[key] = backbone_of(model or option, revision if key == "backbone" else None, device, kind.family, **fixed)
+                pinned = revision if key == "backbone" else None
+                given[key] = backbone_of(model or option, pinned, device, kind.family, known, **fixed)
         found: Extractor = kind(**given)
     return found

@@ -13,6 +13,7 @@ from conceptseg.cli.explain import explain, parse
 from conceptseg.errors import ConfigError, DataError, ViewError
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.extractors.explanation import checked_maps
+from conceptseg.extractors.loading import load_extractor
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
 
@@ -119,6 +120,29 @@ def test_the_same_settings_are_refused_from_python(method, monkeypatch, settings
     given = {"image": IMAGE, "words": ["kite", "boat"], **settings}
     with pytest.raises(error, match=wanted):
         method.explain(**given)
+
+
+def test_settings_of_the_method_are_taken_and_misspelt_ones_refused_with_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (written,) = explain(parse(["extractor=naclip", "sigma=3.0", "extractor.backbone.dtype=float32", "maps=a.safetensors"]))[:1]
+    assert written.exists() and Path("a.safetensors").stat().st_size > 0
+    explain(parse(["extractor=naclip", "extractor.sigma=0.5", "maps=b.safetensors"]))
+    assert Path("a.safetensors").read_bytes() != Path("b.safetensors").read_bytes()
+    held = parse(["image=a.png", "concepts=[kite]", "extractor=gem", "layers=all", "extractor.layers=2"])
+    assert held["layers"] == "all" and held["of_method"] == {"layers": 2}, "one name may be the view's and the method's"
+    for words, wanted in (
+        (["extractor=naclip", "sgma=3"], r'can.t read "sgma=3": .* nor of naclip. Did you mean "sigma"'),
+        (["extractor=[naclip,gem]", "sigma=3"], "nor of gem"),
+        (["extractor=naclip", "extractor.sigma=1", "sigma=3"], "sigma is given twice"),
+        (["extractor=naclip", "sigma=[3"], r'sigma: "\[3" can.t be read'),
+        (["extractor=naclip", "sigma=wide"], "^sigma is 'wide'; NACLIP wants"),
+        (["extractor=naclip", "extractor.backbone.dtpye=float32"], 'dtpye: no such setting. Did you mean "dtype"'),
+        (["extractor=daam", "backbone@extractor.backbone=sd2"], "Write model=sd2"),
+    ):
+        with pytest.raises(ConfigError, match=wanted):
+            explain(parse(words))
+    with pytest.raises(ConfigError, match=r'sgma: no such setting. Did you mean "sigma"'):
+        load_extractor("naclip", sgma=3)
 
 
 def test_a_single_concept_is_scored_without_a_softmax(method):
