@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from conceptseg import __version__
 from conceptseg.errors import ConfigError, guarded, printable
 from conceptseg.metrics.breakdowns import Part, clusters_by_word, worst_images
 from conceptseg.metrics.comparisons import Comparison, compare
@@ -36,6 +37,7 @@ METRICS = ("accuracy", "miou_dataset", "miou_image", "ap_image")
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="conceptseg-compare", description=__doc__)
+    found.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     found.add_argument(
         "runs",
         nargs="+",

@@ -65,7 +65,8 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         key = "concepts" if key == "words" else key
         if not equals:
-            raise ConfigError(f'conceptseg-explain: can\'t read "{word}". {did_you_mean(key, SETTINGS)} Write key=value.')
+            near = f"Write image={word}." if Path(word).suffix else f"{did_you_mean(key, SETTINGS)} Write key=value."
+            raise ConfigError(f'conceptseg-explain: can\'t read "{word}". {near}')
         if key in ("backbone", "extractor.backbone", "backbone@extractor.backbone", "extractor.backbone.path"):
             raise ConfigError(f"conceptseg-explain: {key} is not a setting here. Write model={value}.")
         if key not in SETTINGS:
@@ -238,6 +239,11 @@ def main() -> None:
         print(f"{__doc__}\n")
         print("\n".join(f"  {key + '=':12}{meaning}" for key, meaning in SETTINGS.items()))
         print(f"\n{OF_METHOD}")
+        return
+    if "--version" in words:
+        from conceptseg import __version__
+
+        print(f"conceptseg-explain {__version__}")
         return
     for path in explain(parse(words)):
         print(path)

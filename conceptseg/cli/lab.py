@@ -16,7 +16,10 @@ def lab() -> int:
     """conceptseg-lab train | check | sweep <name>: train a lab model, measure what it can do, and where it keeps it."""
     import argparse
 
+    from conceptseg import __version__
+
     parser = argparse.ArgumentParser(prog="conceptseg-lab", description=lab.__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train, or continue from the last checkpoint, then write the model")
     training.add_argument("name", help="a recipe of conf/lab, for example flux")

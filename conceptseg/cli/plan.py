@@ -114,13 +114,13 @@ def lines_of(rows: Sequence[tuple[str, RunPlan]], device: str, memory: int, runs
     from conceptseg.backbones.repositories import free_bytes
 
     plans = [plan for _, plan in rows]
-    yield f"{'run':<42}{'fetch GB':>9}{'memory GB':>10}{'done of images':>15}{'time':>9}{'disk MB':>9}  state"
+    yield f"{'run':<42}{'fetch GB':>9}{'memory GB':>10}{'done of images':>15}{'time':>11}{'disk MB':>9}  state"
     for plan in plans:
         fetched = f"{plan.download:.3g}" if plan.to_fetch else "-"
         held = _about(plan.memory_measured, "?" if plan.memory is None else f"{plan.memory / 1e9:.3g}") if plan.models else "-"
         when = "-" if plan.is_done or not plan.images else _about(plan.seconds_measured, _duration(plan.seconds))
         count = f"{plan.done:,} of {plan.images:,}" if plan.images else "-"
-        yield f"{plan.name[:41]:<42}{fetched:>9}{held:>10}{count:>15}{when:>9}{plan.disk / 1e6:>9.3g}  {_state(plan, memory)}"
+        yield f"{plan.name[:41]:<42}{fetched:>9}{held:>10}{count:>15}{when:>11}{plan.disk / 1e6:>9.3g}  {_state(plan, memory)}"
     yield ""
     yield f"device: {device}, {memory / 1e9:.3g} GB"
     yield "~ estimated: memory by parameter counts and a fifth more; time by operations and the measured matrix speed"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from conceptseg.cli.composing import quiet_libraries, run_hydra
 from conceptseg.config import Report, check_frame, plain, register
-from conceptseg.errors import ConfigError, guarded, printable
+from conceptseg.errors import ConfigError, did_you_mean, guarded, printable
 
 if TYPE_CHECKING:
     from conceptseg.report.results import Results
@@ -22,7 +22,10 @@ def report() -> int:
     """conceptseg-report [--check | --write | --export FOLDER] [report.KEY=VALUE ...]: print, check, write or export tables."""
     import argparse
 
+    from conceptseg import __version__
+
     parser = argparse.ArgumentParser(prog="conceptseg-report", description=report.__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--check", action="store_true", help="exit with 1 if RESULTS.md or a README.md of benchmarks/ is stale")
     parser.add_argument("--write", action="store_true", help="bring RESULTS.md and benchmarks/*/README.md up to date")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write each table as CSV, LaTeX and an HTML page")
@@ -33,13 +36,15 @@ def report() -> int:
         help="write each table's computed numbers in the schema of Every Eval Ever",
     )
     parser.add_argument("--organization", default="", help="with --every-eval-ever: the name of whoever evaluated")
-    parser.add_argument("--table", action="append", help="only this one, or a results.json anywhere; may be given several times")
+    parser.add_argument("--table", action="append", help="only this one, by name or as a results.json; repeatable")
     parser.add_argument("--pictures", type=int, help="samples per block in a page, at most; all by default")
     parser.add_argument(
         "--gallery", action="append", metavar="METHOD", help="methods with pictures in a page, by name or pattern; repeatable"
     )
     parser.add_argument("--figure", type=Path, metavar="FILE", help="write one table's figure as SVG")
-    parser.add_argument("--runs", default="runs", type=Path, help="folder of the run folders that pages show")
+    parser.add_argument(
+        "--runs", default="runs", type=Path, help="folder of runs that pages show, and of tables that are not published"
+    )
     parser.add_argument("--results", default="RESULTS.md", type=Path)
     parser.add_argument("--benchmarks", default="benchmarks", type=Path)
     parser.add_argument(
@@ -66,14 +71,14 @@ def report() -> int:
         write(said.results, said.benchmarks)
         print(f"{said.results} and the README.md files in {said.benchmarks}: up to date")
         return 0
-    asked = [Path(name) if name.endswith(".json") else said.benchmarks / name / "results.json" for name in said.table or ()]
-    found = [load(path) for path in asked or sorted(said.benchmarks.glob("*/results.json"))]
+    paths = _paths(said.table or (), said.benchmarks, said.runs / "tables")
+    found = [load(path) for path in paths]
     settings = _settings(said.settings)
     selection = Selection.of(settings)
     if said.export:
         return _export(found, said.runs, said.export, said.pictures, said.gallery or (), selection)
     if said.every_eval_ever:
-        return _records(found, said.every_eval_ever, said.organization, bool(asked))
+        return _records(found, said.every_eval_ever, said.organization, bool(said.table))
     if said.organization:
         parser.error("--organization goes with --every-eval-ever")
     if said.figure:
@@ -82,8 +87,27 @@ def report() -> int:
         if number:
             print()
         print_table(table, selection=selection, detail=settings["detail"])
-    print(f"{len(found)} tables in {said.benchmarks}")
+    print(f"{len(found)} {'table' if len(found) == 1 else 'tables'} in {', '.join(sorted({str(p.parents[1]) for p in paths}))}")
     return 0
+
+
+def _paths(names: Sequence[str], benchmarks: Path, computed: Path) -> list[Path]:
+    """The results of the tables that were named, or of all: published in `benchmarks`, else computed in `computed`.
+
+    Raises ConfigError for a name that neither holds, and where both are empty.
+    """
+    held = {path.parent.name: path for folder in (computed, benchmarks) for path in sorted(folder.glob("*/results.json"))}
+    if names:
+        for name in names:
+            if not name.endswith(".json") and name not in held:
+                raise ConfigError(f"--table {name}: neither {benchmarks} nor {computed} has it. {did_you_mean(name, held)}")
+        return [Path(name) if name.endswith(".json") else held[name] for name in names]
+    if not held:
+        raise ConfigError(
+            f"there is no table in {benchmarks} or {computed}. conceptseg table=lab computes one; --runs and --benchmarks name "
+            f"other folders."
+        )
+    return sorted(benchmarks.glob("*/results.json")) or [*held.values()]
 
 
 def _settings(words: Sequence[str]) -> dict[str, Any]:

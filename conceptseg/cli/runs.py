@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
+from conceptseg import __version__
 from conceptseg.errors import ConfigError, guarded
 from conceptseg.store.folders import RunFolder, export, find, remove, run_folders
 from conceptseg.types import Provenance
@@ -22,6 +23,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="conceptseg-runs", description=__doc__)
+    found.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parts = found.add_subparsers(dest="command", required=True, metavar="list | show | compare | rm | export")
     listed = parts.add_parser("list", help="runs, the one that was written last first")
     listed.add_argument("--method", help="a part of the extractor's class name")

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from conceptseg import __version__
 from conceptseg.errors import DataError, guarded
 from conceptseg.reading import read_lines
 
@@ -28,6 +29,7 @@ def main() -> int:
 def study(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the study of a command line (by default the process's own), and return the printed numbers."""
     parser = argparse.ArgumentParser(prog="conceptseg-study", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="study", required=True, metavar="study")
     for add in (_generate, _nouns, _annotate, _sheets, _ratings, _interactions, _cohyponyms, _adjectives, _optimise_token):
         add(commands)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path
 
 from conceptseg.files import write_atomically
@@ -118,7 +119,9 @@ def _block(block: Block, table: Results, number: int) -> str:
     ]
     lines += [
         "\\bottomrule", "\\end{tabular}}",
-        "\\ifdim\\wd0>\\textwidth\\resizebox{\\textwidth}{!}{\\usebox0}\\else\\usebox0\\fi",
+        "\\ifdim\\wd0>\\textwidth\\sbox0{\\resizebox{\\textwidth}{!}{\\usebox0}}\\fi",
+        "\\ifdim\\dimexpr\\ht0+\\dp0>0.8\\textheight\\sbox0{\\resizebox*{!}{0.8\\textheight}{\\usebox0}}\\fi",
+        "\\usebox0",
         *(rf"\par\smallskip\parbox{{\textwidth}}{{\footnotesize {text}}}" for text in below),
         f"\\caption{{{_tex(said)}}}", f"\\label{{tab:{table.table}-{number}}}", "\\end{table}", "",
     ]  # fmt: skip
@@ -146,4 +149,4 @@ def _cell(block: Block, row: TableRow, column: Column) -> str:
 
 
 def _tex(text: str) -> str:
-    return "".join(_TEX.get(letter, letter) for letter in text)
+    return re.sub(r'"([^"]*)"', r"``\1''", "".join(_TEX.get(letter, letter) for letter in text))

@@ -61,8 +61,13 @@ def read(spec: str, runs: Path, view: str | None = None) -> Finished:
         )
     named = _named_views(store)
     key = views[0] if not chosen else chosen[0] if chosen[0] in views else named.get(chosen[0], chosen[0])
+    begun = [one for one in views if one.startswith(f"{key}/")]
+    if key not in views and len(begun) == 1:
+        key = begun[0]
     if key not in views:
-        raise ConfigError(f'{spec}: unknown view "{chosen[0]}". {did_you_mean(chosen[0], [*views, *named])}')
+        offered_names = {*(begun or views), *named}
+        why = f'{len(begun)} views begin with "{chosen[0]}"' if begun else f'unknown view "{chosen[0]}"'
+        raise ConfigError(f"{spec}: {why}. {did_you_mean(chosen[0], offered_names)}")
     segmenters = [segmenter for of, segmenter in offered if of == key]
     segmenter = chosen[1] if len(chosen) > 1 else segmenters[0]
     if segmenter not in segmenters:

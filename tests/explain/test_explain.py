@@ -195,6 +195,7 @@ def test_the_shell_writes_a_sheet_the_image_and_the_numbers(folder, photo, tmp_p
     ("words", "said"),
     [
         (["imag=a.jpg"], 'can\'t read "imag=a.jpg".*image'),
+        (["photo.jpg", "concepts=[a]"], r"Write image=photo\.jpg\."),
         (["image=a.jpg", "prompt=b", "concepts=[c]"], "one of image="),
         (["image=a.jpg"], r"concepts=\[dragon,rock\]"),
         (["image=a.jpg", "concepts=dragon"], r"concepts=\[dragon,rock\]"),

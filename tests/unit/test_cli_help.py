@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
+import tomllib
+from contextlib import suppress
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import conceptseg
 from conceptseg.cli.evaluate import evaluate
+from conceptseg.cli.report import _paths
 from conceptseg.config import Report, Runtime
+from conceptseg.errors import ConfigError
 
 CONF = Path(conceptseg.__file__).parents[1] / "conf"
 GROUPS = ("backbone", "dataset", "experiment", "extractor", "launcher", "protocol", "table", "views")
@@ -81,3 +86,30 @@ def test_an_unknown_group_is_refused_with_the_nearest_and_recipes_are_no_group(s
 
 def test_help_with_settings_shows_their_configuration(said):
     assert "conceptseg.extractors.lrp.LRP" in said("--help", "extractor=lrp")
+
+
+def test_every_command_says_its_version(monkeypatch, capsys):
+    scripts = tomllib.loads((CONF.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    for name, place in scripts.items():
+        module, _, function = place.partition(":")
+        monkeypatch.setattr(sys, "argv", [name, "--version"])
+        with suppress(SystemExit):
+            getattr(import_module(module), function)()
+        assert capsys.readouterr().out == f"{name} {conceptseg.__version__}\n"
+
+
+def test_reports_find_tables_that_are_published_else_those_computed_here(tmp_path):
+    benchmarks, computed = tmp_path / "benchmarks", tmp_path / "runs" / "tables"
+    with pytest.raises(ConfigError, match=r"there is no table in .*benchmarks or .*tables"):
+        _paths((), benchmarks, computed)
+    held = {}
+    for folder, name in ((computed, "mine"), (computed, "lab"), (benchmarks, "lab")):
+        held[folder, name] = folder / name / "results.json"
+        held[folder, name].parent.mkdir(parents=True)
+        held[folder, name].touch()
+    assert _paths(("lab", "mine"), benchmarks, computed) == [held[benchmarks, "lab"], held[computed, "mine"]]
+    assert _paths((), benchmarks, computed) == [held[benchmarks, "lab"]]
+    with pytest.raises(ConfigError, match=r"neither .* has it\. Did you mean \"mine\""):
+        _paths(("mien",), benchmarks, computed)
+    held[benchmarks, "lab"].unlink()
+    assert sorted(_paths((), benchmarks, computed)) == sorted([held[computed, "lab"], held[computed, "mine"]])

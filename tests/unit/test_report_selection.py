@@ -148,5 +148,6 @@ def test_latex_fits_the_text_explains_its_marks_and_has_a_label_for_each_block(l
         assert latex.isascii() and latex.count(r"\resizebox{\textwidth}") == latex.count(r"\begin{tabular}")
         marked = any(v.mark for block in table.blocks for row in block.rows for v in row.values.values())
         assert (r"\footnotesize Quoted numbers: $\dagger$ is acc/(2-acc)" in latex) == marked
+        assert latex.count(r"\resizebox*{!}{0.8\textheight}") == latex.count(r"\begin{tabular}") and '"' not in latex
     labels = [line for line in to_latex(lab).splitlines() if line.startswith(r"\label")]
     assert labels == [rf"\label{{tab:lab-{number}}}" for number in (1, 2, 3)]

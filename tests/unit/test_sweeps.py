@@ -94,6 +94,9 @@ def test_the_best_view_is_chosen_on_development_samples_and_reported_on_the_othe
 def test_compare_refuses_a_run_of_several_views_with_their_list_and_takes_the_named_one(swept):
     with pytest.raises(ConfigError, match=rf"6 views(.|\n)*--view(.|\n)*{swept.name}::words/L3/t0.5"):
         read(swept.name, swept.parent)
+    with pytest.raises(ConfigError, match='2 views begin with "words/L3"'):
+        read(f"{swept.name}::words/L3", swept.parent)
+    assert read(f"{swept.name}::words/L3/t0.5", swept.parent).view == "words/L3/t0.5/n1/mean", "a beginning that one view has"
     assert read(swept.name, swept.parent, "words L1 t0.3").view == read(f"{swept.name}::words/L1/t0.3/n1/mean", swept.parent).view
 
 
