@@ -37,7 +37,7 @@ UNMET = (
         "weights or data",
     ),
     (r"conceptseg-lab (train|sweep)", "hours"),
-    (r"^conceptseg$|^conceptseg report\.|table=lab", "the lab table: minutes, give --runs"),
+    (r"^conceptseg$|^conceptseg report\.|table=lab|^conceptseg-report|benchmarks/lab", "the lab table: minutes, give --runs"),
     (r"image=photo\.jpg", "a photo and weights"),
     (r"extractor\.\.\.|=\.\.\.|^conceptseg \.\.\.", "a blank to fill in"),
     (r"install=bash", "an interactive shell"),
@@ -73,7 +73,7 @@ def commands_of(page: Path) -> Iterator[str]:
 
 
 def why_not(command: str) -> str:
-    """What a command needs that this script does not have; empty for one that is run."""
+    """Name the need of a command that this script does not have; empty for one that is run."""
     if IN_REPOSITORY.search(command):
         return "a checkout: run by tests/e2e or by hand"
     planned = command.startswith(("conceptseg plan", "conceptseg-doctor")) or "--dry-run" in command
