@@ -75,7 +75,7 @@ def _described(path: str, revision: str | None, family: str | None) -> dict[str,
             return {"_target_": CLIP, "trained_on": "images and captions"}
         if (folder / "config.json").exists():
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if "architecture" in config:  # timm's layout
+            if "architecture" in config or config.get("model_type") == "vit":  # timm's layout, and that of transformers
                 return {"_target_": VIT, "trained_on": "class labels" if config.get("num_classes") else "images"}
             raise ConfigError(
                 f'"{path}": its config.json is of {" ".join(config.get("architectures") or ["an unknown model"])}, which does '
