@@ -1,11 +1,12 @@
-"""Heat maps of a prompt's words while a stock Stable Diffusion pipeline generates (DAAM, Tang et al. 2023, arXiv:2210.04885).
+"""Heat maps of a prompt's words while a stock diffusers pipeline generates (DAAM, Tang et al. 2023, arXiv:2210.04885).
 
     with trace(pipe) as tr:
         image = pipe("a dog chases a ball").images[0]
     tr.word_map("dog").overlay(image).save("dog.png")
 
 Any pipeline that denoises with a UNet2DConditionModel can be traced: text-to-image, image-to-image, in-painting, with given
-embeddings, several prompts, several images, any aspect ratio. Its attention stays as it is; everything is put back on leaving.
+embeddings, several prompts, several images, any aspect ratio. So can those of transformers that text enters by cross-attention
+alone: PixArt, Sana, Wan 2.1, LTX-Video, Lumina-Next, HunyuanDiT. Its attention stays as it is; everything is put back on leaving.
 """
 
 import sys

@@ -1,16 +1,18 @@
-"""Find which rows of the U-Net's batch hold which prompt, by shadowing two methods of the pipeline."""
+"""Find which rows of the denoiser's batch hold which prompt, by shadowing two methods of the pipeline."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from conceptseg.backbones.unets.word_tokens import prompt_length
+from conceptseg.backbones.unets.word_tokens import token_ids
 from conceptseg.errors import TapError, ViewError
 
 REMEMBERED = 8  # texts whose embeddings are recognised when they are handed to the pipeline
@@ -23,6 +25,8 @@ class EncodedText:
     text: str
     ids: tuple[int, ...]
     """Its tokens, special ones included, before any are cut off."""
+    start: int = field(default=0, compare=False)
+    """Where they begin among the tokens that the text encoder was given: after padding, if the tokenizer pads on the left."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Call:
     """Images that come out: prompts times images per prompt."""
     guided: bool
     tokens: int | None
-    """Token positions worth holding: start token, the longest prompt's and one end token; all if the prompts are not known."""
+    """Token positions worth holding: those of the longest prompt with its special tokens; all if the prompts are not known."""
     encoded: tuple[EncodedText, ...] | None = None
     """Text that was encoded for each prompt."""
 
@@ -58,6 +62,7 @@ class PipelineCalls:
         self.pipe, self.given, self.on_call = pipe, given, on_call
         self._undo: list[Callable[[], None]] = []
         self._embedded: list[tuple[Tensor, tuple[str, ...], tuple[EncodedText, ...]]] = []
+        self._returned: list[tuple[Call, Tensor]] = []
         self._bar: Any = None
 
     @property
@@ -76,7 +81,7 @@ class PipelineCalls:
         """Put everything back; safe to call twice."""
         while self._undo:
             self._undo.pop()()
-        self._embedded, self._bar = [], None
+        self._embedded, self._returned, self._bar = [], [], None
 
     def show(self, text: str) -> None:
         """Write into the pipeline's own progress bar, if it shows one."""
@@ -116,17 +121,34 @@ class PipelineCalls:
             prompts, encoded = (self.given, None) if held is None else held[1:]
         if prompts is not None and encoded is None:
             encoded = tuple(map(self.encoded, prompts))
-        images = (len(embeds) if embeds is not None else len(prompts or ())) * int(said.get("num_images_per_prompt") or 1)
-        tokens = None if encoded is None else max(prompt_length(self.tokenizer, one.text) for one in encoded) + 2
-        self.on_call(Call(prompts, images, bool(said.get("do_classifier_free_guidance", True)), tokens, encoded))
+            if embeds is not None:
+                encoded = tuple(replace(one, start=self._start(one, embeds.shape[1])) for one in encoded)
+        images = (len(embeds) if embeds is not None else len(prompts or ())) * _per_prompt(said)
         with self._reading_ids() as read:
             result = original(*args, **kwargs)
         if prompt is not None and encoded is not None:
-            self._check_ids(encoded, read)
+            encoded = self._found(encoded, read)
+        tokens = None if encoded is None else max(one.start + len(one.ids) for one in encoded)
+        call = Call(prompts, images, bool(said.get("do_classifier_free_guidance", True)), tokens, encoded)
+        first = result[0] if isinstance(result, tuple) else result
         if prompts is not None and encoded is not None:
-            first = result[0] if isinstance(result, tuple) else result
             self._embedded = [*self._embedded[1 - REMEMBERED :], (first, prompts, encoded)]
+        # HunyuanDiT encodes its prompts twice, by two encoders.
+        self._returned = [*(held for held in self._returned[1 - REMEMBERED :] if held[0] == call), (call, first)]
+        self.on_call(call)
         return result
+
+    def conditional_rows(self, text: Float[Tensor, "R T d"]) -> slice | None:
+        """Find the rows of a batch of encoded text that hold this call's prompts, not the negative ones; None if there are none.
+
+        Pipelines differ: most stack the negative prompts first, Lumina's stacks them last, Wan's runs them by themselves.
+        """
+        for _, found in reversed(self._returned):
+            count = len(found)
+            for start in range(0, len(text) - count + 1, count):
+                if found.shape[1:] == text.shape[1:] and torch.equal(text[start : start + count], found.to(text)):
+                    return slice(start, start + count)
+        return None
 
     def encoded(self, prompt: str) -> EncodedText:
         """Return the text that the pipeline encodes for a prompt.
@@ -140,11 +162,13 @@ class PipelineCalls:
                 f'tracing {type(self.pipe).__name__}: its first tokenizer makes "{text}" of "{prompt}", its second another text: '
                 f"their tokens are out of step. Load the textual inversion into both tokenizers."
             )
-        return EncodedText(text, tuple(self.tokenizer(text, truncation=False, verbose=False).input_ids))
+        return EncodedText(text, token_ids(self.tokenizer, text))
 
     def converted(self, text: str, tokenizer: Any) -> str:
-        """A text with every textual inversion of several vectors written out, as the pipeline does before it encodes."""
-        convert = getattr(self.pipe, "maybe_convert_prompt", None)
+        """The text that the pipeline encodes: every textual inversion of several vectors written out, or (PixArt) lower case."""
+        convert, prepare = (getattr(self.pipe, name, None) for name in ("maybe_convert_prompt", "_text_preprocessing"))
+        if callable(prepare):
+            return str(prepare(text)[0])
         return str(convert(text, tokenizer)) if callable(convert) else text
 
     @contextmanager
@@ -165,19 +189,38 @@ class PipelineCalls:
             if hook is not None:
                 hook.remove()
 
-    def _check_ids(self, encoded: Sequence[EncodedText], read: Sequence[Tensor]) -> None:
-        """Raises TapError if the text encoder was given other tokens than the prompts': words would be read at wrong places."""
+    def _found(self, encoded: tuple[EncodedText, ...], read: Sequence[Tensor]) -> tuple[EncodedText, ...]:
+        """Prompts and where each begins among the tokens that the text encoder was given.
+
+        Raises TapError if those are other tokens than the prompts': words would be read at wrong places.
+        """
         if not read or len(read[0]) != len(encoded):
-            return
+            return encoded
+        found = []
         for one, row in zip(encoded, read[0].tolist(), strict=True):
-            kept = min(len(one.ids), len(row)) - 1  # the last one may be an end mark that took a word's place
-            if list(one.ids[:kept]) != row[:kept]:
+            start = self._start(one, len(row))
+            # Of a text that is cut, the last one may be an end mark that took a word's place.
+            kept = len(one.ids) if len(one.ids) <= len(row) else len(row) - 1
+            if list(one.ids[:kept]) != row[start : start + kept]:
                 raise TapError(
                     f'tracing {type(self.pipe).__name__}: its text encoder was given other tokens than those of "{one.text}", so '
-                    f"where the words stand is not known. Pass embeddings and say trace(pipe, prompt=...) with the text that was "
-                    f"encoded, or ask by position: token_map([...])."
+                    f"where the words stand is not known. Call Sana's pipeline with complex_human_instruction=None. Else pass "
+                    f"embeddings and say trace(pipe, prompt=...) with the text that was encoded, or ask by position: "
+                    f"token_map([...])."
                 )
+            found.append(replace(one, start=start))
+        return tuple(found)
+
+    def _start(self, encoded: EncodedText, length: int) -> int:
+        """Where a text begins among `length` tokens that it was padded to."""
+        left = getattr(self.tokenizer, "padding_side", "right") == "left"
+        return max(0, length - len(encoded.ids)) if left else 0
 
     def _progress_bar(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._bar = original(*args, **kwargs)
         return self._bar
+
+
+def _per_prompt(said: Mapping[str, Any]) -> int:
+    """Images or videos per prompt, by the arguments of encode_prompt."""
+    return int(said.get("num_images_per_prompt") or said.get("num_videos_per_prompt") or 1)

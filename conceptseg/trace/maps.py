@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from conceptseg.backbones.unets.word_tokens import prompt_length, reference_positions, word_spans
+from conceptseg.backbones.unets.word_tokens import reference_positions, token_ids, word_spans
 from conceptseg.errors import ViewError
 
 MaskRule = Literal["paper", "released", "mean"]
@@ -67,7 +67,10 @@ class WordMap:
 
 @dataclass(frozen=True)
 class PromptMaps:
-    """Heat maps of a prompt's tokens for one image. maps: float [K X Y], start token first, then tokens, then the end token."""
+    """Heat maps of a prompt's tokens for one image. maps: float [K X Y], in the tokenizer's order, special tokens included.
+
+    CLIP's has a start and an end token, T5's an end token, Gemma's a start token.
+    """
 
     maps: Float[Tensor, "K X Y"]
     prompt: str | None
@@ -75,11 +78,13 @@ class PromptMaps:
     token_match: str = "exact"
     converted: Callable[[str], str] = str
     """Map a text to the text that is encoded for it. The two differ for a textual inversion of several vectors."""
+    length: int | None = None
+    """Tokens that the model was given, padding included; None for the tokenizer's own limit."""
 
     def token_map(self, positions: Sequence[int], name: str = "") -> WordMap:
-        """Mean of the maps of some token positions (0 is the start token). Raises ViewError for a position without a map."""
+        """Mean of the maps of some token positions, from 0 (CLIP's start token). Raises ViewError for one without a map."""
         if beyond := [p for p in positions if not 0 <= p < len(self.maps)]:
-            raise ViewError(f"token position {beyond[0]} has no map: there are {len(self.maps)}, start and end token included.")
+            raise ViewError(f"token position {beyond[0]} has no map: there are {len(self.maps)}, special tokens included.")
         if not positions:
             raise ViewError("token_map: no position given.")
         return WordMap(name, self.maps[list(positions)].mean(0))
@@ -94,16 +99,22 @@ class PromptMaps:
         encoded, wanted = self.converted(self.prompt), self.converted(word)
         if self.token_match == "reference":
             return self.token_map(reference_positions(self.tokenizer, encoded, wanted), word)
-        spans = word_spans(self.tokenizer, encoded, wanted)
+        spans = word_spans(self.tokenizer, encoded, wanted, self.length)
         if occurrence is not None and not 0 <= occurrence < len(spans):
             raise ViewError(f'word_map("{word}", occurrence={occurrence}): it occurs {len(spans)} times; count from 0.')
         chosen = spans if occurrence is None else spans[occurrence : occurrence + 1]
         return self.token_map(sorted({p for span in chosen for p in span}), word)
 
     def cut_to(self, prompt: str) -> PromptMaps:
-        """Keep as many rows as a (shorter) prompt has tokens, plus two, as the reference does for another prompt."""
-        return replace(self, maps=self.maps[: prompt_length(self.tokenizer, self.converted(prompt)) + 2], prompt=prompt)
+        """Keep as many rows as a (shorter) prompt has tokens with its special ones, as the reference does for another prompt."""
+        return replace(self, maps=self.maps[: len(token_ids(self.tokenizer, self.converted(prompt)))], prompt=prompt)
 
     def normalized(self) -> PromptMaps:
-        """Every map over the sum of those of the words' tokens (start and end token not counted), plus 1e-6."""
-        return replace(self, maps=self.maps / (self.maps[1:-1].sum(0, keepdim=True) + 1e-6))
+        """Every map over the sum of those of the words' tokens (special tokens not counted), plus 1e-6."""
+        words = self.maps[1:-1]  # of given embeddings, CLIP's layout
+        if self.prompt is not None:
+            encoded = self.tokenizer(
+                self.converted(self.prompt), truncation=False, verbose=False, return_special_tokens_mask=True
+            )
+            words = self.maps[[k for k, special in enumerate(encoded.special_tokens_mask[: len(self.maps)]) if not special]]
+        return replace(self, maps=self.maps / (words.sum(0, keepdim=True) + 1e-6))

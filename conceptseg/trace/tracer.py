@@ -1,32 +1,28 @@
-"""The trace: hooks on a pipeline's U-Net that collect heat maps, call by call."""
+"""The trace: hooks on a pipeline's denoiser that collect heat maps, call by call."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Literal
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.unets.attention_maps import (
-    CFG_ROWS,
     UPSAMPLINGS,
     Attended,
     CrossAttention,
-    CrossAttentionTap,
-    cross_attentions,
     grid_factor,
-    kept_rows,
     map_size,
     reference_half,
-    reference_side,
 )
-from conceptseg.backbones.unets.word_tokens import POSITION_RULES, prompt_length
 from conceptseg.errors import TapError, ViewError, one_of
 from conceptseg.trace.calls import Call, PipelineCalls
+from conceptseg.trace.hosts import Host, Pass, UNetHost, host_of
 from conceptseg.trace.maps import PromptMaps, WordMap
 from conceptseg.trace.sums import RunningMap, RunningSums, SpaceReduce
 
@@ -37,7 +33,9 @@ class Trace:
     keep: "pairs" holds raw sums of every (layer, head), exact as in the reference and open to any selection afterwards; "map"
         holds one map of the chosen layers and cuts at 0 in every step instead of once (not the reference's order).
     steps: also hold one map per step. layers: indices as in `cross_attentions`, those of up and down blocks unless given;
-        include_mid: the mid block as well. prompt: the text behind given embeddings. The rest as in `extractors.daam.DAAM`.
+        include_mid: the mid block as well. Of a transformer that text enters by cross-attention alone (PixArt, Sana, Wan, LTX,
+        Lumina-Next, HunyuanDiT) layers are its blocks, and maps have the grid of the image's tokens unless map_side is given.
+    prompt: the text behind given embeddings. The rest as in `extractors.daam.DAAM`; exclude_factor is for U-Nets.
     """
 
     def __init__(
@@ -54,23 +52,20 @@ class Trace:
         map_side: int | None = None,
         prompt: str | Sequence[str] | None = None,
     ) -> None:
+        self.host = host = host_of(pipe)
         for value, key, choices in (
-            (keep, "keep", ("pairs", "map")), (cfg_rows, "cfg_rows", CFG_ROWS), (upsampling, "upsampling", UPSAMPLINGS),
-            (token_match, "token_match", POSITION_RULES),
+            (keep, "keep", ("pairs", "map")), (cfg_rows, "cfg_rows", host.cfg_rows), (upsampling, "upsampling", UPSAMPLINGS),
+            (token_match, "token_match", host.token_match),
         ):  # fmt: skip
             one_of(f"trace({key}=...)", value, choices)
-        config = _unet_config(pipe)
         self.pipe, self.keep, self.holds_steps = pipe, keep, steps
-        self.layers, self.cfg_rows, self.exclude_factor = (
-            _chosen_layers(pipe, config, layers, include_mid),
-            cfg_rows,
-            exclude_factor,
-        )
+        self.layers, self.cfg_rows = _chosen_layers(host, layers, include_mid), cfg_rows
+        self.exclude_factor = exclude_factor if isinstance(host, UNetHost) else None
         self.upsampling, self.token_match = upsampling, token_match
-        self.map_side = map_side or reference_side(int(config["sample_size"]), int(pipe.vae_scale_factor))
+        self.map_side = map_side or host.map_side
         given = (prompt,) if isinstance(prompt, str) else None if prompt is None else tuple(prompt)
         self.calls = PipelineCalls(pipe, given, self._begin)
-        self._taps, self._handles = TapSet(pipe.unet), list[Any]()
+        self._taps, self._handles = TapSet(host.module), list[Any]()
         self._start(None)
 
     # ------------------------------------------------------------ coming and going
@@ -86,10 +81,10 @@ class Trace:
         """Hook the pipeline. Raises TapError if it is traced already or can't be."""
         self.calls.attach()
         try:
-            CrossAttentionTap(self.layers, self._on_layer).attach(self._taps)
-            unet = self.pipe.unet
-            self._handles.append(unet.register_forward_pre_hook(self._before_unet, with_kwargs=True))
-            self._handles.append(unet.register_forward_hook(self._after_unet, with_kwargs=True))
+            self.host.attach(self._taps, self.layers, self._on_layer)
+            module = self.host.module
+            self._handles.append(module.register_forward_pre_hook(self._before_pass, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._after_pass, with_kwargs=True))
         except BaseException:
             self.detach()
             raise
@@ -104,11 +99,11 @@ class Trace:
     # ------------------------------------------------------------ what the pipeline does
 
     def _begin(self, call: Call) -> None:
-        """A call of the pipeline begins. Raises TapError if its U-Net is no longer the one that was hooked."""
-        if self.pipe.unet is not self._taps.model:
+        """A call of the pipeline begins. Raises TapError if its denoiser is no longer the one that was hooked."""
+        if (now := getattr(self.pipe, self.host.part)) is not self._taps.model:
             raise TapError(
-                f"tracing {type(self.pipe).__name__}: since the trace began its U-Net was replaced by another module, a "
-                f"{type(self.pipe.unet).__name__} (torch.compile does so). Replace it before the trace."
+                f"tracing {type(self.pipe).__name__}: since the trace began its {self.host.name} was replaced by another "
+                f"module, a {type(now).__name__} (torch.compile does so). Replace it before the trace."
             )
         self._taps.check()
         self._start(call)
@@ -119,27 +114,29 @@ class Trace:
         self.map = RunningMap(self.keep == "map", self.holds_steps)
         self.steps_done = 0
         self.size: tuple[int, int] = (0, 0)
+        self.text_length: int | None = None
+        self._pass = Pass(None, (0, 0))
         self._seen: set[int] = set()
 
-    def _before_unet(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample = args[0] if args else kwargs["sample"]
+    def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.call is None:
             raise TapError(
-                "tracing the U-Net: it runs, but the pipeline encoded no prompt before, so its rows have no prompts. Call "
-                "the pipeline, not the U-Net."
+                f"tracing the {self.host.name}: it runs, but the pipeline encoded no prompt before, so its rows have no prompts. "
+                f"Call the pipeline, not the {self.host.name}."
             )
-        self.call.check(len(sample), type(self.pipe).__name__)
+        self._pass = self.host.begin(self.call, self.calls, self.cfg_rows, args, kwargs)
         self._taps.check()
-        self.size = map_size((sample.shape[-2], sample.shape[-1]), self.map_side)
+        grid = self._pass.grid
+        self.size = grid if self.map_side is None else map_size(grid, self.map_side)
         self._seen = set()
 
     def _on_layer(self, attended: Attended) -> None:
-        call = self.call
+        call, rows, count = self.call, self._pass.rows, attended.layer.heads
         assert call is not None
         self._seen.add(attended.layer.index)
-        if grid_factor(self.size, attended.queries.shape[2]) == self.exclude_factor:
+        self.text_length = attended.keys.shape[2]
+        if rows is None or grid_factor(self.size, attended.queries.shape[2]) == self.exclude_factor:
             return
-        rows, count = kept_rows(len(attended.queries), call.guided, self.cfg_rows), attended.layer.heads
         if self.cfg_rows == "legacy_half_of_heads":
             half = reference_half(attended.probabilities(slice(None), slice(None)))[None]
             self._collect(attended, half, slice(0, half.shape[1]), half.shape[1])
@@ -156,12 +153,13 @@ class Trace:
 
     def _collect(self, attended: Attended, found: Float[Tensor, "I a N T"], heads: slice, count: int) -> None:
         assert self.call is not None
-        maps = rearrange(found[..., : self.call.tokens], "I a (h w) K -> I a K h w", h=attended.grid[0])
+        sides = {"f": attended.frames, "h": attended.grid[0]}
+        maps = rearrange(found[..., : self.call.tokens], "I a (f h w) K -> (I f) a K h w", **sides)
         if self.keep == "pairs":
             self.sums.add(attended.layer.index, maps, heads, count)
         self.map.add(maps, self.size, self.upsampling)
 
-    def _after_unet(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if missed := [layer.path for layer in self.layers if layer.index not in self._seen]:
             self._taps.check()
             processor = type(getattr(self._taps.module(missed[0]), "processor", None)).__name__
@@ -169,6 +167,8 @@ class Trace:
                 f"tracing {type(self.pipe).__name__}: {missed[0]} did not project queries and keys in this step. A cache between "
                 f"steps or another attention processor (it has {processor}) runs past it; switch it off while tracing."
             )
+        if self._pass.rows is None:
+            return
         self.steps_done += 1
         self.map.end_step()
         self.calls.show(f"tracing {len(self._seen)} layers, {self.bytes / 2**20:.1f} MB")
@@ -194,13 +194,14 @@ class Trace:
         step: int | None = None,
         space_reduce: SpaceReduce = "pairs",
         time_reduce: Literal["sum", "mean"] = "sum",
+        frame: int | None = None,
     ) -> PromptMaps:
         """Maps of all tokens for one image of the last call, of all steps or of one, of all layers and heads or of some.
 
         factors: keep layers whose grid is that many times narrower than the map (the reference leaves out factors that are no
         power of two: pass RELEASED_FACTORS to do so). space_reduce: every (layer, head) has one weight ("pairs", the reference),
-        or every grid size ("grids"). time_reduce: the reference's sum over steps, or their mean. Raises ViewError for what this
-        trace does not hold.
+        or every grid size ("grids"). time_reduce: the reference's sum over steps, or their mean. frame: one frame of a video's
+        latents, from 0; their mean if None. Raises ViewError for what this trace does not hold.
         """
         for value, key, choices in (
             (space_reduce, "space_reduce", ("pairs", "grids")),
@@ -211,15 +212,21 @@ class Trace:
             raise ViewError("this trace holds no maps yet: run the pipeline inside `with trace(pipe) as tr:`.")
         if not 0 <= image < self.call.rows:
             raise ViewError(f"image {image}: the last call made {self.call.rows}; count from 0.")
-        row = 0 if self.cfg_rows == "legacy_half_of_heads" else image
-        if step is not None or self.keep == "map":
-            if space_reduce != "pairs" or any(one is not None for one in (layers, heads, factors)):
-                raise ViewError(
-                    "layers, heads, factors and grids can be chosen afterwards only over all steps and with keep=pairs."
-                )
-            maps = self._one_map(step)[row]
-        else:
-            maps = self.sums.mean(self.size, row, layers, heads, factors, self.upsampling, space_reduce)
+        frames = self._pass.frames
+        if frame is not None and not 0 <= frame < frames:
+            raise ViewError(f"frame {frame}: the latents of the last call have {frames}; count from 0.")
+        if (step is not None or self.keep == "map") and (
+            space_reduce != "pairs" or any(one is not None for one in (layers, heads, factors))
+        ):
+            raise ViewError("layers, heads, factors and grids can be chosen afterwards only over all steps and with keep=pairs.")
+        first = 0 if self.cfg_rows == "legacy_half_of_heads" else image * frames
+        found = []
+        for row in range(first, first + frames) if frame is None else [first + frame]:
+            if step is not None or self.keep == "map":
+                found.append(self._one_map(step)[row])
+            else:
+                found.append(self.sums.mean(self.size, row, layers, heads, factors, self.upsampling, space_reduce))
+        maps = found[0] if len(found) == 1 else torch.stack(found).mean(0)
         if time_reduce == "mean" and step is None:
             maps = maps / self.steps_done
         prompt = None
@@ -231,8 +238,8 @@ class Trace:
                     f'reading maps of "{prompt}": the tokenizer makes other tokens of it now than when it was encoded. A textual '
                     f"inversion was loaded or unloaded since: read the maps before that."
                 )
-            maps = maps[: prompt_length(self.calls.tokenizer, encoded.text) + 2]
-        return PromptMaps(maps, prompt, self.calls.tokenizer, self.token_match, self._converted)
+            maps = maps[encoded.start :][: len(encoded.ids)]
+        return PromptMaps(maps, prompt, self.calls.tokenizer, self.token_match, self._converted, self.text_length)
 
     def _converted(self, text: str) -> str:
         return self.calls.converted(text, self.calls.tokenizer)
@@ -254,36 +261,17 @@ class Trace:
         return self.prompt_maps(image, **chosen).token_map(positions)
 
 
-def _unet_config(pipe: Any) -> Mapping[str, Any]:
-    """The U-Net's configuration. Raises TapError for a pipeline that can't be traced."""
-    unet: Any = getattr(pipe, "unet", None)
-    config: Any = getattr(unet, "config", {})
-    if not isinstance(unet, nn.Module) or "down_block_types" not in config:
-        raise TapError(
-            f"tracing {type(pipe).__name__}: it has no UNet2DConditionModel. Pipelines of Flux or SD3 denoise with a "
-            f"transformer of joint attention: see the extractor concept_attention."
-        )
-    if not callable(getattr(pipe, "encode_prompt", None)):
-        raise TapError(
-            f"tracing {type(pipe).__name__}: it has no encode_prompt, so which rows of a batch hold the prompt is not known."
-        )
-    found: Mapping[str, Any] = config
-    return found
-
-
-def _chosen_layers(
-    pipe: Any, config: Mapping[str, Any], layers: Sequence[int] | None, include_mid: bool
-) -> tuple[CrossAttention, ...]:
+def _chosen_layers(host: Host, layers: Sequence[int] | None, include_mid: bool) -> tuple[CrossAttention, ...]:
     """The layers to be traced. Raises ViewError for one that is not there, TapError if there is none at all."""
-    offered = cross_attentions(config)
+    offered = host.layers()
     if absent := sorted(set(layers or ()) - {one.index for one in offered}):
-        raise ViewError(f"trace(layers=...): there is no layer {absent[0]}; this U-Net has 0 to {len(offered) - 1}.")
+        raise ViewError(f"trace(layers=...): there is no layer {absent[0]}; this {host.name} has 0 to {len(offered) - 1}.")
     if layers is None:
         chosen = [one for one in offered if include_mid or not one.path.startswith("mid")]
     else:
         chosen = [one for one in offered if one.index in set(layers)]
     if not chosen:
-        raise TapError(f"tracing {type(pipe).__name__}: none of its layers has cross-attention.")
+        raise TapError(f"tracing {type(host.pipe).__name__}: none of its layers has cross-attention.")
     return tuple(chosen)
 
 

@@ -89,7 +89,11 @@ class Attended:
     queries: Float[Tensor, "R A N d"]
     keys: Float[Tensor, "R A T d"]
     grid: tuple[int, int]
-    """Rows and columns of the N query positions."""
+    """Rows and columns of the N query positions, in each frame."""
+    bias: Float[Tensor, "R 1 T"] | None = None
+    """Added to the logits by attention, as a mask of padded text is; None for nothing."""
+    frames: int = 1
+    """Frames of a video that the N positions come from, one after another."""
 
     @property
     def scale(self) -> float:
@@ -103,9 +107,12 @@ class Attended:
 
         Source: Tang et al. 2023, arXiv:2210.04885; castorini/daam at 09564e0, daam/trace.py.
         """
+        bias = self.bias if keys is None else None
         keys = self.keys if keys is None else keys
         scaled = self.queries[rows, heads].float() * self.scale  # queries, not logits: they are far fewer
         logits = torch.einsum("rand,ratd->rant", scaled, keys[rows, heads].float())
+        if bias is not None:
+            logits += bias[rows, None]
         return logits.softmax(-1) if softmax else logits
 
     def received(self) -> Float[Tensor, "R h w"]:
@@ -183,9 +190,9 @@ class CrossAttentionTap:
                     f"such a pipeline (attention in windows, or rows that share their text) can't be traced."
                 )
             grid = self._grids[layer.transformer]
-            _check_grid(layer, grid, queries.shape[2], "queries")
+            check_grid(layer, grid, queries.shape[2], "queries")
             if layer.path.endswith("attn1"):
-                _check_grid(layer, grid, keys.shape[2], "keys")
+                check_grid(layer, grid, keys.shape[2], "keys")
             self.on_layer(Attended(layer, attention, queries, keys, grid))
             if last and self.stop:
                 raise StopForward
@@ -195,15 +202,18 @@ class CrossAttentionTap:
 
 def refuse_fused(path: str, attention: nn.Module) -> None:
     """Raises TapError where queries and keys come out of one matrix."""
-    # diffusers leaves fused_projections set after unfusing; what counts is which processor runs.
-    if type(getattr(attention, "processor", None)).__name__.startswith("Fused"):
+    from diffusers.models.attention_processor import Attention
+
+    # diffusers leaves an Attention's fused_projections set after unfusing; what counts there is which processor runs.
+    fused = type(getattr(attention, "processor", None)).__name__.startswith("Fused")
+    if fused or (getattr(attention, "fused_projections", False) and not isinstance(attention, Attention)):
         raise TapError(
             f"tapping {path}: its projections are fused, so queries and keys can't be read. Call "
-            f"unfuse_qkv_projections() on the U-Net first."
+            f"unfuse_qkv_projections() on the U-Net or transformer first."
         )
 
 
-def _check_grid(layer: CrossAttention, grid: tuple[int, int], found: int, what: str) -> None:
+def check_grid(layer: CrossAttention, grid: tuple[int, int], found: int, what: str) -> None:
     """Raises TapError where the image's positions are not those of its grid: they could not be laid out as a map."""
     if found != grid[0] * grid[1]:
         raise TapError(

@@ -21,17 +21,20 @@ def occurrences(text: str, word: str) -> list[Span]:
     return [match.span() for match in re.finditer(before + pattern + after, text, re.IGNORECASE)] if pattern else []
 
 
-def span_positions(tokenizer: Any, text: str, spans: Sequence[Span], word: str) -> tuple[tuple[int, ...], ...]:
+def span_positions(
+    tokenizer: Any, text: str, spans: Sequence[Span], word: str, length: int | None = None
+) -> tuple[tuple[int, ...], ...]:
     """Token positions of each of a word's spans in an encoded text; special tokens are counted.
 
-    Raises DataError for a span without a token, or past the tokens that the text encoder reads.
+    length: tokens that the model is given, if fewer than the tokenizer's own limit. Raises DataError for a span without a token,
+    or past the tokens that the text encoder reads.
     """
     offsets = tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False).offset_mapping
     found = [
         tuple(place for place, (start, end) in enumerate(offsets) if start < last and end > first and end > start)
         for first, last in spans
     ]
-    longest = int(tokenizer.model_max_length)
+    longest = min(int(tokenizer.model_max_length), length or int(tokenizer.model_max_length))
     if any(position >= longest - 1 for span in found for position in span):
         raise DataError(
             f'looking for "{word}": it lies past the {longest} tokens (with the end token) that the text encoder reads of the '
@@ -42,15 +45,15 @@ def span_positions(tokenizer: Any, text: str, spans: Sequence[Span], word: str) 
     return tuple(found)
 
 
-def word_spans(tokenizer: Any, prompt: str, word: str) -> tuple[tuple[int, ...], ...]:
+def word_spans(tokenizer: Any, prompt: str, word: str, length: int | None = None) -> tuple[tuple[int, ...], ...]:
     """Token positions of every occurrence of a word or phrase in an encoded prompt, in order; see `occurrences`.
 
-    Raises DataError if it does not occur, or lies past the tokens that the text encoder reads.
+    length: as in `span_positions`. Raises DataError if it does not occur, or lies past the tokens that the text encoder reads.
     """
     found = occurrences(prompt, word)
     if not found:
         raise _not_there(prompt, word)
-    return span_positions(tokenizer, prompt, found, word)
+    return span_positions(tokenizer, prompt, found, word, length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,11 @@ def reference_positions(
 def prompt_length(tokenizer: Any, prompt: str) -> int:
     """Tokens of a prompt without special tokens."""
     return len(tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+
+
+def token_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of a text, special ones included (CLIP has two, T5 an end, Gemma a start), before any are cut off."""
+    return tuple(tokenizer(text, truncation=False, verbose=False).input_ids)
 
 
 POSITION_RULES = ("exact", "reference")
