@@ -76,7 +76,9 @@ def _described(path: str, revision: str | None, family: str | None) -> dict[str,
         if (folder / "config.json").exists():
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             if "architecture" in config or config.get("model_type") == "vit":  # timm's layout, and that of transformers
-                return {"_target_": VIT, "trained_on": "class labels" if config.get("num_classes") else "images"}
+                classifies = any("ImageClassification" in name for name in config.get("architectures") or ())
+                trained_on = "class labels" if classifies or config.get("num_classes") else "images"
+                return {"_target_": VIT, "trained_on": trained_on}
             raise ConfigError(
                 f'"{path}": its config.json is of {" ".join(config.get("architectures") or ["an unknown model"])}, which does '
                 f"not say how images are prepared. Name the sheet and the folder: backbone=<sheet of conf/backbone>, "

@@ -85,6 +85,16 @@ def test_a_model_without_a_classifier_and_without_its_prefix_is_read(stock, tmp_
     torch.testing.assert_close(ours.model(images), model(images).last_hidden_state[:, 0], atol=1e-5, rtol=1e-5)
 
 
+def test_a_folder_is_known_by_its_layout_and_keeps_a_classifier_of_unnamed_labels(tmp_path):
+    model = randomised(ViTForImageClassification(ViTConfig(**SIZES)), 2).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "card.json").write_text(json.dumps({"provenance": "random"}))
+    method = TransInterp.from_pretrained(str(tmp_path))
+    images = method.backbone.images(batch(1).tasks)
+    torch.testing.assert_close(method.backbone.model(images), model.double()(images).logits, atol=1e-5, rtol=1e-5)
+    assert method.trained_on == "class labels" and method.backbone.labels == ("LABEL_0", "LABEL_1")
+
+
 def test_another_type_of_model_is_refused_by_name(stock, tmp_path):
     folder, _ = stock
     about = json.loads((folder / "config.json").read_text())

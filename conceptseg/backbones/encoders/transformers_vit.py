@@ -49,8 +49,8 @@ def timm_config(config: Mapping[str, Any], preprocessing: Mapping[str, Any], pat
     side = config["image_size"]
     height, width = (side, side) if isinstance(side, int) else side
     classifies = any("ImageClassification" in name for name in config.get("architectures") or ())
-    labels = config.get("id2label") or {}
-    names = [labels[key] for key in sorted(labels, key=int)] if classifies else []
+    labels = (config.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}) if classifies else {}  # transformers' own, not saved
+    names = [labels[key] for key in sorted(labels, key=int)]
     return {
         "architecture": "vit_base_patch16_224", "num_classes": len(names),
         "norm_eps": config.get("layer_norm_eps", 1e-12),
