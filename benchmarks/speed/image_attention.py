@@ -54,8 +54,9 @@ def variant(backbone: FluxBackbone, name: str, noisy: torch.Tensor, prompts: Pro
     if name != "plain":
         pooled = backbone.concept_pooled(len(noisy))
         stream = ConceptStream(prompts.hidden[:, :1], pooled, on_block, max(backbone.layers), stop=False)
-    backbone.denoise(noisy, LEVEL, prompts, stream)
-    return mean.read() if name == "streamed" else kept
+    with torch.inference_mode():
+        backbone.denoise(noisy, LEVEL, prompts, stream)
+        return mean.read() if name == "streamed" else kept
 
 
 def main() -> None:

@@ -109,7 +109,7 @@ class AnchorDiff(AcrossLayers):
     def __init__(
         self,
         backbone: MultiModalBackbone | Loaded,
-        gate: float = 1.0,
+        gate: float = 2.0,
         steps: int = 2,
         noise: str = "per_sample",
         posterior: str = "mode",

@@ -149,13 +149,15 @@ def test_an_option_builds_its_part(group, option):
 @pytest.mark.parametrize("sheet", GROUPS["views"])
 def test_a_views_sheet_fits_flux_or_a_unet_or_a_method_of_one_map(sheet):
     from conceptseg.backbones.transformers.concept_stream import SPACES
-    from conceptseg.extractors import cross_attention, daam, ovam
+    from conceptseg.extractors import anchordiff, attention_chains, cross_attention, daam, goca, ovam
 
     settings = plainly(f"views={sheet}")["views"]
     fitting = []
-    unet = Axes((*daam.SPACES, *ovam.SPACES), tuple(range(60)), has_timesteps=True, has_vectors=False)
+    unet = Axes((*daam.SPACES, *ovam.SPACES, "refined"), tuple(range(60)), has_timesteps=True, has_vectors=False)
     prompt = Axes(tuple(cross_attention.SPACES), tuple(range(19)), has_timesteps=True, has_vectors=False)
-    for axes in (Axes(tuple(SPACES), tuple(range(19)), has_timesteps=True), unet, prompt, Axes(("map",))):
+    bounces = tuple(f"bounce_{count + 1}" for count in range(attention_chains.MOST_BOUNCES))
+    joint = Axes((*bounces, *anchordiff.SPACES, *goca.SPACES), tuple(range(19)), has_timesteps=True, has_vectors=False)
+    for axes in (Axes(tuple(SPACES), tuple(range(19)), has_timesteps=True), unet, prompt, joint, Axes(("map",))):
         try:
             fitting.append(expand_views(settings, axes))
         except ViewError:
