@@ -220,7 +220,8 @@ def rehearsed(name: str, layouts: Mapping[str, Any], overrides: Sequence[str], o
             "peak_bytes": memory.peak,
             "peak_own_bytes": memory.peak_own,
             "seconds": {
-                "write": sum(one["seconds"] for one in repositories.values()), **stages_of(steps, cost), "command": seconds,
+                **({} if options.written else {"write": sum(one["seconds"] for one in repositories.values())}),
+                **stages_of(steps, cost), "command": seconds,
                 "processor": memory.processor,
             },
             "steps": [
