@@ -59,9 +59,10 @@ def _of_pipeline(pipe: Any) -> Backbone:
             f"place: pipe.{core}.compile()."
         )
     name = str(getattr(pipe.config, "_name_or_path", "") or getattr(model.config, "_name_or_path", "") or type(pipe).__name__)
-    if core == "transformer" and (kind := type(model).__name__) not in families():
+    kind = type(pipe).__name__ if type(pipe).__name__ in families() else type(model).__name__
+    if core == "transformer" and kind not in families():
         raise ConfigError(f"the pipeline's transformer is a {kind}. {did_you_mean(kind, families())}")
-    target = UNET if core == "unet" else families()[type(model).__name__]
+    target = UNET if core == "unet" else families()[kind]
     kept = {"image_size", "resize", "text_tokens", "concept_pooling", "pooled", "clip_tokens", "concept_text", "concept_token"}
     settings = {key: value for key, value in (sheet_of(name) or {}).items() if key in kept}
     settings.setdefault("image_size", _image_size(pipe, model))

@@ -17,12 +17,14 @@ FAMILIES = {
     "FluxTransformer2DModel": "conceptseg.backbones.transformers.flux.FluxBackbone",
     "SD3Transformer2DModel": "conceptseg.backbones.transformers.sd3.SD3Backbone",
     "Flux2Transformer2DModel": "conceptseg.backbones.transformers.flux2.Flux2Backbone",
+    "Flux2KleinPipeline": "conceptseg.backbones.transformers.flux2.Flux2KleinBackbone",
+    "ChromaTransformer2DModel": "conceptseg.backbones.transformers.chroma.ChromaBackbone",
     "CogVideoXTransformer3DModel": "conceptseg.backbones.transformers.cogvideox.CogVideoXBackbone",
     "QwenImageTransformer2DModel": "conceptseg.backbones.transformers.qwen_image.QwenImageBackbone",
     "ZImageTransformer2DModel": "conceptseg.backbones.transformers.z_image.ZImageBackbone",
 }
-"""The stock transformer's class -> the backbone that knows it. tests/formulas/test_concept_families.py compares each with stock
-blocks, and fails for one that it does not build."""
+"""The stock transformer's class, or its pipeline's where several share a transformer -> the backbone that knows it.
+tests/formulas/test_concept_families.py compares each with stock blocks, and fails for one that it does not build."""
 
 
 def families() -> dict[str, str]:
@@ -90,12 +92,16 @@ def _described(path: str, revision: str | None, family: str | None) -> dict[str,
 
 
 def _family(path: str, revision: str | None) -> str:
-    from diffusers import FluxTransformer2DModel
+    from diffusers import DiffusionPipeline, FluxTransformer2DModel
 
     checkpoint = Checkpoint(path, revision)
     with checkpoint.loading("transformer/config.json"):
         kind = FluxTransformer2DModel.load_config(subfolder="transformer", **checkpoint.source())["_class_name"]
     known = families()
+    if kind == "Flux2Transformer2DModel":  # FLUX.2 dev and klein share it
+        with checkpoint.loading("model_index.json"):
+            pipeline = DiffusionPipeline.load_config(**checkpoint.source())["_class_name"]
+        kind = pipeline if pipeline in known else kind
     if kind not in known:
         raise ConfigError(f'"{path}": its transformer is a {kind}. {did_you_mean(kind, known)}')
     return known[kind]

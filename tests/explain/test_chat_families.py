@@ -4,9 +4,9 @@ import logging
 
 import pytest
 import torch
-from tiny_chat_models import flux2, qwen_image, saved, z_image
+from tiny_chat_models import flux2, flux2_klein, qwen_image, saved, z_image
 
-from conceptseg.backbones.transformers.flux2 import Flux2Backbone
+from conceptseg.backbones.transformers.flux2 import Flux2Backbone, Flux2KleinBackbone
 from conceptseg.backbones.transformers.qwen_image import QwenImageBackbone
 from conceptseg.backbones.transformers.z_image import ZImageBackbone
 from conceptseg.extractors.concept_attention import ConceptAttention
@@ -19,6 +19,7 @@ VIEW = View("output", (0, 1), (0.5,), softmax=Softmax.PER_CELL)
 CLOSE = {"atol": 5e-5, "rtol": 1e-4}
 FAMILIES = {
     "flux2": (flux2, Flux2Backbone, {"text_tokens": 120, "concept_token": 118}),
+    "flux2_klein": (flux2_klein, Flux2KleinBackbone, {"text_tokens": 48}),
     "qwen_image": (qwen_image, QwenImageBackbone, {"text_tokens": 64}),
     "z_image": (z_image, ZImageBackbone, {"text_tokens": 48}),
 }
@@ -39,7 +40,7 @@ class Case:
         if self.name == "z_image":
             return self.pipeline.encode_prompt(list(strings), do_classifier_free_guidance=False, **self.length)[0]
         found, mask = self.pipeline.encode_prompt(list(strings), **self.length)
-        if self.name == "flux2" or mask is None:
+        if self.name.startswith("flux2") or mask is None:
             return list(found)
         return [row[here.bool()] for row, here in zip(found, mask, strict=True)]
 
@@ -113,6 +114,10 @@ def test_the_image_that_is_made_is_the_stock_pipelines(case, guidance):
     options = {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": 3, "output_type": "pt", **case.length}
     if case.name == "flux2":
         options |= {"guidance_scale": guidance, "latents": noise}
+    elif case.name == "flux2_klein":
+        with torch.inference_mode():
+            sand = case.pipeline.encode_prompt(["sand"] * 2, **case.length)[0]
+        options |= {"guidance_scale": guidance, "latents": noise, "negative_prompt_embeds": sand}
     elif case.name == "qwen_image":  # its own layout of tokens
         tokens = noise.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         options |= {"true_cfg_scale": guidance, "latents": tokens, "negative_prompt": ["sand"] * 2 if guidance else None}

@@ -8,6 +8,7 @@ from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
     QwenImagePipeline,
@@ -28,6 +29,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
 )
 
@@ -98,6 +100,24 @@ def autoencoder(kind, **options):
     )  # fmt: skip
 
 
+def flux2_parts(guidance):
+    vae = autoencoder(AutoencoderKLFlux2)
+    nn.init.normal_(vae.bn.running_mean)
+    nn.init.uniform_(vae.bn.running_var, 0.5, 2)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=24,
+        axes_dims_rope=(2, 2, 2, 2), timestep_guidance_channels=32, guidance_embeds=guidance,
+    )  # fmt: skip
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0), vae, transformer
+
+
+def flux2_klein():
+    tokenizer = qwen_tokenizer()
+    scheduler, vae, transformer = flux2_parts(False)
+    text_model = Qwen3ForCausalLM(Qwen3Config(**text_sizes(len(tokenizer), 27)))
+    return Flux2KleinPipeline(scheduler, vae, text_model, tokenizer, transformer)
+
+
 def flux2():
     processor = mistral_processor()
     vision = {
@@ -109,14 +129,7 @@ def flux2():
         vision_config={"model_type": "pixtral", **vision},
         image_token_index=processor.tokenizer.convert_tokens_to_ids("[IMG]"),
     )
-    vae = autoencoder(AutoencoderKLFlux2)
-    nn.init.normal_(vae.bn.running_mean)
-    nn.init.uniform_(vae.bn.running_var, 0.5, 2)
-    transformer = Flux2Transformer2DModel(
-        in_channels=16, num_layers=2, num_single_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=24,
-        axes_dims_rope=(2, 2, 2, 2), timestep_guidance_channels=32,
-    )  # fmt: skip
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    scheduler, vae, transformer = flux2_parts(True)
     return Flux2Pipeline(scheduler, vae, Mistral3ForConditionalGeneration(config), processor, transformer)
 
 

@@ -10,6 +10,7 @@ It shares no line with the taps; attention outputs are read off torch's attentio
 import pytest
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     CogVideoXTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
@@ -19,10 +20,11 @@ from diffusers import (
 )
 
 from conceptseg.backbones import sheets
+from conceptseg.backbones.transformers.chroma import ChromaBackbone
 from conceptseg.backbones.transformers.cogvideox import CogVideoXBackbone
 from conceptseg.backbones.transformers.concept_stream import SPACES, ConceptStream, ConceptTokens
 from conceptseg.backbones.transformers.flux import FluxBackbone
-from conceptseg.backbones.transformers.flux2 import Flux2Backbone
+from conceptseg.backbones.transformers.flux2 import Flux2Backbone, Flux2KleinBackbone
 from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.backbones.transformers.qwen_image import QwenImageBackbone
 from conceptseg.backbones.transformers.sd3 import SD3Backbone
@@ -52,12 +54,21 @@ def sd3(qk_norm="rms_norm", dual=()):
     return SD3Backbone("lab:none"), model, (4, 8, 6)
 
 
-def flux2():
+def chroma():
+    model = ChromaTransformer2DModel(
+        in_channels=16, num_layers=3, num_single_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=WIDTH,
+        axes_dims_rope=(2, 4, 2), approximator_num_channels=16, approximator_hidden_dim=16, approximator_layers=1,
+    )  # fmt: skip
+    return ChromaBackbone("lab:none"), model, (4, 8, 6)
+
+
+def flux2(klein=False):
     model = Flux2Transformer2DModel(
         in_channels=16, num_layers=3, num_single_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=WIDTH,
-        axes_dims_rope=(2, 2, 2, 2), timestep_guidance_channels=32,
+        axes_dims_rope=(2, 2, 2, 2), timestep_guidance_channels=32, guidance_embeds=not klein,
     )  # fmt: skip
-    return Flux2Backbone("lab:none", concept_token=4), model, (16, 4, 3)
+    backbone = Flux2KleinBackbone("lab:none", concept_position=4) if klein else Flux2Backbone("lab:none", concept_token=4)
+    return backbone, model, (16, 4, 3)
 
 
 def cogvideox(rotary=True):
@@ -87,6 +98,7 @@ def z_image():
 
 FAMILIES = {
     "flux": flux, "sd3": sd3, "sd3 without norms": lambda: sd3(None), "sd3.5 medium": lambda: sd3(dual=(0, 1)), "flux2": flux2,
+    "flux2 klein": lambda: flux2(True), "chroma": chroma,
     "cogvideox 5b": cogvideox, "cogvideox 2b": lambda: cogvideox(False), "qwen image": qwen_image, "z image": z_image,
 }  # fmt: skip
 
@@ -103,7 +115,8 @@ class Case:
         self.backbone.transformer, self.backbone.config = model.eval(), dict(model.config)
         self.noisy = torch.randn(ROWS, *shape)
         pooled = torch.randn(ROWS, 10) if "sd3" in self.backbone.kind else None
-        self.prompts = Prompts(torch.randn(ROWS, TEXT, WIDTH), pooled)
+        seen = torch.arange(TEXT) < torch.tensor([[4], [TEXT]]) if self.backbone.kind == "chroma" else None
+        self.prompts = Prompts(torch.randn(ROWS, TEXT, WIDTH), pooled, seen)
         self.concepts = torch.randn(ROWS, WORDS, WIDTH)
 
     def run(self, concepts=None, rows=None, noisy=None, prompts=None, **options):
@@ -171,10 +184,12 @@ def with_concepts(case, args, kwargs, concepts):
         here = case.backbone.transformer.rope_embedder(torch.tensor([[1, 0, 0]] * WORDS)).expand(ROWS, -1, -1)
         return (torch.cat([sequence, concepts], 1), None, torch.cat([freqs, here], 1), *args[3:]), kwargs
     kwargs["encoder_hidden_states"] = concepts
-    if kind in ("flux", "flux2"):
-        place = 4 if kind == "flux2" else 0
+    if kind in ("flux", "flux2", "flux2_klein", "chroma"):
+        place = 4 if kind.startswith("flux2") else 0
         both = kwargs["image_rotary_emb"]
         kwargs["image_rotary_emb"] = tuple(torch.cat([part[place : place + 1]] * WORDS + [part[TEXT:]]) for part in both)
+    if kind == "chroma":  # all are seen
+        kwargs["attention_mask"] = kwargs["attention_mask"][:, TEXT - WORDS :].clone().fill_(1)
     if kind == "qwen_image":
         image, text = kwargs["image_rotary_emb"]
         kwargs["image_rotary_emb"] = (image, torch.cat([text[:1]] * WORDS))

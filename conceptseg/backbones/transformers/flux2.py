@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from conceptseg.backbones.latents import spread_out
-from conceptseg.backbones.settings import too_long
+from conceptseg.backbones.settings import token_count, too_long
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
 from conceptseg.backbones.transformers.concept_stream import ConceptStream, ConceptTokens
@@ -70,7 +70,66 @@ class Flux2Carrier(DoubleBlockCarrier):
         return block.norm1_context, block.norm2_context, block.ff_context
 
 
-class Flux2Backbone(MultiModalBackbone):
+class Flux2Model(MultiModalBackbone):
+    """Parts of FLUX.2 that do not depend on its text model."""
+
+    transformer_class = "Flux2Transformer2DModel"
+    autoencoders = ("AutoencoderKLFlux2",)
+    text_parts = ("text_pipeline",)
+
+    def latents(
+        self, images: Float[Tensor, "B 3 H W"], generators: Sequence[torch.Generator] | None = None
+    ) -> Float[Tensor, "B c h w"]:
+        """Encode images in 0..1 as latents, one token per latent pixel, whitened by the autoencoder's running statistics."""
+        self.check_size(images.shape[-2], images.shape[-1])
+        with torch.inference_mode():
+            z = spread_out(self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)).latent_dist, generators)
+        mean, spread = self._whitening(z)
+        return (rearrange(z, "B c (h a) (w b) -> B (c a b) h w", a=2, b=2) - mean) / spread
+
+    def images(self, latents: Float[Tensor, "B c h w"]) -> Float[Tensor, "B 3 H W"]:
+        mean, spread = self._whitening(latents)
+        z = rearrange(latents.float() * spread + mean, "B (c a b) h w -> B c (h a) (w b)", a=2, b=2)
+        with torch.inference_mode():
+            return (self.vae.decode(z.to(self.vae_dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    def _whitening(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        norm = self.vae.bn
+        spread = torch.sqrt(norm.running_var + self.vae.config["batch_norm_eps"])
+        return norm.running_mean.view(-1, 1, 1).to(like), spread.view(-1, 1, 1).to(like)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        self.check_size(height, width)
+        return int(self.config["in_channels"]), height // self.pixels_per_token, width // self.pixels_per_token
+
+    def grid(self, latents: Float[Tensor, "R *c H W"]) -> tuple[int, ...]:
+        return latents.shape[-2], latents.shape[-1]
+
+    def levels(self, steps: int, tokens: int) -> list[float]:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        self.scheduler.set_timesteps(**self.sigmas(steps), mu=compute_empirical_mu(image_seq_len=tokens, num_steps=steps))
+        return [float(sigma) for sigma in self.scheduler.sigmas]
+
+    def call(
+        self, noisy: Float[Tensor, "R *c H W"], level: Float[Tensor, " R"], prompts: Prompts, guidance: float
+    ) -> Float[Tensor, "R ..."]:
+        rows, (h, w) = len(noisy), self.grid(noisy)
+        steps = [torch.arange(1), torch.arange(h), torch.arange(w), torch.arange(1)]
+        text = [torch.arange(1)] * 3 + [torch.arange(prompts.hidden.shape[1])]
+        return self.transformer(
+            hidden_states=rearrange(noisy, "B c h w -> B (h w) c"), encoder_hidden_states=prompts.hidden.to(self.dtype),
+            timestep=level.to(self.dtype), img_ids=torch.cartesian_prod(*steps).to(self.device),
+            txt_ids=torch.cartesian_prod(*text).to(self.device),
+            guidance=torch.full((rows,), guidance, device=self.device) if self.config.get("guidance_embeds", True) else None,
+            return_dict=False,
+        )[0]  # fmt: skip
+
+    def as_latents(self, velocity: Float[Tensor, "R ..."], grid: tuple[int, ...]) -> Float[Tensor, "R *c H W"]:
+        return rearrange(velocity, "B (h w) c -> B c h w", h=grid[0], w=grid[1])
+
+
+class Flux2Backbone(Flux2Model):
     """FLUX.2-dev.
 
     concept_token: which of the `text_tokens` tokens of a word's chat message stands for it, and its position: 510 of 512 in the
@@ -79,10 +138,7 @@ class Flux2Backbone(MultiModalBackbone):
     """
 
     kind = "flux2"
-    transformer_class = "Flux2Transformer2DModel"
-    autoencoders = ("AutoencoderKLFlux2",)
     text_encoder_name = "Mistral"
-    text_parts = ("text_pipeline",)
 
     def __init__(self, path: str, revision: str | None = None, concept_token: int = 510, **settings: Any) -> None:
         super().__init__(path, revision, **settings)
@@ -152,53 +208,52 @@ class Flux2Backbone(MultiModalBackbone):
         rows = [torch.stack([self.texts[word]["tokens"][self.concept_token] for word in row]) for row in names]
         return ConceptTokens(torch.stack(rows).to(self.device))
 
-    def latents(
-        self, images: Float[Tensor, "B 3 H W"], generators: Sequence[torch.Generator] | None = None
-    ) -> Float[Tensor, "B c h w"]:
-        """Encode images in 0..1 as latents, one token per latent pixel, whitened by the autoencoder's running statistics."""
-        self.check_size(images.shape[-2], images.shape[-1])
-        with torch.inference_mode():
-            z = spread_out(self.vae.encode((2 * images - 1).to(self.device, self.vae_dtype)).latent_dist, generators)
-        mean, spread = self._whitening(z)
-        return (rearrange(z, "B c (h a) (w b) -> B (c a b) h w", a=2, b=2) - mean) / spread
 
-    def images(self, latents: Float[Tensor, "B c h w"]) -> Float[Tensor, "B 3 H W"]:
-        mean, spread = self._whitening(latents)
-        z = rearrange(latents.float() * spread + mean, "B (c a b) h w -> B c (h a) (w b)", a=2, b=2)
-        with torch.inference_mode():
-            return (self.vae.decode(z.to(self.vae_dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+class Flux2KleinBackbone(Flux2Model):
+    """FLUX.2 klein, 4B or 9B, and their base models.
 
-    def _whitening(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        norm = self.vae.bn
-        spread = torch.sqrt(norm.running_var + self.vae.config["batch_norm_eps"])
-        return norm.running_mean.view(-1, 1, 1).to(like), spread.view(-1, 1, 1).to(like)
+    Text goes through the checkpoint's own pipeline (Qwen3, layers 9, 18 and 27 side by side). A concept is its word's own tokens
+    (see concept_pooling), and all stand at the text position concept_position: 3, where a message's content begins in Qwen's
+    template. No published code covers this model. guidance: strength of the second pass; 1 or less for those distilled to steps.
+    """
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        self.check_size(height, width)
-        return int(self.config["in_channels"]), height // self.pixels_per_token, width // self.pixels_per_token
+    kind = "flux2_klein"
+    text_encoder_name = "Qwen3"
+    classifier_free = True
 
-    def grid(self, latents: Float[Tensor, "R *c H W"]) -> tuple[int, ...]:
-        return latents.shape[-2], latents.shape[-1]
+    def __init__(self, path: str, revision: str | None = None, concept_position: int = 3, **settings: Any) -> None:
+        super().__init__(path, revision, **settings)
+        self.concept_position = concept_position
 
-    def levels(self, steps: int, tokens: int) -> list[float]:
-        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "concept_position": self.concept_position}
 
-        self.scheduler.set_timesteps(**self.sigmas(steps), mu=compute_empirical_mu(image_seq_len=tokens, num_steps=steps))
-        return [float(sigma) for sigma in self.scheduler.sigmas]
+    def carrier(self, stream: ConceptStream) -> Flux2Carrier:  # type: ignore[override]
+        return Flux2Carrier(stream, self.concept_position)
 
-    def call(
-        self, noisy: Float[Tensor, "R *c H W"], level: Float[Tensor, " R"], prompts: Prompts, guidance: float
-    ) -> Float[Tensor, "R ..."]:
-        rows, (h, w) = len(noisy), self.grid(noisy)
-        steps = [torch.arange(1), torch.arange(h), torch.arange(w), torch.arange(1)]
-        text = [torch.arange(1)] * 3 + [torch.arange(prompts.hidden.shape[1])]
-        return self.transformer(
-            hidden_states=rearrange(noisy, "B c h w -> B (h w) c"), encoder_hidden_states=prompts.hidden.to(self.dtype),
-            timestep=level.to(self.dtype), img_ids=torch.cartesian_prod(*steps).to(self.device),
-            txt_ids=torch.cartesian_prod(*text).to(self.device),
-            guidance=torch.full((rows,), guidance, device=self.device) if self.config.get("guidance_embeds", True) else None,
-            return_dict=False,
-        )[0]  # fmt: skip
+    def encode(self, strings: Sequence[str]) -> Iterable[TextRecord]:
+        before = token_count(self.tokenizer, chat_message(self.tokenizer, CONTENT).partition(CONTENT)[0])
+        for string in strings:
+            tokens, _ = self.text_pipeline.encode_prompt([string], max_sequence_length=self.text_tokens)
+            yield {
+                "tokens": tokens[0], "start": torch.tensor(before),
+                "length": torch.tensor(token_count(self.tokenizer, string)),
+            }  # fmt: skip
 
-    def as_latents(self, velocity: Float[Tensor, "R ..."], grid: tuple[int, ...]) -> Float[Tensor, "R *c H W"]:
-        return rearrange(velocity, "B (h w) c -> B c h w", h=grid[0], w=grid[1])
+    def check_length(self, string: str) -> None:
+        count = token_count(self.tokenizer, chat_message(self.tokenizer, string))
+        if count > self.text_tokens:
+            raise too_long(string, count, self.text_tokens, "extractor.backbone.text_tokens, with its chat message")
+
+
+CONTENT = "\0"
+"""Stands for a chat message's content."""
+
+
+def chat_message(tokenizer: Any, content: str) -> str:
+    """The chat message that klein's pipeline makes of a text."""
+    return str(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    )
