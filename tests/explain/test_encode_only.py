@@ -111,6 +111,8 @@ def test_an_image_cannot_be_made_and_captions_cannot_modulate(folder):
         ConceptAttention(backbone).generate(["a fish"], [["fish", "sky"]], [View("output", (0,), (0.5,))], 2)
     with pytest.raises(ConfigError, match=r"Use pooled=zeros or load=whole\."):
         FluxBackbone(folder, load="encode_only", pooled="caption")
+    with pytest.raises(ConfigError, match=r"Use single_blocks=false or load=whole\."):
+        FluxBackbone(folder, load="encode_only", single_blocks=True)
 
 
 def test_a_missing_weight_is_named(folder):

@@ -37,12 +37,12 @@ ROWS, WORDS, TEXT, WIDTH, LEVEL = 2, 3, 6, 12, 0.5
 CLOSE = {"atol": 3e-5, "rtol": 1e-4}
 
 
-def flux():
+def flux(double=3, single=1):
     model = FluxTransformer2DModel(
-        in_channels=16, num_layers=3, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        in_channels=16, num_layers=double, num_single_layers=single, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=WIDTH, pooled_projection_dim=10, axes_dims_rope=(2, 4, 2),
     )  # fmt: skip
-    return FluxBackbone("lab:none"), model, (4, 8, 6)
+    return FluxBackbone("lab:none", single_blocks=double < 3), model, (4, 8, 6)
 
 
 def sd3(qk_norm="rms_norm", dual=()):
@@ -97,8 +97,8 @@ def z_image():
 
 
 FAMILIES = {
-    "flux": flux, "sd3": sd3, "sd3 without norms": lambda: sd3(None), "sd3.5 medium": lambda: sd3(dual=(0, 1)), "flux2": flux2,
-    "flux2 klein": lambda: flux2(True), "chroma": chroma,
+    "flux": flux, "flux single": lambda: flux(1, 2), "sd3": sd3, "sd3 without norms": lambda: sd3(None),
+    "sd3.5 medium": lambda: sd3(dual=(0, 1)), "flux2": flux2, "flux2 klein": lambda: flux2(True), "chroma": chroma,
     "cogvideox 5b": cogvideox, "cogvideox 2b": lambda: cogvideox(False), "qwen image": qwen_image, "z image": z_image,
 }  # fmt: skip
 
@@ -133,7 +133,8 @@ class Case:
 
     def blocks(self):
         host = self.backbone.transformer
-        return host.layers if hasattr(host, "layers") else host.transformer_blocks
+        blocks = host.layers if hasattr(host, "layers") else host.transformer_blocks
+        return [*blocks, *host.single_transformer_blocks] if getattr(self.backbone, "single_blocks", False) else blocks
 
 
 def test_every_registered_family_has_an_oracle():

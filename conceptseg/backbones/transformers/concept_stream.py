@@ -232,10 +232,13 @@ class ConceptCarrier(ABC):
         # forward(), not a call: the module's own hooks (this one) must not run again.
         self.state["residual"] = module.forward(self.stream.concepts.to(args[0].dtype))
 
-    def wanted_blocks(self, taps: TapSet, path: str) -> list[tuple[int, str, Any]]:
-        """(layer, path, block) of every block up to the last layer."""
+    def wanted_blocks(self, taps: TapSet, path: str, first: int = 0) -> list[tuple[int, str, Any]]:
+        """(layer, path, block) of every block up to the last layer; the first block is layer `first`."""
+        wanted = self.stream.last_layer + 1 - first
+        if wanted <= 0:
+            return []
         count = len(list(taps.module(path).children()))
-        return [(k, f"{path}.{k}", taps.module(f"{path}.{k}")) for k in range(min(self.stream.last_layer + 1, count))]
+        return [(first + k, f"{path}.{k}", taps.module(f"{path}.{k}")) for k in range(min(wanted, count))]
 
     def refuse_fused(self, path: str, attention: nn.Module) -> None:
         """Raises TapError where queries, keys and values come out of one matrix."""

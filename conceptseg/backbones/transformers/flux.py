@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from conceptseg.backbones.base import LoadedCheckpoint
 from conceptseg.backbones.latents import image_ids, pack, unpack
 from conceptseg.backbones.settings import token_count
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
-from conceptseg.backbones.transformers.concept_stream import ConceptStream
+from conceptseg.backbones.transformers.concept_stream import ConceptStream, Heads, by_heads
 from conceptseg.backbones.transformers.double_blocks import DoubleBlockCarrier
 from conceptseg.backbones.transformers.encode_only import EncodeOnlyFlux
 from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
@@ -26,6 +27,8 @@ from conceptseg.errors import ConfigError, one_of
 class FluxCarrier(DoubleBlockCarrier):
     """Concepts in the double blocks: text weights, the modulation of (t, the concepts' pooled vector), position 0.
 
+    In single-stream blocks, where text and image share their weights, concepts go on as the text does (this project's choice).
+
     Source: Helbling et al. 2025, arXiv:2502.04320, section 4; helblazer811/ConceptAttention at db30c4d,
     concept_attention/flux/dit_block.py.
     """
@@ -34,6 +37,48 @@ class FluxCarrier(DoubleBlockCarrier):
         taps.after("time_text_embed", self._condition)
         taps.before("context_embedder", self.embed)
         self.tap_blocks(taps)
+        self._tap_single_blocks(taps)
+
+    def _tap_single_blocks(self, taps: TapSet) -> None:
+        """Hook the single-stream blocks up to the last layer; their layers follow those of the double blocks."""
+        first = len(list(taps.module("transformer_blocks").children()))
+        for layer, path, block in self.wanted_blocks(taps, "single_transformer_blocks", first):
+            self.refuse_fused(f"{path}.attn", block.attn)
+            taps.before(path, self.before_block)
+            for name in ("norm_q", "norm_k", "to_v"):
+                taps.after(f"{path}.attn.{name}", self.keep(f"joint_{name}"))
+            taps.before(f"{path}.proj_out", self._at_single_output(layer, block))
+
+    def _at_single_output(self, layer: int, block: Any) -> Callable[..., None]:
+        def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            image_outputs = args[0][self.stream.rows][:, self.state["text"] :, : block.attn.inner_dim]
+            self._advance_single(layer, block, image_outputs)
+
+        return tap
+
+    def _advance_single(self, layer: int, block: Any, image_outputs: Float[Tensor, "R L D"]) -> None:
+        state, attention, text = self.state, block.attn, self.state["text"]
+        residual = state["residual"]
+        shift, scale, gate = block.norm.linear(block.norm.silu(state["temb"]))[:, None].chunk(3, dim=-1)
+        normed = block.norm.norm(residual) * (1 + scale) + shift
+        # forward(): the host's own queries, keys and values are read at these very modules.
+        concepts = Heads(
+            attention.norm_q.forward(by_heads(attention.to_q(normed), attention)),
+            attention.norm_k.forward(by_heads(attention.to_k(normed), attention)),
+            by_heads(attention.to_v.forward(normed), attention),
+        )
+        queries, keys, values = state["joint_norm_q"], state["joint_norm_k"], by_heads(state["joint_to_v"], attention)
+        image = Heads(queries[:, text:], keys[:, text:], values[:, text:], self.rotate_image)
+        prompt = Heads(queries[:, :text], keys[:, :text], values[:, :text])
+
+        def project(x: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"]:
+            """The part of the output projection that attention has; the MLP has the rest."""
+            projected: Tensor = block.proj_out.forward(pad(x, (0, block.mlp_hidden_dim)))
+            return projected
+
+        outputs = self.attend(layer, concepts, image, image_outputs, prompt, project, project)
+        both = torch.cat([outputs, block.act_mlp(block.proj_mlp(normed))], dim=-1)
+        state["residual"] = residual + gate * block.proj_out.forward(both)
 
     def _condition(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         rows = self.stream.rows
@@ -43,7 +88,7 @@ class FluxCarrier(DoubleBlockCarrier):
 
     def before_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Concepts and text sit at position 0, where the rotary embedding is the identity; only image tokens are turned.
-        text = kwargs["encoder_hidden_states"].shape[1]
+        text = self.state["text"] = kwargs["encoder_hidden_states"].shape[1]
         self.state["rotary"] = tuple(part[text:] for part in kwargs["image_rotary_emb"])
 
     def rotate_image(self, x: Float[Tensor, "R n A d"]) -> Float[Tensor, "R n A d"]:
@@ -63,7 +108,8 @@ class FluxBackbone(MultiModalBackbone):
     """FLUX.1 (schnell, dev, or the lab's).
 
     text_tokens: 256 for schnell, 512 for dev. pooled: what modulates image and text when a real image is read: "zeros", as
-    released, or "caption", the caption's CLIP vector, as the model was trained; concepts keep zeros either way.
+    released, or "caption", the caption's CLIP vector, as the model was trained; concepts keep zeros either way. single_blocks:
+    the single-stream blocks are further layers, after the double blocks.
     """
 
     kind = "flux"
@@ -73,7 +119,13 @@ class FluxBackbone(MultiModalBackbone):
     text_parts = ("text_encoder", "clip")
 
     def __init__(
-        self, path: str, revision: str | None = None, pooled: str = "zeros", load: str = "whole", **settings: Any
+        self,
+        path: str,
+        revision: str | None = None,
+        pooled: str = "zeros",
+        load: str = "whole",
+        single_blocks: bool = False,
+        **settings: Any,
     ) -> None:
         super().__init__(path, revision, **settings)
         one_of("extractor.backbone.pooled", pooled, ("zeros", "caption"))
@@ -83,7 +135,18 @@ class FluxBackbone(MultiModalBackbone):
                 "extractor.backbone.load is encode_only, which makes constants of the modulation, but extractor.backbone.pooled "
                 "is caption, which makes it another for every caption. Use pooled=zeros or load=whole."
             )
-        self.pooled, self.load = pooled, load
+        if load == "encode_only" and single_blocks:
+            raise ConfigError(
+                "extractor.backbone.load is encode_only, which never reads single-stream blocks, but "
+                "extractor.backbone.single_blocks is true. Use single_blocks=false or load=whole."
+            )
+        self.pooled, self.load, self.single_blocks = pooled, load, single_blocks
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Double blocks, and single-stream blocks after them if they are asked for."""
+        count = int(self.config["num_layers"]) + (int(self.config["num_single_layers"]) if self.single_blocks else 0)
+        return tuple(range(count))
 
     @cached_property
     def cut(self) -> EncodeOnlyFlux:
@@ -96,7 +159,8 @@ class FluxBackbone(MultiModalBackbone):
         super().release(*parts, *(["cut"] if "transformer" in parts else []))
 
     def identity(self) -> dict[str, Any]:
-        return {**super().identity(), **({} if self.pooled == "zeros" else {"pooled": self.pooled})}
+        pooled = {} if self.pooled == "zeros" else {"pooled": self.pooled}
+        return {**super().identity(), **pooled, **({"single_blocks": True} if self.single_blocks else {})}
 
     # ------------------------------------------------------------ text
 
