@@ -55,7 +55,7 @@ class GivenNames:
     def label(self) -> str:
         """How tables name the rule."""
         if self.rule == "distractors":
-            return f"truth + distractors to {self.total}"
+            return f"truth + distractors up to {self.total}"
         return {"truth": "truth", "named": "truth + look-alikes", "all": "all", "file": f"file {Path(self.file or '').name}"}[
             self.rule
         ]

@@ -74,14 +74,15 @@ def _evaluate(config: DictConfig, of_rows: Sequence[str], jobs: list[Job]) -> in
     from conceptseg.tables.page import write_html, write_index
     from conceptseg.tables.pictures import draw_sheet
     from conceptseg.tables.sweeps import with_sweep, write_sweep
-    from conceptseg.tables.table import columns_of_evaluation, single_table
+    from conceptseg.tables.table import COSTS, columns_of_evaluation, single_table
 
     started = time.monotonic()
     whole = plain(config)
     check_trackers(whole["report"]["trackers"])
+    columns, selection = columns_of_evaluation(whole["report"]), Selection.of(whole["report"])
+    selection.check("of this evaluation", [*columns, *(column.name for column in COSTS)], None)
     evaluation = assemble(whole, overrides=overrides)
     carry_out(evaluation, type(evaluation.extractor).__name__)
-    columns = columns_of_evaluation(whole["report"])
     found = readings(evaluation, columns)
     every = [*found, *other_readings(evaluation, columns, found)]
     write_readings(evaluation, every)
@@ -101,7 +102,6 @@ def _evaluate(config: DictConfig, of_rows: Sequence[str], jobs: list[Job]) -> in
         [(name, evaluation, evaluation.views[name].key, segmenter)],
         whole["report"]["pictures"],
     )
-    selection = Selection.of(whole["report"])
     print_table(table, selection=selection, detail=whole["report"]["detail"])
     for remark in table.blocks[0].remarks:
         print(remark)

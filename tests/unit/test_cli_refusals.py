@@ -153,8 +153,8 @@ def run_report(monkeypatch, folder, *arguments) -> int:
 
 
 def test_a_report_of_nothing_says_so(monkeypatch, capsys, tmp_path):
-    assert run_report(monkeypatch, tmp_path) == 0
-    assert "0 tables" in capsys.readouterr().out
+    assert run_report(monkeypatch, tmp_path) == 1
+    assert "there is no table in benchmarks or runs/tables" in capsys.readouterr().err
 
 
 def test_a_section_without_its_table_fails_the_check(monkeypatch, capsys, tmp_path):
@@ -181,3 +181,8 @@ def test_a_configuration_file_in_another_encoding_is_named(refused, tmp_path_fac
     (folder / "experiment" / "own.yaml").write_bytes(content)
     said = refused("--config-dir", str(folder), "experiment=own")
     assert message in said and "Traceback" not in said
+
+
+def test_an_order_by_no_column_is_refused_before_anything_is_computed(refused):
+    said = refused("extractor=centre_prior", "dataset.count=1", "report.sort=bets")
+    assert "report.sort" in said and '"bets"' in said and 'Did you mean "best"?' in said

@@ -109,9 +109,9 @@ def test_rules_are_part_of_the_identity_and_older_ids_stay():
         **plain, "names": "distractors", "names_total": 5, "names_seed": 0,
     }  # fmt: skip
     labels = [GivenNames(*given).label for given in [("truth",), ("distractors", 20), ("all",), ("file", 0, 0, "a/b.json")]]
-    assert labels == ["truth", "truth + distractors to 20", "all", "file b.json"]
+    assert labels == ["truth", "truth + distractors up to 20", "all", "file b.json"]
     assert protocol().label == protocol(names="named").label == "made v1"
-    assert protocol(names="distractors", names_total=5).label == "made v1, names: truth + distractors to 5"
+    assert protocol(names="distractors", names_total=5).label == "made v1, names: truth + distractors up to 5"
 
 
 def test_without_background_words_the_level_decides_or_nothing_is_scored_there():

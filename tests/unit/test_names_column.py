@@ -48,12 +48,12 @@ def test_the_screen_says_which_names_were_given(width):
 
 
 def test_exports_and_the_results_page_say_which_names_were_given():
-    one = with_names("truth", "truth + distractors to 5", "none")
+    one = with_names("truth", "truth + distractors up to 5", "none")
     head, *lines = to_csv(one).splitlines()
     place = head.split(",").index("names")
-    assert {line.split(",")[place] for line in lines} >= {"truth", "truth + distractors to 5", "none"}
-    assert "Names given to methods: truth, truth + distractors to 5." in to_latex(one)
-    assert "| names given |" in render(one) and "| truth + distractors to 5 |" in render(one)
+    assert {line.split(",")[place] for line in lines} >= {"truth", "truth + distractors up to 5", "none"}
+    assert "Names given to methods: truth, truth + distractors up to 5." in to_latex(one)
+    assert "| names given |" in render(one) and "| truth + distractors up to 5 |" in render(one)
 
 
 def test_rows_that_do_not_say_it_are_not_counted_among_the_rest():
@@ -61,7 +61,7 @@ def test_rows_that_do_not_say_it_are_not_counted_among_the_rest():
     assert "names given: else truth where a row says it" in " ".join(screen(one, 60, "full").split())
 
 
-@pytest.mark.parametrize(("method", "given"), [("oracle", "truth + distractors to 4"), ("colour_contrast", "none")])
+@pytest.mark.parametrize(("method", "given"), [("oracle", "truth + distractors up to 4"), ("colour_contrast", "none")])
 def test_an_evaluations_rows_say_which_names_its_protocol_gave(tmp_path, method, given):
     overrides = ["dataset=scenes", "dataset.count=2", "dataset.objects=[1,1]", "protocol=scenes_single"]
     overrides += ["protocol.names=distractors", "protocol.names_total=4"]
