@@ -73,8 +73,9 @@ def _evaluate(config: DictConfig, of_rows: Sequence[str], jobs: list[Job]) -> in
     from conceptseg.report.trackers import check_trackers, track
     from conceptseg.tables.page import write_html, write_index
     from conceptseg.tables.pictures import draw_sheet
+    from conceptseg.tables.row import COSTS
     from conceptseg.tables.sweeps import with_sweep, write_sweep
-    from conceptseg.tables.table import COSTS, columns_of_evaluation, single_table
+    from conceptseg.tables.table import columns_of_evaluation, single_table
 
     started = time.monotonic()
     whole = plain(config)

@@ -26,7 +26,7 @@ from conceptseg.extractors.explaining import (
     read_picture,
     refuse,
 )
-from conceptseg.extractors.explanation import Explanation, checked_maps
+from conceptseg.extractors.explanation import Explanation, remarks_on
 from conceptseg.extractors.sheets import lab_view, sheet_of_class
 from conceptseg.saliency.views import Axes, Normalize, Softmax, View, expand_views
 from conceptseg.targets import check_types
@@ -298,11 +298,8 @@ class Extractor(ABC):
                 same = next((k for k in range(start, len(pictures)) if shown[k] != shown[start]), len(pictures))
                 some = pictures[start : min(same, start + batch_size)]
                 for picture, scores in zip(some, self._scores(some, concepts, said, shown[start], view), strict=True):
-                    maps = checked_maps(concepts.names, scores.detach().float().cpu())
-                    flat = [name for name, one in zip(names, maps, strict=False) if bool((one == one.flatten()[0]).all())]
-                    said_of = [
-                        f'the map of "{name}" is the same number everywhere: it says nothing of the image' for name in flat
-                    ]
+                    maps = scores.detach().float().cpu()
+                    said_of = remarks_on(concepts.names, maps)
                     others = maps[len(names) :] if competing else None
                     found.append(
                         Explanation(names, maps[: len(names)], picture, about, None, self.comparable, (*notes, *said_of), others)

@@ -33,7 +33,7 @@ from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.errors import ConfigError, DataError, one_of, real_number, whole_number
 from conceptseg.extractors.base import Extractor
 from conceptseg.extractors.explaining import checked_size
-from conceptseg.extractors.explanation import Explanation, as_pixels, checked_maps
+from conceptseg.extractors.explanation import Explanation, as_pixels, remarks_on
 from conceptseg.saliency.cells import CellStore, background_words, cell_scores, kinds_by_layer
 from conceptseg.saliency.normalize import linear_over_concepts, unit_length
 from conceptseg.saliency.views import Axes, CellKind, Normalize, View
@@ -248,7 +248,8 @@ class ConceptAttention(Extractor):
         images, (maps,) = self.generate([prompt], [[*names, *competing]], [view], steps, shown, guidance)
         if not bool(images.isfinite().all()):
             raise DataError("the image that was made holds NaN or infinity. Try dtype=float32 or bfloat16.")
-        scores = checked_maps([*names, *competing], maps.scores[0].float().cpu())
+        scores = maps.scores[0].float().cpu()
+        notes = (*notes, *remarks_on([*names, *competing], scores))
         about = {**self._about(view, prompt=prompt, steps=steps, guidance=guidance), "view": maps.view}
         others = scores[len(names) :] if competing else None
         return Explanation(names, scores[: len(names)], as_pixels(images[0]), about, None, self.comparable, tuple(notes), others)

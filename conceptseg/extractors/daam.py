@@ -22,7 +22,7 @@ from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.backbones.unets.word_tokens import POSITION_RULES, placed, positions_of, prompt_length
 from conceptseg.errors import ConfigError, DataError, one_of, real_number, whole_number
 from conceptseg.extractors.explaining import checked_size
-from conceptseg.extractors.explanation import Explanation, checked_maps
+from conceptseg.extractors.explanation import Explanation, remarks_on
 from conceptseg.extractors.unet_maps import Asked, Kind, UNetMaps, check_template
 from conceptseg.saliency.views import Softmax, View
 from conceptseg.trace.tracer import Trace
@@ -148,7 +148,8 @@ class DAAM(UNetMaps):
             generator = torch.Generator().manual_seed(self.seed)
             made = pipe(prompt, generator=generator, output_type="np", **options).images[0]
         found = torch.stack([traced.word_map(word).values for word in (*names, *competing)])
-        scores = checked_maps((*names, *competing), found.float().cpu())
+        scores = found.float().cpu()
+        notes = (*notes, *remarks_on((*names, *competing), scores))
         about = self._about(view, prompt=prompt, **options)
         others = scores[len(names) :] if competing else None
         image = np.round(255 * np.clip(made, 0, 1)).astype(np.uint8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +19,6 @@ from conceptseg.errors import ConfigError, DataError, did_you_mean, one_of
 from conceptseg.files import takes_files
 from conceptseg.segment.segmenter import Segmenter
 from conceptseg.types import BACKGROUND, Concepts
-
-log = logging.getLogger(__name__)
 
 PICTURES, NUMBERS = (".png", ".jpg", ".jpeg"), ".safetensors"
 """Endings of files that hold maps as a picture, and as numbers."""
@@ -273,10 +270,10 @@ def checked_place(path: str | Path, endings: Sequence[str], key: str) -> Path:
     return path
 
 
-def checked_maps(names: Sequence[str], maps: Float[Tensor, "C *f h w"]) -> Float[Tensor, "C *f h w"]:
-    """Return the maps unchanged. Raises DataError for values that are not finite, or if every map is the same number everywhere.
+def remarks_on(names: Sequence[str], maps: Float[Tensor, "C *f h w"]) -> list[str]:
+    """Return a note for each word whose map is the same number everywhere.
 
-    Warns of single maps that are.
+    Raises DataError for values that are not finite, or if every map is the same number everywhere.
     """
     if not bool(maps.isfinite().all()):
         raise DataError(
@@ -290,9 +287,7 @@ def checked_maps(names: Sequence[str], maps: Float[Tensor, "C *f h w"]) -> Float
             f"the maps of {', '.join(constant)} are the same number everywhere, which says nothing of the image. Concepts whose "
             f"scores lie far apart make a softmax 0 or 1 everywhere: try softmax=none, or other concepts, layers or timesteps."
         )
-    if constant:
-        log.warning("the map of %s is the same number everywhere: it says nothing of the image", ", ".join(constant))
-    return maps
+    return [f'the map of "{name}" is the same number everywhere: it says nothing of the image' for name in constant]
 
 
 def as_pixels(image: Float[Tensor, "*F 3 H W"]) -> UInt8[np.ndarray, "*F H W 3"]:

@@ -1,6 +1,5 @@
 """What conceptseg-explain and ConceptAttention.explain refuse: settings before the model runs, and maps that say nothing."""
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from conceptseg.backbones.settings import device_of
 from conceptseg.cli.explain import explain, parse
 from conceptseg.errors import ConfigError, DataError, ViewError
 from conceptseg.extractors.concept_attention import ConceptAttention
-from conceptseg.extractors.explanation import checked_maps
+from conceptseg.extractors.explanation import remarks_on
 from conceptseg.extractors.loading import load_extractor
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
@@ -170,14 +169,13 @@ def test_a_model_that_answers_nan_is_refused_as_in_a_run(tmp_path):
         method.explain(prompt="a kite", words=["kite", "boat"], steps=1)
 
 
-def test_maps_that_are_the_same_everywhere_are_refused_or_named(caplog):
+def test_maps_that_are_the_same_everywhere_are_refused_or_named():
     varied = torch.rand(1, 3, 4)
     with pytest.raises(DataError, match=r"the maps of a, b are the same number everywhere.*softmax=none"):
-        checked_maps(["a", "b"], torch.stack([torch.ones(3, 4), torch.zeros(3, 4)]))
-    with caplog.at_level(logging.WARNING):
-        checked_maps(["a", "b"], torch.cat([varied, torch.zeros(1, 3, 4)]))
-    assert "the map of b is the same number everywhere" in caplog.text
-    assert torch.equal(checked_maps(["a"], varied), varied)
+        remarks_on(["a", "b"], torch.stack([torch.ones(3, 4), torch.zeros(3, 4)]))
+    (note,) = remarks_on(["a", "b"], torch.cat([varied, torch.zeros(1, 3, 4)]))
+    assert note.startswith('the map of "b" is the same number everywhere')
+    assert not remarks_on(["a"], varied)
 
 
 @pytest.mark.parametrize("name", ["mps", "cuda:99", "gpu", "vulkan"])
