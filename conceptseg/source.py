@@ -24,7 +24,7 @@ NO_NUMBERS = frozenset(
     f"{OURS}.{name}"
     for name in (
         "backbones.sheets",  # finds a class by a checkpoint's name, for people; a run names its classes itself
-        "backbones.sheet_files", "backbones.hub", "backbones.in_memory", "backbones.planned_weights",
+        "backbones.sheet_files", "backbones.file_pages", "backbones.hub", "backbones.in_memory", "backbones.planned_weights",
         "announcing", "config", "data.digests", "entry_points", "errors",
         "extractors.explaining", "extractors.explanation", "extractors.sheets",
         "files", "keys", "source", "store", "targets",

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conceptseg.backbones.file_pages import give_back
+
 INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "avx10_1", "avx10_2", "fp16_arith"),
@@ -28,7 +30,7 @@ def cast_while_running(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     Weights outside of blocks are cast for good; of embeddings only what is looked up. The result equals that of a model cast as
     a whole to the last bit. diffusers' layerwise casting casts a block's weights back; here the stored ones are kept, so that
-    weights that are pages of a file stay so.
+    weights that are pages of a file stay so. After a block has run, the kernel gets these pages back.
     """
     within: set[int] = set()
     for block in _blocks(model):
@@ -72,6 +74,7 @@ class _CastOutput:
 def _restore(block: nn.Module, args: Any, output: Any) -> None:
     for weight, stored in block.__dict__.pop("_stored_weights", {}).items():
         weight.data = stored
+        give_back(stored)
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
