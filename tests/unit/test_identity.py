@@ -30,7 +30,8 @@ OTHER = {
     "std": [[0.1, 0.2, 0.3]], "labels": ["scenes", ["a"]], "architecture": ["Sam2Model", "GroupViTModel"], "file": ["other.pth"],
     "templates": [["x {}"]], "tokenizer": ["files", "bpe"], "text_tokens": [19], "prompt": ["x {}"],
     "concept_pooling": ["mean"], "pooled": ["caption"], "weights": ["int8", "full"], "clip_tokens": [19],
-    "concept_text": ["t5", "joined"], "concept_token": [19], "compute_dtype": ["float64"], "randomise": [{"seed": 0}],
+    "concept_text": ["t5", "joined"], "concept_token": [19], "concept_position": [19], "compute_dtype": ["float64"],
+    "randomise": [{"seed": 0}],
 }  # fmt: skip
 """For each other setting, values of which at least one is not the sheet's."""
 
