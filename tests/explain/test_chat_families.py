@@ -6,6 +6,8 @@ import pytest
 import torch
 from tiny_chat_models import flux2, flux2_klein, qwen_image, saved, z_image
 
+from conceptseg.backbones.in_memory import backbone_from
+from conceptseg.backbones.sheets import backbone_of
 from conceptseg.backbones.transformers.flux2 import Flux2Backbone, Flux2KleinBackbone
 from conceptseg.backbones.transformers.qwen_image import QwenImageBackbone
 from conceptseg.backbones.transformers.z_image import ZImageBackbone
@@ -71,6 +73,12 @@ class Case:
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request, tmp_path_factory):
     return Case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_the_family_is_told_by_the_files_and_by_the_pipeline(case):
+    assert type(backbone_of(case.folder, image_size=32)) is case.kind
+    loaded = backbone_from(case.pipeline)
+    assert type(loaded) is case.kind and loaded.text_tokens == 512
 
 
 def test_captions_are_encoded_as_the_stock_pipeline_does(case):
