@@ -29,7 +29,7 @@ IN_REPOSITORY = re.compile(
 )
 """Commands that belong to a checkout; tests/e2e runs those of the tutorials in a copy of it."""
 UNMET = (
-    (r"fetch_voc|fetch_imagenet|check_sheets|pip install|plan .*runtime.download", "network"),
+    (r"fetch_voc|fetch_imagenet|check_sheets|pip install|plan .*runtime.download|https://|hf://", "network"),
     (r"cuda|multi_gpu|torchrun|accelerate|--device", "GPU or several processes"),
     (r"launcher=(slurm|ray|local)", "a cluster, or ray"),
     (
@@ -48,6 +48,8 @@ UNMET = (
 """Pattern -> what a command needs beyond this machine."""
 FIRST = """conceptseg -m extractor.seed=0,1,2 dataset.count=4 'views.output.layers="1-3"' report.resamples=100 -q"""
 """Makes the runs that stand for `run_a`, `4242` and the like."""
+CUTS = "conceptseg protocol=scenes_single experiment=thresholds 'dataset.objects=[1,1]' dataset.count=4 report.resamples=100 -q"
+"""Makes the run of a command with --thresholds, which compares many cuts."""
 STAND_INS = ("run_a", "run_b", "run_c", "runs/<a>", "runs/<b>", "<run id>", "4242", "ff95")
 NAMES = re.compile("|".join(map(re.escape, STAND_INS)))
 
@@ -101,21 +103,28 @@ def page_ended(page: Path, folder: Path, limit: float) -> Iterator[Ended]:
             (folder / title).write_text(body, encoding="utf-8")
     commands = list(commands_of(page))
     stand_ins: dict[str, str] = {}
+    ids: list[str] = []
     if any(NAMES.search(command) for command in commands):
         run(FIRST, folder, limit)
         ids = sorted(path.parent.name for path in (folder / "runs").glob("*/manifest.json"))
         for place, name in enumerate(STAND_INS):
             stand_ins[name] = ids[place % 3] if "runs/" not in name else f"runs/{ids[place % 3]}"
+    cuts = ""
+    if any("--thresholds" in command for command in commands):
+        run(CUTS, folder, limit)
+        (cuts,) = {path.parent.name for path in (folder / "runs").glob("*/manifest.json")} - {*ids}
     for command in commands:
         need = why_not(command)
         if need and not (need.endswith("--runs") and (folder / "runs" / "tables" / "lab").exists()):
             if command.split()[0] == "conceptseg" and "..." not in command:
-                composed, said = run(f"conceptseg --cfg job {command.removeprefix('conceptseg')}", folder, limit)
+                overrides = re.sub(r" (-m|--multirun)\b", "", command.removeprefix("conceptseg"))
+                composed, said = run(f"conceptseg --cfg job {overrides}", folder, limit)
                 yield Ended(page.stem, command, f"needs {need}; composes" if not composed else said, failed=bool(composed))
             else:
                 yield Ended(page.stem, command, f"needs {need}")
             continue
-        typed = NAMES.sub(lambda name: stand_ins[name[0]], command)
+        meant = dict.fromkeys(stand_ins, cuts) if "--thresholds" in command else stand_ins
+        typed = re.sub("|".join(map(re.escape, meant)) or r"(?!)", lambda name, meant=meant: meant[name[0]], command)
         started = time.monotonic()
         code, said = run(typed, folder, limit)
         print(f"{page.stem}: {typed}: {code}" + (f"\n{said}" if code else ""), file=sys.stderr, flush=True)
