@@ -19,7 +19,7 @@ from torch import Tensor
 from conceptseg.backbones.in_memory import Loaded
 from conceptseg.backbones.unets.attention_maps import CFG_ROWS, Attended, upsample
 from conceptseg.backbones.unets.unet import UNetBackbone
-from conceptseg.backbones.unets.word_tokens import POSITION_RULES, placed, positions_of, prompt_length
+from conceptseg.backbones.word_tokens import POSITION_RULES, placed, positions_of, prompt_length
 from conceptseg.errors import ConfigError, DataError, one_of, real_number, whole_number
 from conceptseg.extractors.explaining import checked_size
 from conceptseg.extractors.explanation import Explanation, remarks_on

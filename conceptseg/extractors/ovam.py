@@ -23,7 +23,7 @@ from conceptseg.backbones.in_memory import Loaded
 from conceptseg.backbones.unets.attention_maps import Attended, CrossAttention, CrossAttentionTap, grid_factor, upsample
 from conceptseg.backbones.unets.optimised_tokens import digest_of, read_tokens
 from conceptseg.backbones.unets.unet import UNetBackbone
-from conceptseg.backbones.unets.word_tokens import PlacedText, placed, positions_of
+from conceptseg.backbones.word_tokens import PlacedText, placed, positions_of
 from conceptseg.errors import ConfigError, DataError, one_of
 from conceptseg.extractors.dense_crf import DenseCRF
 from conceptseg.extractors.unet_maps import SELF, Asked, Kind, LayerSum, LayerSums, UNetMaps, check_template

@@ -29,7 +29,7 @@ from conceptseg.backbones.unets.attention_maps import (
     map_size,
 )
 from conceptseg.backbones.unets.unet import UNetBackbone
-from conceptseg.backbones.unets.word_tokens import PlacedText
+from conceptseg.backbones.word_tokens import PlacedText
 from conceptseg.errors import ConfigError, ViewError, one_of
 from conceptseg.extractors.base import Extractor
 from conceptseg.saliency.cells import Layers, background_words, softmax_of_cell, softmax_of_fold

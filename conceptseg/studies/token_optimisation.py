@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.unets.attention_maps import Attended, CrossAttentionTap, cross_attentions
-from conceptseg.backbones.unets.word_tokens import exact_positions
+from conceptseg.backbones.word_tokens import exact_positions
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.studies.entanglement import image_change
 from conceptseg.studies.folders import Generation, file_of

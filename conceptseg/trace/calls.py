@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from conceptseg.backbones.unets.word_tokens import token_ids
+from conceptseg.backbones.word_tokens import token_ids
 from conceptseg.errors import TapError, ViewError
 
 REMEMBERED = 8  # texts whose embeddings are recognised when they are handed to the pipeline

@@ -26,7 +26,7 @@ from conceptseg.backbones.unets.attention_maps import (
     kept_rows,
     reference_side,
 )
-from conceptseg.backbones.unets.word_tokens import POSITION_RULES
+from conceptseg.backbones.word_tokens import POSITION_RULES
 from conceptseg.errors import TapError
 from conceptseg.trace.calls import Call, PipelineCalls
 

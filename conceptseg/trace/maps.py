@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from conceptseg.backbones.unets.word_tokens import reference_positions, token_ids, word_spans
+from conceptseg.backbones.word_tokens import reference_positions, token_ids, word_spans
 from conceptseg.errors import ViewError
 
 MaskRule = Literal["paper", "released", "mean"]

@@ -28,7 +28,7 @@ from conceptseg.backbones.unets.attention_maps import (
     reference_half,
 )
 from conceptseg.backbones.unets.unet import UNetBackbone
-from conceptseg.backbones.unets.word_tokens import prompt_length, reference_positions
+from conceptseg.backbones.word_tokens import prompt_length, reference_positions
 from conceptseg.errors import DataError, ViewError
 from conceptseg.extractors.daam import DAAM
 from conceptseg.saliency.views import View

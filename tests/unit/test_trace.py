@@ -14,7 +14,7 @@ from diffusers import (
 from PIL import Image
 
 from conceptseg.backbones.unets.attention_maps import cross_attentions, upsample
-from conceptseg.backbones.unets.word_tokens import exact_positions, word_spans
+from conceptseg.backbones.word_tokens import exact_positions, word_spans
 from conceptseg.errors import DataError, TapError, ViewError
 from conceptseg.trace import trace
 

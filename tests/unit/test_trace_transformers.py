@@ -22,7 +22,7 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel
 
-from conceptseg.backbones.unets.word_tokens import token_ids
+from conceptseg.backbones.word_tokens import token_ids
 from conceptseg.errors import ConfigError, DataError, TapError, ViewError
 from conceptseg.lab.models import word_tokenizer
 from conceptseg.trace import trace

@@ -6,7 +6,7 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from test_trace import FOLDER
 
-from conceptseg.backbones.unets.word_tokens import occurrences, placed, positions_of
+from conceptseg.backbones.word_tokens import occurrences, placed, positions_of
 from conceptseg.data.hub import HubTable
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.protocols import Excluded, SegmentationProtocol
