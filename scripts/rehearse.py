@@ -157,18 +157,23 @@ def steps_of(lines: Sequence[tuple[float, str]]) -> list[Step]:
     return found
 
 
-def stages_of(steps: Sequence[Step], cost: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds by stage. Steps inside others count once: weights that are read while texts are encoded are reading."""
+def stages_of(steps: Sequence[Step], cost: Mapping[str, Any], end: float) -> dict[str, float]:
+    """Seconds by stage of a command that ended after `end` seconds.
+
+    Steps inside others count once: weights that are read while texts are encoded are reading, and texts that are encoded while
+    the model answers are encoding. They are if less time than the model took was left when they were done.
+    """
     encoding = [step for step in steps if step.what.startswith("encoding")]
     reading = [step for step in steps if step.what.startswith("reading")]
     within = [step for step in reading if any(e.start <= step.start and step.end <= e.end for e in encoding)]
     spent = cost.get("stages", {})
+    answering = [step for step in encoding if step.end + spent.get("model", 0.0) > end]
     beside = sum(step.seconds for step in reading if step not in within)
     return {
         "digest": sum(step.seconds for step in steps if step.what.startswith("digesting")),
         "load": sum(step.seconds for step in reading),
         "encode": sum(step.seconds for step in encoding) - sum(step.seconds for step in within),
-        "forward": max(0.0, spent.get("model", 0.0) - beside),
+        "forward": max(0.0, spent.get("model", 0.0) - beside - sum(step.seconds for step in answering)),
         "score": sum(spent.get(name, 0.0) for name in ("metrics", "pictures", "rows")),
     }
 
@@ -221,7 +226,7 @@ def rehearsed(name: str, layouts: Mapping[str, Any], overrides: Sequence[str], o
             "peak_own_bytes": memory.peak_own,
             "seconds": {
                 **({} if options.written else {"write": sum(one["seconds"] for one in repositories.values())}),
-                **stages_of(steps, cost), "command": seconds,
+                **stages_of(steps, cost, seconds), "command": seconds,
                 "processor": memory.processor,
             },
             "steps": [

@@ -177,5 +177,8 @@ def test_steps_within_encoding_are_counted_once():
     ]  # fmt: skip
     steps = rehearse.steps_of(lines)
     assert [(step.start, step.end) for step in steps] == [(1.1, 4.1), (1.0, 11.0), (11.5, 13.5)]
-    spent = rehearse.stages_of(steps, {"stages": {"model": 6.0, "metrics": 1.0}})
+    cost = {"stages": {"model": 6.0, "metrics": 1.0}}
+    spent = rehearse.stages_of(steps, cost, 18.0)
     assert spent == {"digest": 0, "load": 5.0, "encode": 7.0, "forward": 4.0, "score": 1.0}
+    inside = [(1.0, "encoding 2 names with CLIP ..."), (5.0, "encoding 2 names with CLIP: 4.0 s")]
+    assert rehearse.stages_of(rehearse.steps_of(inside), cost, 8.0)["forward"] == 2.0
