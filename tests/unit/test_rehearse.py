@@ -160,7 +160,7 @@ def test_the_same_layout_gives_the_same_bytes(tmp_path):
 
 def test_the_page_has_the_results():
     root = Path(__file__).parents[2]
-    results = json.loads((root / "benchmarks" / "rehearsal" / "results.json").read_text(encoding="utf-8"))
+    results = json.loads((root / "benchmarks" / "rehearsal" / "figures.json").read_text(encoding="utf-8"))
     page = (root / "docs" / "rehearsal.md").read_text(encoding="utf-8")
     assert "\n".join(rehearse.table_of(results)) in page
     assert {one["status"] for one in results.values()} == {"row"} and {one["provenance"] for one in results.values()} == {
