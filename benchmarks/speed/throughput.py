@@ -40,7 +40,7 @@ class RandomFiles:
         with torch.device("meta"):
             whole = FluxTransformer2DModel.from_config({**backbone.config, "num_single_layers": 0})
         self.shapes = {name: weight.shape for name, weight in whole.named_parameters()}
-        self.device, self.dtype = backbone.device, backbone.dtype
+        self.checkpoint, self.device, self.dtype = backbone.checkpoint, backbone.device, backbone.dtype
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         for name in names:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from conceptseg import config as configuration
+from conceptseg import targets
 from conceptseg.data.base import SegmentationDataset
 from conceptseg.keys import run_id
 from conceptseg.protocols import SegmentationProtocol
@@ -137,12 +137,12 @@ def make(folder: Path, images: int, methods: int = METHODS) -> Path:
     block = Block("Made up", f"{images} images", "as it is v1", "One word an image.", tuple(rows))
     table = Results("made", "A large table", "python large_page.py", "0", tuple(columns), (block,), interval="made up")
     module = __name__ if __name__ != "__main__" else Path(__file__).stem
-    known = configuration.packages
-    configuration.packages = lambda: [module]  # as if this module were an installed package of the entry point group
+    known = targets.packages
+    targets.packages = lambda: [module]  # as if this module were an installed package of the entry point group
     try:
         return write_html(table, folder / "runs", folder / "page")
     finally:
-        configuration.packages = known
+        targets.packages = known
 
 
 METRICS: Sequence[str] = ("accuracy", "miou", "ap")

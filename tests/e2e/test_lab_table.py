@@ -183,7 +183,7 @@ def test_controls_score_their_closed_forms(rows, block):
 def test_a_table_says_where_its_results_and_pictures_are_and_how_to_publish_it(shared, table):
     assert "oracle" in table.out and "ConceptAttention" in table.out
     folder = shared.folder / "runs" / "tables" / "lab"
-    (page,) = (line.partition("Page: ")[2] for line in table.out.splitlines() if "Page: " in line)
+    (page,) = (line.partition("Page: ")[2].partition(" (all: ")[0] for line in table.out.splitlines() if "Page: " in line)
     assert shared.folder / page == folder / "lab.html" and (shared.folder / page).exists()
     (beside,) = (line.partition(": ")[2] for line in table.out.splitlines() if line.startswith("Beside it: "))
     assert beside.split(", ") == ["results.json", "lab.csv", "lab.tex", "sheet.png"]
@@ -211,8 +211,9 @@ def test_a_finished_table_composes_nothing_and_builds_and_loads_no_model(shared,
 import sys
 import hydra
 def refuse(*args, **settings): raise AssertionError("a finished table asked for this")
-hydra.compose = refuse
-if not {marked}:
+if {marked}:
+    hydra.compose = refuse
+else:
     import torch
     torch.nn.Module.__init__ = refuse
 from conceptseg.cli.evaluate import evaluate
