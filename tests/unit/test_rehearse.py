@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from composing import plainly
 from transformers import AutoTokenizer
 
 from conceptseg.backbones.encoders.vit import ViTBackbone
 from conceptseg.data.digests import Extent, content_digests
 from conceptseg.data.made import made_scenes, write_voc
+from conceptseg.targets import instantiate
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
@@ -120,6 +122,18 @@ def test_every_rehearsed_sheet_is_one_of_the_packages_and_has_a_layout():
     read = [(name, "backbone") for name in layouts["sheets"]]
     read += [(sheet, key) for about in layouts["sheets"].values() for key, sheet in about.get("models", {}).items()]
     assert [name for name, _ in read if rehearse.settings_of(name)["path"] not in layouts["repositories"]] == []
+
+
+def test_every_rehearsal_scores_what_its_method_gives():
+    refused = []
+    for name, about in yaml.safe_load(rehearse.LAYOUTS.read_text(encoding="utf-8"))["sheets"].items():
+        sheets = {"backbone": name, **about.get("models", {})}
+        given = [] if any(word.startswith("experiment=") for word in about["run"]) else ["dataset=pascal_voc"]
+        config = plainly(*given, *about["run"], *(f"backbone@extractor.{key}={one}" for key, one in sheets.items()))
+        protocol, extractor = (instantiate(config[part], part) for part in ("protocol", "extractor"))
+        if not extractor.comparable and all(one.decision.startswith("argmax") for one in protocol.segmenters):
+            refused.append(name)
+    assert refused == []
 
 
 def test_a_rehearsal_ends_in_a_row_and_leaves_nothing(tmp_path, capsys):
