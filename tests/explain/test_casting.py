@@ -1,12 +1,9 @@
 """Weights of 16 bits on a processor without instructions for them: float32 arithmetic, the same weights, another run id."""
 
 import logging
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tiny import tiny_flux
 from torch import nn
 
@@ -93,30 +90,3 @@ def test_a_pass_that_ends_inside_of_a_block_leaves_the_weights_as_they_are_store
         model.blocks[0](model.table(torch.tensor([1])))
     assert [weight.data_ptr() for weight in model.parameters()] == before
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
-
-
-def resident_bytes_of(file):
-    lines = Path("/proc/self/smaps").read_text().splitlines()
-    at = [n for n, line in enumerate(lines) if line.endswith(str(file))]
-    assert at, "the file is not mapped"
-    return sum(1024 * int(next(line for line in lines[n:] if line.startswith("Rss:")).split()[1]) for n in at)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="gives pages back on Linux only")
-def test_pages_of_a_weight_file_leave_memory_once_a_block_has_run_but_never_what_was_written_to(tmp_path):
-    width, count = 1024, 8
-    drawn = torch.randn(count, width, width, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-    file = tmp_path / "model.safetensors"
-    save_file({f"blocks.{n}.weight": drawn[n].clone() for n in range(count)}, file)
-    model = nn.Module()
-    model.blocks = nn.ModuleList([nn.Linear(width, width, bias=False, device="meta") for _ in range(count)])
-    model.load_state_dict(load_file(file), assign=True)
-    model.blocks[0].weight.data[3, 5] = 7.0  # in memory alone, not in the file
-    drawn[0, 3, 5] = 7.0
-    model = cast_while_running(model, torch.float32)
-
-    with torch.inference_mode():
-        for _ in range(2):
-            for block, weight in zip(model.blocks, drawn, strict=True):
-                assert torch.equal(block(torch.eye(width)), weight.float().T)
-    assert 0 < resident_bytes_of(file) < 2.5 * width * width  # of 2 bytes a weight, 16 MB in all: the block that was written to

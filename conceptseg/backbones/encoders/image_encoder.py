@@ -6,7 +6,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from conceptseg.announcing import announced
 from conceptseg.backbones.base import GREATEST_SIDE, RESIZES, Backbone, Checkpoint, stack_images
 from conceptseg.backbones.encoders.tower import Tower
+from conceptseg.backbones.file_pages import give_back
 from conceptseg.backbones.random_weights import RandomWeights
 from conceptseg.backbones.settings import device_of, dtype_of
 from conceptseg.backbones.taps import TapSet
@@ -249,7 +250,20 @@ def checkpoint_weights(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], checkpoint: Checkpoint, config: str) -> None:
-    """Load tensors [...] by parameter name, each shaped like its parameter. Raises ConfigError if names or shapes differ."""
+    """Copy tensors [...] by parameter name, each shaped like its parameter. Raises ConfigError if names or shapes differ.
+
+    Pages of a mapped file leave memory once they were copied, so that weights are not in memory twice.
+    """
+
+    def leave(prefix: str, module: nn.Module, keys: Any) -> None:
+        for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if f"{prefix}{name}" in state:
+                give_back(state[f"{prefix}{name}"])
+
+    hooks = [
+        module.register_load_state_dict_post_hook(partial(leave, f"{name}." if name else ""))
+        for name, module in model.named_modules()
+    ]
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -258,3 +272,6 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], checkpoint: Checkp
             f'extractor.backbone.path "{checkpoint.path}": its weights are not those of the {type(model).__name__} that its '
             f"{config} describes: {' '.join(lines[1:3])}"
         ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
