@@ -1,5 +1,6 @@
 """CogVideoX from a tiny checkpoint: frames in, maps of frames x height x width out."""
 
+import json
 import shutil
 
 import numpy as np
@@ -126,3 +127,14 @@ def test_a_prompt_gives_frames_a_sheet_and_a_moving_picture(method, tmp_path):
 def test_frames_that_the_autoencoder_cannot_take_are_refused():
     with pytest.raises(ConfigError, match=r"frames is 5; .* 8k \+ 1 is wanted, for example 1\."):
         CogVideoXBackbone("lab:none", frames=5)
+
+
+def test_a_text_length_that_added_positions_do_not_fit_is_refused_before_encoding(tmp_path):
+    folder = tiny_cogvideox(tmp_path)
+    file = tmp_path / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_rotary_positional_embeddings": False}))
+    with pytest.raises(ConfigError, match=r"text_tokens is 6; .* texts of 8 tokens .*text_tokens=8 is wanted"):
+        CogVideoXBackbone(folder, image_size=32, text_tokens=6).prompts(["a fish"])
+    image = np.zeros((32, 32, 3), np.uint8)
+    whole = ConceptAttention.from_pretrained(folder, image_size=32, text_tokens=8)
+    assert whole.explain(image[None], WORDS, caption="a fish").scores.shape == (3, 1, 2, 2)

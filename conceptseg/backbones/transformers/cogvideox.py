@@ -120,6 +120,12 @@ class CogVideoXBackbone(MultiModalBackbone):
         return self.placed(self.part("text_encoder", T5EncoderModel, torch_dtype=self.stored_dtype))
 
     def encode(self, strings: Sequence[str]) -> Iterable[TextRecord]:
+        positions = int(self.config["max_text_seq_length"])
+        if not self.config.get("use_rotary_positional_embeddings") and self.text_tokens != positions:
+            raise ConfigError(
+                f"extractor.backbone.text_tokens is {self.text_tokens}; this checkpoint adds positions to texts of {positions} "
+                f"tokens and to the video after them, so extractor.backbone.text_tokens={positions} is wanted."
+            )
         ids = self.tokenizer(
             list(strings), padding="max_length", truncation=True, max_length=self.text_tokens, return_tensors="pt"
         ).input_ids
