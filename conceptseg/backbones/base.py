@@ -53,6 +53,8 @@ class Backbone(ABC):
     """Base of every class that wraps a model. A configuration may name only subclasses of it as a part of an extractor."""
 
     checkpoint: Checkpoint
+    classifies: ClassVar[bool] = False
+    """Whether it names one of its own classes, so that deletion and insertion can ask it again."""
     denoises: ClassVar[bool] = False
     """Whether it denoises latents, of images of any size that its tokens tile: see `LatentCheckpoint`."""
 

@@ -71,10 +71,10 @@ def report() -> int:
         write(said.results, said.benchmarks)
         print(f"{said.results} and the README.md files in {said.benchmarks}: up to date")
         return 0
-    paths = _paths(said.table or (), said.benchmarks, said.runs / "tables")
-    found = [load(path) for path in paths]
     settings = _settings(said.settings)
     selection = Selection.of(settings)
+    paths = _paths(said.table or (), said.benchmarks, said.runs / "tables")
+    found = [load(path) for path in paths]
     if said.export:
         return _export(found, said.runs, said.export, said.pictures, said.gallery or (), selection)
     if said.every_eval_ever:

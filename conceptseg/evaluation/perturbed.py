@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from conceptseg.backbones.encoders.vit import ViTBackbone
 from conceptseg.errors import ConfigError
 from conceptseg.extractors.base import WITHOUT_WORDS, Extractor
 from conceptseg.metrics.installed import MapMetric
@@ -19,16 +19,34 @@ from conceptseg.segment.resize import bilinear
 from conceptseg.types import BACKGROUND, Task
 
 
-def classifier_of(extractor: Extractor, metrics: Sequence[MapMetric]) -> ViTBackbone:
+class Classifier(Protocol):
+    """A backbone with `classifies`, as the loop asks it again. Named here, so that runs do not answer for a model's code."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images that it is shown."""
+
+    def images(self, tasks: Sequence[Task]) -> Float[Tensor, "B 3 H W"]:
+        """Return normalised images."""
+
+    def run(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K"]:
+        """Return one logit per class."""
+
+    def named(self, names: Sequence[str]) -> Any:
+        """Return the classes of words."""
+
+
+def classifier_of(extractor: Extractor, metrics: Sequence[MapMetric]) -> Classifier:
     """The classifier that a method reads. Raises ConfigError for a method that has none; no weights are read."""
-    backbone = extractor.parts().get("backbone")
-    if not isinstance(backbone, ViTBackbone):
+    backbone: Any = extractor.parts().get("backbone")
+    if not getattr(backbone, "classifies", False):
         raise ConfigError(
             f"protocol.measures names {', '.join(m.name for m in metrics)}, which ask a classifier again, and "
             f"{type(extractor).__name__} has none. Leave them out, or choose a method on a supervised ViT, such as "
             f"extractor=transinterp or attnlrp."
         )
-    return backbone
+    found: Classifier = backbone
+    return found
 
 
 def perturbed(
@@ -56,7 +74,7 @@ def perturbed(
     return found
 
 
-def _explained(extractor: Extractor, backbone: ViTBackbone, task: Task, shown: Tensor) -> Iterator[tuple[int, int]]:
+def _explained(extractor: Extractor, backbone: Classifier, task: Task, shown: Tensor) -> Iterator[tuple[int, int]]:
     """(channel, class) pairs: the predicted class for a method that is given no word, else each present word's."""
     if extractor.told in WITHOUT_WORDS:
         yield 0, int(backbone.run(shown).argmax(1))
@@ -68,5 +86,5 @@ def _explained(extractor: Extractor, backbone: ViTBackbone, task: Task, shown: T
             yield channel, int(index)
 
 
-def _probability(backbone: ViTBackbone, index: int, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, " N"]:
+def _probability(backbone: Classifier, index: int, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, " N"]:
     return torch.softmax(backbone.run(images).float(), dim=1)[:, index]

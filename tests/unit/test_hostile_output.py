@@ -102,5 +102,7 @@ def test_full_outputs_and_lost_folders_end_a_command_with_one_line(tmp_path):
             ("working directory no longer exists", "os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')", None),
         ):
             run = [sys.executable, "-c", command.format(before=before)]
-            ended = subprocess.run(run, stdout=stdout, stderr=-1, text=True, cwd=tmp_path)
+            ended = subprocess.run(
+                run, stdout=stdout, stderr=-1, text=True, cwd=tmp_path if before else Path(__file__).parents[2]
+            )
             assert ended.returncode == 1 and reason in ended.stderr and ended.stderr.count("\n") == 1, ended.stderr

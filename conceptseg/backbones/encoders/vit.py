@@ -34,6 +34,7 @@ class ViTBackbone(ImageEncoder):
     """
 
     family = "vit"
+    classifies = True
 
     def __init__(
         self, path: str, trained_on: str, architecture: str | None = None, file: str = "model.safetensors", **settings: Any
