@@ -97,7 +97,8 @@ def main() -> int:
                 for name, by_metric in deviations.items()
             }
     elif said.power:
-        raise ConfigError("--power compares runs, and one was named. Name the baseline and another run.")
+        few = "those named differ in their seeds alone" if len(found) > 1 else "one run was named"
+        raise ConfigError(f"--power compares methods, and {few}. Name the baseline and a run of another method.")
     several = {name: members for name, members in groups.items() if len(members) > 1}
     body["seeds"] = {name: seed_spread(definitions, {m.name: m.rows for m in members}) for name, members in several.items()}
     if said.by:
