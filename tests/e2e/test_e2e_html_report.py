@@ -267,7 +267,7 @@ def test_the_keyboard_keeps_its_place_when_a_gallery_is_drawn_again(chromium, la
     window.locator(".card .boxes").first.focus()
     for _ in range(20):
         window.keyboard.press("Tab")
-    window.wait_for_timeout(100)
+        window.wait_for_function("document.activeElement.closest('.card')")  # a gallery that is drawn again gives it back
     assert window.evaluate("document.activeElement.closest('.card').dataset.place") is not None
     window.close()
 
