@@ -35,7 +35,7 @@ ARGS = (
 
 
 def called(command, *words):
-    """What a command printed and said, and its exit code."""
+    """Return stdout, stderr and the exit code of a command."""
     out, err = sys.stdout, sys.stderr
     import io
 

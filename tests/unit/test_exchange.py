@@ -49,7 +49,7 @@ RECORD = {
         "?generation_config": {"?generation_args": {"?execution_command": TEXT}, "?additional_details": TEXTS},
     }],
 }  # fmt: skip
-"""What eval.schema.json 0.2.2 asks of the keys that are written."""
+"""Types that eval.schema.json 0.2.2 asks of the keys that are written."""
 
 
 def faults(value, wanted, at="record"):
@@ -110,7 +110,7 @@ def test_records_fit_the_schema_and_hold_every_computed_number(tmp_path):
 
 
 def said_by(command, capsys, code=0):
-    """What a command says on stdout and stderr, and that it ends with this code."""
+    """Return stdout and stderr of a command, which must end with this code."""
     with pytest.raises(SystemExit) as ended:
         command()
     assert ended.value.code == code
