@@ -7,9 +7,11 @@ import timm
 import torch
 from open_clip.model import CLIP
 from safetensors.torch import save_file
+from transformers import SiglipConfig, SiglipModel
 
 from conceptseg.backbones.encoders.activations import tap_activations
 from conceptseg.backbones.encoders.clip import CLIPBackbone
+from conceptseg.backbones.encoders.siglip import SigLIPBackbone
 from conceptseg.backbones.encoders.vit import ViTBackbone
 from conceptseg.backbones.taps import TapSet
 from conceptseg.data.drawings import OBJECTS
@@ -81,6 +83,28 @@ def tiny_clip(folder, dtype="float32", image_size=None, templates=("a {}", "on a
     return CLIPBackbone(
         str(write_clip(folder, **settings)), dtype=dtype, image_size=image_size, templates=list(templates), labels=labels
     )
+
+
+SIGLIP_SIZES = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
+
+
+def write_siglip(folder, seed=2):
+    """A folder that transformers' SiglipModel saves, with a tokenizer of one token a word; returns the stock model."""
+    words = word_tokenizer(12, begin=True)
+    text = {**SIGLIP_SIZES, "vocab_size": len(words), "max_position_embeddings": 12, "pad_token_id": words.pad_token_id}
+    vision = {**SIGLIP_SIZES, "image_size": 24, "patch_size": 8}
+    model = randomised(SiglipModel(SiglipConfig(text_config=text, vision_config=vision)), seed).eval()
+    model.logit_scale.data.fill_(1.5)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    (folder / "card.json").write_text(json.dumps({"provenance": "random"}))
+    return model
+
+
+def tiny_siglip(folder, dtype="float32", image_size=None, templates=("a {}", "on a {}"), labels="scenes"):
+    write_siglip(folder)
+    return SigLIPBackbone(str(folder), dtype=dtype, image_size=image_size, templates=list(templates), labels=labels)
 
 
 def task(image, names=("apple", "grass", "sky"), labels=(1, 0, 0), key="made/0"):

@@ -34,7 +34,7 @@ from conceptseg.types import Provenance
 
 log = logging.getLogger(__name__)
 
-RESIZES = ("nearest", "bicubic")
+RESIZES = ("nearest", "bilinear", "bicubic")
 GREATEST_SIDE = 8192  # pixels that a model may be shown
 
 LOADING_ERRORS = (
@@ -325,8 +325,8 @@ def stack_images(
 ) -> Float[Tensor, "B 3 h w"]:
     """Stack images of any size, [H W 3] in 0..1 each, at one size. The device also resizes: a host would hold up the model.
 
-    size: (h, w) in pixels. resize: "nearest" takes the pixel at floor(i · H / h), as torch does; "bicubic" is antialiased, and
-    what it overshoots is cut back to 0..1. dtype: what they are resized in, float32 or float64.
+    size: (h, w) in pixels. resize: "nearest" takes the pixel at floor(i · H / h), as torch does; "bilinear" and
+    "bicubic" are antialiased, and what overshoots is cut back to 0..1. dtype: what they are resized in, float32 or float64.
     """
     resized = []
     for image in images:
@@ -336,7 +336,7 @@ def stack_images(
             if resize == "nearest":
                 tensor = interpolate(tensor, size=size, mode="nearest")
             else:
-                tensor = interpolate(tensor, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+                tensor = interpolate(tensor, size=size, mode=resize, antialias=True).clamp(0, 1)
         resized.append(tensor[0])
     return torch.stack(resized)
 

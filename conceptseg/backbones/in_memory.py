@@ -15,7 +15,7 @@ from torch import nn
 
 from conceptseg.backbones.base import Backbone, LoadedCheckpoint
 from conceptseg.backbones.sheet_files import sheet_of
-from conceptseg.backbones.sheets import CLIP, UNET, VIT, families
+from conceptseg.backbones.sheets import CLIP, SIGLIP, UNET, VIT, families
 from conceptseg.errors import ConfigError, did_you_mean
 
 Loaded: TypeAlias = Any
@@ -37,7 +37,7 @@ def backbone_from(model: Any) -> Any:
     if hasattr(first, "components"):
         return _of_pipeline(first)
     if isinstance(first, nn.Module):
-        for build in (_of_clip, _of_vit, _of_transformers):
+        for build in (_of_clip, _of_vit, _of_siglip, _of_transformers):
             found = build(first, second)
             if found is not None:
                 return found
@@ -153,6 +153,20 @@ def _of_vit(model: nn.Module, _: Any) -> Backbone | None:
         "pretrained_cfg": {"input_size": (3, *size), "mean": about["mean"], "std": about["std"]},
     }
     found.model = model
+    return found
+
+
+def _of_siglip(model: nn.Module, processor: Any) -> Backbone | None:
+    if type(model).__name__ != "SiglipModel" or processor is None:
+        return None
+    config: Any = model.config
+    found = _built(
+        SIGLIP, str(config._name_or_path or "SiglipModel"), {"model": model}, next(model.parameters()).device, model,
+        trained_on="images and captions",
+    )  # fmt: skip
+    found.config = config.to_dict()
+    found._preprocessing = {"image_mean": processor.image_processor.image_mean, "image_std": processor.image_processor.image_std}
+    found.siglip, found.tokenizer = model, processor.tokenizer
     return found
 
 

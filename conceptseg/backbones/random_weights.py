@@ -14,9 +14,9 @@ from conceptseg.keys import digest
 
 BLOCKS = (
     "transformer_blocks", "single_transformer_blocks", "layers", "down_blocks", "mid_block", "up_blocks", "blocks",
-    "visual.transformer.resblocks",
+    "visual.transformer.resblocks", "vision_model.encoder.layers",
 )  # fmt: skip
-"""Places of a model's blocks, in the order in which they compute; of CLIP the image tower's."""
+"""Places of a model's blocks, in the order in which they compute; of CLIP and SigLIP the image tower's."""
 SETTING = "extractor.backbone.randomise"
 
 

@@ -35,6 +35,7 @@ def families() -> dict[str, str]:
 
 UNET = "conceptseg.backbones.unets.unet.UNetBackbone"
 CLIP = "conceptseg.backbones.encoders.clip.CLIPBackbone"
+SIGLIP = "conceptseg.backbones.encoders.siglip.SigLIPBackbone"
 VIT = "conceptseg.backbones.encoders.vit.ViTBackbone"
 
 
@@ -81,6 +82,8 @@ def _described(path: str, revision: str | None, family: str | None) -> dict[str,
                 classifies = any("ImageClassification" in name for name in config.get("architectures") or ())
                 trained_on = "class labels" if classifies or config.get("num_classes") else "images"
                 return {"_target_": VIT, "trained_on": trained_on}
+            if config.get("model_type") in ("siglip", "siglip2"):
+                return {"_target_": SIGLIP, "trained_on": "images and captions"}
             raise ConfigError(
                 f'"{path}": its config.json is of {" ".join(config.get("architectures") or ["an unknown model"])}, which does '
                 f"not say how images are prepared. Name the sheet and the folder: backbone=<sheet of conf/backbone>, "

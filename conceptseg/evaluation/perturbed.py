@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -29,11 +29,14 @@ class Classifier(Protocol):
     def images(self, tasks: Sequence[Task]) -> Float[Tensor, "B 3 H W"]:
         """Return normalised images."""
 
-    def run(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K"]:
-        """Return one logit per class."""
+    def run(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B k"]:
+        """Return the model's outputs."""
 
-    def named(self, names: Sequence[str]) -> Any:
-        """Return the classes of words."""
+    def class_logits(self, output: Float[Tensor, "B k"], words: Sequence[str]) -> Float[Tensor, "B K"]:
+        """Return one logit per class; a zero-shot classifier has the words among its classes."""
+
+    def class_of(self, word: str, words: Sequence[str]) -> int:
+        """Return the place of a word among the classes."""
 
 
 def classifier_of(extractor: Extractor, metrics: Sequence[MapMetric]) -> Classifier:
@@ -42,8 +45,8 @@ def classifier_of(extractor: Extractor, metrics: Sequence[MapMetric]) -> Classif
     if not getattr(backbone, "classifies", False):
         raise ConfigError(
             f"protocol.measures names {', '.join(m.name for m in metrics)}, which ask a classifier again, and "
-            f"{type(extractor).__name__} has none. Leave them out, or choose a method on a supervised ViT, such as "
-            f"extractor=transinterp or attnlrp."
+            f"{type(extractor).__name__} has none. Leave them out, or choose a method on a supervised ViT or on CLIP, such as "
+            f"extractor=transinterp or textspan."
         )
     found: Classifier = backbone
     return found
@@ -56,35 +59,32 @@ def perturbed(
     backbone = classifier_of(extractor, metrics)
     with torch.no_grad():
         shown = backbone.images([task])
-        asked = list(_explained(extractor, backbone, task, shown))
+        words = _words(extractor, task)
+        given = list(words.values())
+        if extractor.told in WITHOUT_WORDS:
+            asked = [(0, int(backbone.class_logits(backbone.run(shown), ()).argmax(1)))]
+        else:
+            asked = [(channel, backbone.class_of(word, given)) for channel, word in words.items()]
         found: dict[str, dict[str, float]] = {}
         for view, scores in maps.items():
             enlarged = bilinear(scores, backbone.image_size)
-            found[view] = {
-                metric.name: float(
-                    np.mean(
-                        [
-                            AGAIN[metric.name](shown[0], enlarged[c], partial(_probability, backbone, k), task.key)
-                            for c, k in asked
-                        ]
-                    )
-                )
-                for metric in metrics
-            }
+            found[view] = {}
+            for metric in metrics:
+                values = [
+                    AGAIN[metric.name](shown[0], enlarged[channel], partial(_probability, backbone, index, given), task.key)
+                    for channel, index in asked
+                ]
+                found[view][metric.name] = float(np.mean(values))
     return found
 
 
-def _explained(extractor: Extractor, backbone: Classifier, task: Task, shown: Tensor) -> Iterator[tuple[int, int]]:
-    """(channel, class) pairs: the predicted class for a method that is given no word, else each present word's."""
+def _words(extractor: Extractor, task: Task) -> dict[int, str]:
+    """Channel -> word that is there; empty for a method that is given no word, whose classifier's own prediction is explained."""
     if extractor.told in WITHOUT_WORDS:
-        yield 0, int(backbone.run(shown).argmax(1))
-        return
-    for channel, (word, label) in enumerate(zip(task.concepts.names, task.concepts.labels, strict=True)):
-        if label != BACKGROUND and channel not in task.concepts.distractors:
-            index = backbone.named([word]).index
-            assert index is not None
-            yield channel, int(index)
+        return {}
+    named = enumerate(zip(task.concepts.names, task.concepts.labels, strict=True))
+    return {c: word for c, (word, label) in named if label != BACKGROUND and c not in task.concepts.distractors}
 
 
-def _probability(backbone: Classifier, index: int, images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, " N"]:
-    return torch.softmax(backbone.run(images).float(), dim=1)[:, index]
+def _probability(backbone: Classifier, index: int, words: Sequence[str], images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, " N"]:
+    return torch.softmax(backbone.class_logits(backbone.run(images), words).float(), dim=1)[:, index]

@@ -47,6 +47,7 @@ def relevance_forward(tower: Tower, images: Float[Tensor, "B 3 H W"]) -> Float[T
 
     Returns the class token after the final norm and projection, of r features.
     """
+    assert tower.class_token is not None, "methods that read it refuse other towers"
     patches = conv2d(images, tower.patch.weight, tower.patch.bias, stride=tower.patch.weight.shape[-2:])
     tokens = torch.cat([tower.class_token.expand(len(images), 1, -1), rearrange(patches, "B d h w -> B (h w) d")], dim=1)
     x = identity_norm(tower.pre_norm, tokens + tower.positions)

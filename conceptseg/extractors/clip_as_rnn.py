@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from conceptseg.backbones.base import stack_images
-from conceptseg.backbones.encoders.clip import CLIPBackbone
+from conceptseg.backbones.encoders.image_text import ImageTextEncoder
 from conceptseg.backbones.encoders.tower import Tower, tap_block, tap_normed
 from conceptseg.backbones.in_memory import Loaded
 from conceptseg.backbones.sheets import CLIP
@@ -51,12 +51,12 @@ class CLIPasRNN(ImageModelMethod):
     told = "true name"
     comparable = False
     family = CLIP
-    backbone: CLIPBackbone
+    backbone: ImageTextEncoder
 
     def __init__(
         self,
-        backbone: CLIPBackbone | Loaded,
-        judge: CLIPBackbone | Loaded,
+        backbone: ImageTextEncoder | Loaded,
+        judge: ImageTextEncoder | Loaded,
         background: Sequence[Any],
         prompts: Sequence[str] = PROPOSAL_PROMPTS,
         mask_level: float = 0.4,
@@ -112,7 +112,7 @@ class CLIPasRNN(ImageModelMethod):
         shown = Batch(tuple(replace(task, image=outlined(task.image, mask.cpu().numpy())) for mask in masks))
         with torch.no_grad():
             vectors = normalize(self.judge.run(self.judge.images(shown.tasks)), dim=-1)
-            scale = self.judge.clip.get_parameter("logit_scale").exp()
+            scale = self.judge.logit_scale
             found = [(scale * vectors @ self.judge.text_vectors(words, [p]).T).softmax(-1).diagonal() for p in self.prompts]
         return torch.stack(found).mean(0)
 
@@ -120,7 +120,7 @@ class CLIPasRNN(ImageModelMethod):
 class _Proposals:
     """CLIP-ES: GradCAM of a text at the last block, spread by the last blocks' attention; one forward pass per batch."""
 
-    def __init__(self, backbone: CLIPBackbone | Loaded, batch: Batch) -> None:
+    def __init__(self, backbone: ImageTextEncoder | Loaded, batch: Batch) -> None:
         tower = backbone.tower
         depth = len(tower.blocks)
         self.backbone, self.tower = backbone, tower
@@ -141,7 +141,7 @@ class _Proposals:
     ) -> Float[Tensor, "n h w"]:
         """A map in 0..1 for each word of one image."""
         texts = self.backbone.text_vectors([*words, *ground], prompts)
-        scale = self.backbone.clip.get_parameter("logit_scale").exp()
+        scale = self.backbone.logit_scale
         maps = []
         for index in range(len(words)):
             cam = self._cam(number, texts, index, scale)

@@ -45,6 +45,7 @@ class GEM(PatchTextMethod):
     """
 
     version = 1
+    reads_class_token = True  # its stream ends in the projection of that token; through a pooling head it has no definition
 
     def __init__(self, backbone: ImageEncoder | Loaded, layers: int = 6, iterations: int = 1) -> None:
         super().__init__(backbone)

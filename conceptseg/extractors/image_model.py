@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
+from typing import ClassVar
 
 import torch
 from einops import rearrange, repeat
@@ -12,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
-from conceptseg.backbones.encoders.clip import CLIPBackbone
 from conceptseg.backbones.encoders.image_encoder import Explained, ImageEncoder
+from conceptseg.backbones.encoders.image_text import ImageTextEncoder
 from conceptseg.backbones.encoders.tower import tap_attended, tap_input, tap_normed
 from conceptseg.backbones.encoders.transformers_model import TransformersBackbone
 from conceptseg.backbones.in_memory import Loaded, backbone_from
@@ -23,6 +24,8 @@ from conceptseg.errors import ConfigError, one_of
 from conceptseg.extractors.base import OneView
 from conceptseg.types import BACKGROUND, Batch, Told
 
+POOLED = "extractor=maskclip, sclip, clearclip, naclip, legrad or integrated_gradients_clip"
+"""Methods that read models with a pooling head, for messages."""
 TOLD_BY_CLASS: dict[str, Told] = {"predicted": "own prediction", "given": "true name"}
 
 
@@ -40,9 +43,23 @@ class ModelMethod(OneView):
 
 
 class ImageModelMethod(ModelMethod):
-    """A method that shows images, as they are, to one encoder."""
+    """A method that shows images, as they are, to one encoder.
+
+    reads_class_token: whether it needs the class token, or a block's attention of one. A method that does not may be given a
+    model that pools its patches by attention, whose pooling head is the tower's last block.
+    """
 
     backbone: ImageEncoder
+    reads_class_token: ClassVar[bool] = True
+
+    def __init__(self, backbone: ImageEncoder | Loaded) -> None:
+        super().__init__(backbone)
+        if self.reads_class_token and not getattr(self.backbone, "has_class_token", True):
+            raise ConfigError(
+                f"extractor.backbone is a {type(self.backbone).__name__}, which pools its patches by attention and has no class "
+                f"token, and {type(self).__name__} reads that token in the blocks. Choose a method that reads the pooling head "
+                f"({POOLED}), or a CLIP model (backbone@extractor.backbone=lab_clip or clip_vit_b_16_laion2b)."
+            )
 
 
 def on_every_channel(batch: Batch, maps: Float[Tensor, "B h w"]) -> Float[Tensor, "B C h w"]:
@@ -133,7 +150,8 @@ class PatchTextMethod(ImageModelMethod):
     told = "true name"
     windowed = True
     family = CLIP
-    backbone: CLIPBackbone
+    reads_class_token = False
+    backbone: ImageTextEncoder
 
     def __init__(self, backbone: ImageEncoder | Loaded) -> None:
         super().__init__(needs_text(backbone))
@@ -146,7 +164,10 @@ class PatchTextMethod(ImageModelMethod):
         return self.backbone.tower.query_key_value(-1, normed)
 
     def before_last_block(self, batch: Batch) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "B T d"]]:
-        """Return the residual stream that enters the last block, and the same after the block's first norm."""
+        """Return the residual stream that enters the last block, and the same after the block's first norm.
+
+        Of a pooling head, the last block of a model that has one, both are the patches after the final norm.
+        """
         tower, last = self.backbone.tower, len(self.backbone.tower.blocks) - 1
         stream: list[Tensor] = []
         normed: list[Tensor] = []
@@ -161,12 +182,13 @@ class PatchTextMethod(ImageModelMethod):
     ) -> Float[Tensor, "B h w r"]:
         """Return patch vectors from what the last block's attention gathered, through its output projection.
 
-        entering: the residual stream before the block, which is then added, and the MLP applied; None leaves both out.
+        entering: the residual stream before the block, which is then added, and the MLP applied; None leaves both out. A pooling
+        head has no such residual, so there the MLP alone is kept.
         """
         tower, block = self.backbone.tower, self.backbone.tower.blocks[-1]
         x = linear(rearrange(mixed, "B A T k -> B T (A k)"), block.proj.weight, block.proj.bias)
         if entering is not None:
-            x = entering + x
+            x = x if block.pools else entering + x
             hidden = block.activation(linear(block.second_norm(x), block.up.weight, block.up.bias))
             x = x + linear(hidden, block.down.weight, block.down.bias)
         return rearrange(self.backbone.project(x[:, tower.prefix :]), "B (h w) r -> B h w r", h=tower.grid[0])
@@ -182,16 +204,16 @@ class PatchTextMethod(ImageModelMethod):
             return torch.einsum("bhwk,bck->bchw", vectors, words)
 
 
-def word_vectors(backbone: CLIPBackbone, batch: Batch) -> Float[Tensor, "B C k"]:
+def word_vectors(backbone: ImageTextEncoder, batch: Batch) -> Float[Tensor, "B C k"]:
     """Return unit vectors of the words of each image."""
     flat = [name for concepts in batch.concepts for name in concepts.names]
     return rearrange(backbone.text_vectors(flat), "(B C) k -> B C k", B=len(batch))
 
 
-def needs_text(backbone: ImageEncoder | Loaded) -> CLIPBackbone:
+def needs_text(backbone: ImageEncoder | Loaded) -> ImageTextEncoder:
     """The encoder itself. Raises ConfigError for one that reads no text."""
     backbone = backbone_from(backbone)
-    if not isinstance(backbone, CLIPBackbone):
+    if not isinstance(backbone, ImageTextEncoder):
         raise ConfigError(
             f"extractor.backbone is a {type(backbone).__name__}, which reads no text, and this method compares patches with "
             f"words. Choose a CLIP model (backbone@extractor.backbone=lab_clip or clip_vit_b_16_laion2b)."

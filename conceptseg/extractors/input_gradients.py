@@ -27,6 +27,8 @@ class InputGradients(ClassMethod):
     sign: "absolute" sums absolute values over colours, "signed" the values themselves.
     """
 
+    reads_class_token = False
+
     def __init__(self, backbone: ImageEncoder, explained_class: str, sign: str) -> None:
         super().__init__(backbone, explained_class)
         one_of("extractor.sign", sign, SIGNS)

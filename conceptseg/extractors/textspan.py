@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from conceptseg.backbones.encoders.clip import CLIPBackbone
 from conceptseg.backbones.encoders.image_encoder import ImageEncoder
+from conceptseg.backbones.encoders.image_text import ImageTextEncoder
 from conceptseg.backbones.encoders.tower import Tower, tap_block, tap_normed
 from conceptseg.backbones.in_memory import Loaded
 from conceptseg.backbones.sheets import CLIP
@@ -42,7 +42,7 @@ class TextSpan(ClassMethod):
 
     version = 1
     family = CLIP
-    backbone: CLIPBackbone
+    backbone: ImageTextEncoder
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class TextSpan(ClassMethod):
 
 
 def patch_contributions(
-    backbone: CLIPBackbone, images: Float[Tensor, "B 3 H W"]
+    backbone: ImageTextEncoder, images: Float[Tensor, "B 3 H W"]
 ) -> tuple[Float[Tensor, "B L k"], Float[Tensor, "B k"]]:
     """Return each patch's direct contribution to the unit-length image vector, and the image vector, not of unit length.
 

@@ -18,6 +18,8 @@ from conceptseg.metrics.definitions import Rows
 from conceptseg.metrics.measured import ASKING
 from conceptseg.metrics.perturbation import STEPS, deletion, insertion, ranks
 from conceptseg.metrics.reported import metric
+from conceptseg.segment.resize import bilinear
+from conceptseg.types import Batch
 
 SIDE = 16
 OBJECT = np.zeros((SIDE, SIDE), bool)
@@ -110,6 +112,46 @@ def test_a_given_word_is_the_class_and_a_method_without_a_classifier_is_refused(
     predicted, given = run(tmp_path, "raw_attention"), run(tmp_path, "transinterp_given")
     assert predicted.run_id != given.run_id
     assert all("measured" in row for row in given.store.rows().values())
-    for method, name in (("naclip", "NACLIP"), ("oracle", "Oracle")):
+    for method, name in (("daam", "DAAM"), ("oracle", "Oracle")):
         with pytest.raises(ConfigError, match=f"{name} has none"):
             run(tmp_path, method)
+
+
+def literal_area(clip, image, scores, key, place, names, gone):
+    """The curve of one class, image by image and pixel by pixel, from open_clip's own vectors and scale."""
+    rank = ranks(scores, key)
+    order = sorted(((y, x) for y in range(scores.shape[0]) for x in range(scores.shape[1])), key=lambda at: rank[at])
+    texts = [clip.clip.encode_text(clip.token_ids([f"a {name}"]), normalize=True)[0] for name in names]
+    blurred = gaussian_blur(image, [11, 11], [5.0, 5.0])
+    shown, curve = (image.clone() if gone else blurred.clone()), []
+    for step in range(STEPS + 1):
+        for y, x in order[round((step - 1) / STEPS * len(order)) if step else 0 : round(step / STEPS * len(order))]:
+            shown[:, y, x] = torch.zeros(3) if gone else image[:, y, x]
+        vector = clip.clip.encode_image(shown[None], normalize=True)[0]
+        scaled = [float(clip.clip.logit_scale.exp() * vector @ text) for text in texts]
+        weights = np.exp(np.array(scaled) - max(scaled))
+        curve.append(weights[place] / weights.sum())
+    return (sum(curve) - curve[0] / 2 - curve[-1] / 2) / STEPS
+
+
+def test_clip_is_a_zero_shot_classifier_of_its_labels_and_of_other_words(tmp_path):
+    """The labels without the true one, so that the word is a further class; the prediction is among the labels alone."""
+    for extractor, given in (("naclip", True), ("raw_attention", False)):
+        labels = "extractor.backbone.labels=[ball,kite,boat]"
+        evaluation = run(tmp_path, extractor, "dataset.count=1", "backbone@extractor.backbone=lab_clip", labels)
+        clip, (key,) = evaluation.extractor.backbone, evaluation.dataset.keys()
+        task = evaluation.protocol.prepare(evaluation.dataset.read(key))
+        image, names = clip.images([task])[0], ["ball", "kite", "boat"]
+        with torch.no_grad():
+            maps = evaluation.extractor.saliency(Batch((task,)))[0].numpy()
+            place, word = 3, task.concepts.names[task.concepts.target]
+            if given:
+                assert word not in names
+                names.append(word)
+            else:
+                vector = clip.clip.encode_image(image[None], normalize=True)
+                place = int((vector @ clip.text_vectors(names).T).argmax())
+            scores = bilinear(maps, clip.image_size)[task.concepts.target if given else 0]
+            wanted = [literal_area(clip, image, scores, key, place, names, gone) for gone in (True, False)]
+        measured = next(iter(evaluation.store.rows().values()))["measured"]
+        assert [measured["deletion"], measured["insertion"]] == pytest.approx(wanted, abs=1e-5), extractor

@@ -1,4 +1,4 @@
-"""CLIP models of open_clip: the visual tower, and text vectors averaged over prompt templates."""
+"""CLIP models of open_clip: the visual tower, whose class token is the image vector, and the text tower."""
 
 from __future__ import annotations
 
@@ -9,32 +9,20 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
-from conceptseg.announcing import announced, counted
 from conceptseg.backbones.base import LOADING_ERRORS
-from conceptseg.backbones.encoders.image_encoder import (
-    Explained,
-    ImageEncoder,
-    checkpoint_file,
-    checkpoint_json,
-    checkpoint_weights,
-    load_strictly,
-)
+from conceptseg.backbones.encoders.image_encoder import checkpoint_file, checkpoint_json, checkpoint_weights, load_strictly
+from conceptseg.backbones.encoders.image_text import TEXTS_AT_ONCE, ImageTextEncoder, padded_ids
 from conceptseg.backbones.encoders.tower import Tower, TowerBlock, Weights, resized_positions
 from conceptseg.backbones.planned_weights import check_plan
 from conceptseg.backbones.settings import check_length, too_long
-from conceptseg.errors import ConfigError, DataError, TapError, did_you_mean, one_of
-
-TEMPLATE_LISTS = ("openai_imagenet",)
-TEXTS_AT_ONCE = 256
+from conceptseg.errors import ConfigError, TapError, one_of
 
 
-class CLIPBackbone(ImageEncoder):
+class CLIPBackbone(ImageTextEncoder):
     """A stock open_clip CLIP in open_clip's hub layout: open_clip_config.json, open_clip_model.safetensors, tokenizer files.
 
-    templates: prompts that a name is put into, "{}" standing for it; a name's vector is the mean of their unit vectors, made a
-        unit vector again. "openai_imagenet" are OpenAI's 80.
+    templates: see `ImageTextEncoder`.
     tokenizer: "bpe" is the byte-pair encoding that comes with open_clip and that OpenAI's and LAION's models use; "files" are
         the tokenizer files beside the weights.
     """
@@ -50,18 +38,12 @@ class CLIPBackbone(ImageEncoder):
         file: str = "open_clip_model.safetensors",
         **settings: Any,
     ) -> None:
-        super().__init__(path, trained_on, **settings)
-        if isinstance(templates, str):
-            one_of("extractor.backbone.templates", templates, TEMPLATE_LISTS)
-        elif not templates or any("{}" not in t for t in templates):
-            raise ConfigError(f'extractor.backbone.templates is {list(templates)}; wanted prompts with "{{}}" for the name.')
+        super().__init__(path, trained_on, templates, **settings)
         one_of("extractor.backbone.tokenizer", tokenizer, ("bpe", "files"))
-        self._templates, self._tokenizer, self.file = templates, tokenizer, file
-        self._vectors: dict[tuple[tuple[str, ...], str], Float[Tensor, " k"]] = {}
+        self._tokenizer, self.file = tokenizer, file
 
     def identity(self) -> dict[str, Any]:
-        templates = self._templates if isinstance(self._templates, str) else list(self._templates)
-        return {**super().identity(), "templates": templates, "tokenizer": self._tokenizer, "file": self.file}
+        return {**super().identity(), "tokenizer": self._tokenizer, "file": self.file}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -165,20 +147,16 @@ class CLIPBackbone(ImageEncoder):
             (Weights(model.proj.T),),
         )  # fmt: skip
 
+    @property
+    def logit_scale(self) -> Float[Tensor, ""]:
+        return self.clip.get_parameter("logit_scale").exp()
+
     def project(self, tokens: Float[Tensor, "B *L d"]) -> Float[Tensor, "B *L k"]:
         """Apply the final norm and projection to residual-stream tokens, as to the class token; k wide, not of unit length."""
         model: Any = self.model
         return model.ln_post(tokens) @ model.proj
 
     # ------------------------------------------------------------ text
-
-    @cached_property
-    def templates(self) -> tuple[str, ...]:
-        if self._templates == "openai_imagenet":
-            from open_clip import OPENAI_IMAGENET_TEMPLATES
-
-            return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
-        return tuple(self._templates)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -210,41 +188,10 @@ class CLIPBackbone(ImageEncoder):
                     raise too_long(text, count, length, "the context_length of its open_clip_config.json")
             return pairs(list(texts)).to(self.device)
         check_length(self.tokenizer, texts, length, "the context_length of its open_clip_config.json")
-        unknown = self.tokenizer.unk_token_id
-        found = self.tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        ids: Tensor = found.input_ids
-        for text, row in zip(texts, ids.tolist(), strict=True):
-            if unknown is not None and unknown in row and unknown != self.tokenizer.eos_token_id:
-                word = next((w for w in text.split() if unknown in self.tokenizer(w).input_ids), text)
-                words = [w for w in self.tokenizer.get_vocab() if w.isalpha()]
-                raise DataError(f'the text "{text}": "{word}" is unknown to this tokenizer. {did_you_mean(word, words)}')
-        return ids.to(self.device)
+        return padded_ids(self.tokenizer, texts, length).to(self.device)
 
     def encode_tokens(self, ids: Int[Tensor, "n N"]) -> Float[Tensor, "n k"]:
         """Encode n texts, given as token ids, as vectors of width k, not of unit length."""
         model: Any = self.clip
         with torch.no_grad():
             return torch.cat([model.encode_text(part) for part in ids.split(TEXTS_AT_ONCE)])
-
-    def text_vectors(self, names: Sequence[str], templates: Sequence[str] | None = None) -> Float[Tensor, "n k"]:
-        """Return a unit vector per name, averaged over the templates; every name is encoded once."""
-        prompts = self.templates if templates is None else tuple(templates)
-        new = [name for name in dict.fromkeys(names) if (prompts, name) not in self._vectors]
-        count = f"encoding {len(new)} name{'' if len(new) == 1 else 's'} in {len(prompts)} prompts with CLIP"
-        with announced(count, usually_short=len(new) * len(prompts) <= TEXTS_AT_ONCE or self.checkpoint.path.startswith("lab:")):
-            for name in counted(new, count):
-                found = normalize(self.encode_tokens(self.token_ids([t.replace("{}", name) for t in prompts])), dim=-1)
-                self._vectors[prompts, name] = normalize(found.mean(0), dim=0)
-        return torch.stack([self._vectors[prompts, name] for name in names])
-
-    # ------------------------------------------------------------ outputs
-
-    def predicted(self, output: Float[Tensor, "B k"]) -> Explained:
-        vectors = self.text_vectors(self.labels)
-        return Explained(vectors[(output @ vectors.T).argmax(1)], None)
-
-    def named(self, names: Sequence[str]) -> Explained:
-        return Explained(self.text_vectors(names), None)
-
-    def score(self, output: Float[Tensor, "B k"], explained: Explained) -> Float[Tensor, " B"]:
-        return (normalize(output, dim=-1) * explained.rows).sum(-1)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -50,6 +50,8 @@ class ImageEncoder(Backbone):
     """
 
     family: str
+    has_class_token: ClassVar[bool] = True
+    """False where a pooling head makes the image vector of the patches alone."""
 
     def __init__(
         self,
@@ -172,6 +174,14 @@ class ImageEncoder(Backbone):
     @abstractmethod
     def score(self, output: Float[Tensor, "B k"], explained: Explained) -> Float[Tensor, " B"]:
         """Return the explained output of each image, [B]: a logit before softmax, or the cosine of image and text."""
+
+    @abstractmethod
+    def class_logits(self, output: Float[Tensor, "B k"], words: Sequence[str] = ()) -> Float[Tensor, "B K"]:
+        """Return a logit for each of K classes from the model's outputs: its labels, and zero-shot the words too."""
+
+    @abstractmethod
+    def class_of(self, word: str, words: Sequence[str]) -> int:
+        """Return the place of a word among the classes of `class_logits`. Raises DataError for a word without one."""
 
     def images(self, tasks: Sequence[Task]) -> Float[Tensor, "B 3 H W"]:
         """Return the images shown to the model, normalised; resized in float64, so that every machine shows the same bits."""

@@ -196,6 +196,7 @@ def token_relevance(
     """Return the share of the first block's input relevance that belongs to tokens rather than to the position embedding."""
     patches = conv2d(images, tower.patch.weight, tower.patch.bias, stride=tower.patch.weight.shape[-2:])
     patches = rearrange(patches, "B d h w -> B (h w) d")
+    assert tower.class_token is not None, "methods that read it refuse other towers"
     tokens = torch.cat([tower.class_token.expand(len(images), 1, -1), patches], dim=1).requires_grad_()
     with torch.enable_grad():
         summed = _added(tokens, tower.positions.expand_as(tokens), rules == "new")

@@ -53,6 +53,8 @@ class TowerBlock:
     activation: nn.Module
     down: Weights
     scaled: bool
+    pools: bool = False
+    """Whether it is an attention pooling head: a learnt query attends to the patches, and its attention has no residual."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +67,8 @@ class Tower:
     grid: tuple[int, int]
     prefix: int
     patch: Weights
-    class_token: Float[Tensor, " d"]
+    class_token: Float[Tensor, " d"] | None
+    """None where a pooling head, then the last of the blocks, makes the image vector of the patches."""
     positions: Float[Tensor, "T d"]
     pre_norm: nn.Module
     """Between position embedding and first block; an identity where there is none."""

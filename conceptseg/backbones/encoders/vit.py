@@ -201,6 +201,15 @@ class ViTBackbone(ImageEncoder):
         assert explained.index is not None, "a classifier's outputs are chosen by index"
         return output.gather(1, explained.index[:, None])[:, 0]
 
+    def class_logits(self, output: Float[Tensor, "B k"], words: Sequence[str] = ()) -> Float[Tensor, "B K"]:
+        self._classifier()
+        return output
+
+    def class_of(self, word: str, words: Sequence[str]) -> int:
+        index = self.named([word]).index
+        assert index is not None, "a classifier's outputs are chosen by index"
+        return int(index)
+
 
 def _weights(module: Any) -> Weights:
     return Weights(module.weight, module.bias)
