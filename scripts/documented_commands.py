@@ -1,11 +1,11 @@
 """Run every command that README.md and docs/*.md show, as it is printed, and list how each ended, as Markdown.
 
-    python scripts/documented_commands.py                     # in an environment with conceptseg installed
-    python scripts/documented_commands.py compare runs        # these pages alone
+    python scripts/documented_commands.py                          # in an environment with conceptseg installed
+    python scripts/documented_commands.py compare runs --write     # these pages alone, written into docs/documented_commands.md
 
 Each page's commands run in a folder of their own, in the order of the page, with its titled code blocks written there first.
-Commands that need a network, weights, a GPU or other machines are not run; those of `conceptseg` are composed instead.
-Ends with status 1 if a command failed.
+A page with commands of a checkout runs in a clone of this one. Commands that need what `UNMET` names are not run; those of
+`conceptseg` are composed instead. Ends with status 1 if a command failed.
 """
 
 from __future__ import annotations
@@ -24,34 +24,49 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
-IN_REPOSITORY = re.compile(
-    r"python scripts/|python benchmarks/|pip install|^pytest|git archive|conceptseg-report .*--check|edge_energy|table=mine"
-)
-"""Commands that belong to a checkout; tests/e2e runs those of the tutorials in a copy of it."""
+IN_CHECKOUT = re.compile(r"new_baseline\.py|git archive|conceptseg-report .*--check")
+"""Commands that belong to a checkout: their page runs in a clone."""
 UNMET = (
-    (r"fetch_voc|fetch_imagenet|check_sheets|pip install|plan .*runtime.download|https://|hf://", "network"),
-    (r"cuda|multi_gpu|torchrun|accelerate|--device", "GPU or several processes"),
-    (r"launcher=(slurm|ray|local)", "a cluster, or ray"),
+    (r"^python3 -m venv .*conceptseg$", "makes the environment that all others ran in"),
+    (r"^python3 -m venv .*pytest$", "runs the whole test suite"),
+    (r"fetch_voc|fetch_imagenet|check_sheets|pip install|plan .*runtime.download|https://|hf://", "needs a network"),
+    (r"scripts/rehearse\.py", "needs weights of many GB; docs/rehearsal.md says how each rehearsal ended"),
+    (r"python benchmarks/speed/", "measures speed: docs/speed.md has its figures"),
+    (r"cuda|multi_gpu|torchrun|accelerate|--device|gpu_check|model=flux_schnell", "needs one GPU or several"),
+    (r"launcher=slurm", "needs Slurm"),
+    (r"launcher=ray", "needs Ray"),
     (
-        r"experiment=(ca_|daam_)|=sd2\b(?!.*plan)|flux_schnell|clip_vit_b_16|gtsegs_ijcv|dataset.root=\.\.\.|data/coco|VOCdevkit",
-        "weights or data",
+        r"experiment=(ca_|daam_)|=sd2\b(?!.*plan)|gtsegs_ijcv|dataset.root=\.\.\.|data/coco|VOCdevkit|image=photo\.jpg"
+        r"|dinov2_vits14|runs/<DINO>",
+        "needs weights or data",
     ),
-    (r"conceptseg-lab (train|sweep)", "hours"),
-    (r"^conceptseg$|^conceptseg report\.|table=lab|^conceptseg-report|benchmarks/lab", "the lab table: minutes, give --runs"),
-    (r"image=photo\.jpg", "a photo and weights"),
-    (r"extractor\.\.\.|=\.\.\.|^conceptseg \.\.\.", "a blank to fill in"),
-    (r"install=bash", "an interactive shell"),
-    (r"conceptseg-runs rm \w+$", "an answer"),
-    (r"former/|tokens\.safetensors$", "files of an earlier version, or of the line before"),
-    (r"runtime\.shard_index=range", "minutes: the whole of eight shards one after another"),
+    (r"conceptseg-lab train flux$", "trains for 85 minutes"),
+    (r"table=lab|^conceptseg$|^conceptseg report\.|^conceptseg-report", "takes minutes: give --runs"),
 )
-"""Pattern -> what a command needs beyond this machine."""
-FIRST = """conceptseg -m extractor.seed=0,1,2 dataset.count=4 'views.output.layers="1-3"' report.resamples=100 -q"""
+"""Pattern -> why a command is not run."""
+TUTORIALS = "add_a_"
+"""Begins the names of pages whose commands install packages and add files; tests/e2e runs them."""
+FIRST = (
+    "conceptseg -m backbone@extractor.backbone=lab_flux,lab_sd3 extractor.concept_self_attention=true,false dataset.count=4 "
+    """'views.output.layers="1-3"' report.resamples=100 -q"""
+)
 """Makes the runs that stand for `run_a`, `4242` and the like."""
 CUTS = "conceptseg protocol=scenes_single experiment=thresholds 'dataset.objects=[1,1]' dataset.count=4 report.resamples=100 -q"
 """Makes the run of a command with --thresholds, which compares many cuts."""
-STAND_INS = ("run_a", "run_b", "run_c", "runs/<a>", "runs/<b>", "<run id>", "4242", "ff95")
+NEWEST = "<run id>"
+"""Stands for the run of the page's last evaluation."""
+STAND_INS = ("run_a", "run_b", "run_c", "4242", "ff95")
 NAMES = re.compile("|".join(map(re.escape, STAND_INS)))
+LIST = REPO / "docs" / "documented_commands.md"
+COLUMNS = "| page | command | exit status | s |\n|---|---|---|---|"
+HEAD = """# Documented commands
+
+Every command of the README and of these pages, as it ended in a fresh clone and a fresh environment, on a machine with 2 busy
+cores, no GPU and no network. Where a page names runs (`run_a`, `4242`), small runs stand in for them. "composes" means that the
+settings of a command that was not run are accepted. `python scripts/documented_commands.py --runs FOLDER --write` writes this
+list; FOLDER holds the runs of the lab's table.
+
+"""
 
 
 @dataclass(frozen=True)
@@ -69,15 +84,13 @@ def commands_of(page: Path) -> Iterator[str]:
     """Lines of a page's shell blocks, without their comments, with continued lines joined."""
     for kind, _, body in BLOCK.findall(page.read_text(encoding="utf-8")):
         if kind == "sh":
-            for line in body.replace("\\\n", " ").splitlines():
+            for line in re.sub(r"\s*\\\n\s*", " ", body).splitlines():
                 if found := re.sub(r"\s+#\s.*$", "", line).strip():
                     yield re.sub(r"\s+", " ", found) if "'" not in found and '"' not in found else found
 
 
 def why_not(command: str) -> str:
-    """Name the need of a command that this script does not have; empty for one that is run."""
-    if IN_REPOSITORY.search(command):
-        return "a checkout: run by tests/e2e or by hand"
+    """Say why a command is not run; empty for one that is."""
     planned = command.startswith(("conceptseg plan", "conceptseg-doctor")) or "--dry-run" in command
     return "" if planned else next((need for pattern, need in UNMET if re.search(pattern, command)), "")
 
@@ -88,11 +101,17 @@ def run(command: str, folder: Path, limit: float) -> tuple[int, str]:
     kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
     try:
         ended = subprocess.run(
-            ["bash", "-c", command], cwd=folder, env=kept, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL
-        )
+            ["bash", "-c", command], cwd=folder, env=kept, capture_output=True, text=True, timeout=limit,
+            input="y\n" if command.startswith("conceptseg-runs rm ") else "",
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return 124, f"longer than {limit:g} s"
     return ended.returncode, (ended.stdout + ended.stderr)[-1500:]
+
+
+def runs_of(folder: Path) -> list[str]:
+    """Ids of a folder's runs, the one read last at the end."""
+    return [path.parent.name for path in sorted(folder.glob("runs/*/readings.json"), key=lambda path: path.stat().st_mtime)]
 
 
 def page_ended(page: Path, folder: Path, limit: float) -> Iterator[Ended]:
@@ -102,29 +121,31 @@ def page_ended(page: Path, folder: Path, limit: float) -> Iterator[Ended]:
             (folder / title).parent.mkdir(parents=True, exist_ok=True)
             (folder / title).write_text(body, encoding="utf-8")
     commands = list(commands_of(page))
+    before = set(runs_of(folder))
     stand_ins: dict[str, str] = {}
-    ids: list[str] = []
     if any(NAMES.search(command) for command in commands):
         run(FIRST, folder, limit)
-        ids = sorted(path.parent.name for path in (folder / "runs").glob("*/manifest.json"))
-        for place, name in enumerate(STAND_INS):
-            stand_ins[name] = ids[place % 3] if "runs/" not in name else f"runs/{ids[place % 3]}"
-    cuts = ""
-    if any("--thresholds" in command for command in commands):
+        made = [one for one in runs_of(folder) if one not in before]
+        stand_ins = {name: made[place % 3] for place, name in enumerate(STAND_INS)}
+    cuts: dict[str, str] = {}
+    if any("--thresholds" in command and NEWEST not in command for command in commands):
         run(CUTS, folder, limit)
-        (cuts,) = {path.parent.name for path in (folder / "runs").glob("*/manifest.json")} - {*ids}
+        cuts = dict.fromkeys(STAND_INS, runs_of(folder)[-1])
     for command in commands:
-        need = why_not(command)
-        if need and not (need.endswith("--runs") and (folder / "runs" / "tables" / "lab").exists()):
-            if command.split()[0] == "conceptseg" and "..." not in command:
+        reason = "run by tests/e2e" if page.stem.startswith(TUTORIALS) else why_not(command)
+        if reason and not (reason.endswith("--runs") and (folder / "runs" / "tables" / "lab").exists()):
+            if command.split()[0] == "conceptseg" and not page.stem.startswith(TUTORIALS):
                 overrides = re.sub(r" (-m|--multirun)\b", "", command.removeprefix("conceptseg"))
                 composed, said = run(f"conceptseg --cfg job {overrides}", folder, limit)
-                yield Ended(page.stem, command, f"needs {need}; composes" if not composed else said, failed=bool(composed))
-            else:
-                yield Ended(page.stem, command, f"needs {need}")
+                reason = f"{reason}; " + ("does not compose" if composed else "composes")
+                if composed:
+                    print(f"{page.stem}: {command}: {said}", file=sys.stderr, flush=True)
+            yield Ended(page.stem, command, f"not run: {reason}", failed="does not" in reason)
             continue
-        meant = dict.fromkeys(stand_ins, cuts) if "--thresholds" in command else stand_ins
+        meant = cuts if "--thresholds" in command and NEWEST not in command else stand_ins
         typed = re.sub("|".join(map(re.escape, meant)) or r"(?!)", lambda name, meant=meant: meant[name[0]], command)
+        if NEWEST in typed:
+            typed = typed.replace(NEWEST, runs_of(folder)[-1])
         started = time.monotonic()
         code, said = run(typed, folder, limit)
         print(f"{page.stem}: {typed}: {code}" + (f"\n{said}" if code else ""), file=sys.stderr, flush=True)
@@ -133,25 +154,52 @@ def page_ended(page: Path, folder: Path, limit: float) -> Iterator[Ended]:
         yield Ended(page.stem, command, status, time.monotonic() - started, bool(code) and not faults)
 
 
+def line_of(one: Ended) -> str:
+    """A line of the list."""
+    shown = one.command.replace("|", "\\|")
+    return f"| {one.page} | `{shown}` | {one.said} | {f'{one.seconds:.0f}' if one.seconds else ''} |"
+
+
+def write(found: dict[str, list[str]], order: list[str]) -> None:
+    """Write the list, with the lines of pages that were not run now as they stand."""
+    lines = LIST.read_text(encoding="utf-8").splitlines() if LIST.exists() else []
+    held = {name: [line for line in lines if line.startswith(f"| {name} | `")] for name in order} | found
+    every = [line for name in order for line in held.get(name, [])]
+    statuses = [line.rsplit(" | ", 2)[1] for line in every]
+    counts = [
+        f"{statuses.count('0')} ended with 0",
+        f"{sum('lacks' in one for one in statuses)} with 1, as a doctor does that finds something missing",
+        f"{sum(one.startswith('not run') for one in statuses)} were not run",
+    ]
+    failed = sum(one[0].isdigit() and one != "0" and "lacks" not in one for one in statuses)
+    counted = f"Of {len(every)} commands {', '.join(counts)}, {failed} failed.\n\n"
+    LIST.write_text(HEAD + counted + "\n".join([COLUMNS, *every]) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", help="names of pages without .md; all by default")
     parser.add_argument("--limit", type=float, default=600, help="seconds that one command may take")
     parser.add_argument("--runs", type=Path, help="a folder of runs that each page begins with")
+    parser.add_argument("--write", action="store_true", help=f"write the list into {LIST.relative_to(REPO)}")
     said = parser.parse_args()
     every = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
-    pages = [page for page in every if page.stem in said.pages or (not said.pages and not page.stem.startswith("add_a_"))]
-    print("| page | command | exit status | s |\n|---|---|---|---|", flush=True)
+    pages = [page for page in every if not said.pages or page.stem in said.pages]
+    print(COLUMNS, flush=True)
     failed = False
     for page in pages:
+        lines = []
         with tempfile.TemporaryDirectory() as folder:
+            if any(IN_CHECKOUT.search(command) for command in commands_of(page)) and not page.stem.startswith(TUTORIALS):
+                subprocess.run(["git", "clone", "-q", "--shared", REPO, folder], check=True)
             if said.runs:
                 shutil.copytree(said.runs, Path(folder, "runs"))
             for one in page_ended(page, Path(folder), said.limit):
-                shown = one.command.replace("|", "\\|")
-                status = one.said.splitlines()[-1] if one.said else ""
-                print(f"| {one.page} | `{shown}` | {status} | {one.seconds:.0f} |", flush=True)
+                lines.append(line_of(one))
+                print(lines[-1], flush=True)
                 failed |= one.failed
+        if said.write:
+            write({page.stem: lines}, [one.stem for one in every])
     return int(failed)
 
 
