@@ -137,12 +137,13 @@ def main() -> None:
     import os
     import tempfile
 
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 1  # commands are called with arguments of their own
     storing.WARNINGS = 1000
     os.chdir(tempfile.mkdtemp())
     file, ids = prepared()
     whole, draw = file.read_bytes(), random.Random(0)
     count = told_of = kept = 0
-    for _ in range(int(sys.argv[-1]) if sys.argv[-1].isdecimal() else 1):
+    for _ in range(rounds):
         lines = whole.splitlines(True)
         spoilt = [flipped(line, draw.randrange(8 * len(line))) for line in lines]
         told, held, wrong = checked(file, ids, spoilt)
