@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from conceptseg.errors import one_of
+from conceptseg.errors import one_of, printable
 
 LEVELS = {"quiet": logging.WARNING, "normal": logging.INFO, "verbose": logging.DEBUG}
 """Setting runtime.verbosity -> least level of our messages on the screen."""
@@ -17,6 +19,26 @@ NOISY = (
     "matplotlib", "open_clip", "PIL", "timm", "torch", "torchao", "transformers", "urllib3",
 )  # fmt: skip
 """Libraries whose warnings concern their callers, not who runs a command; they are kept in the file."""
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars and notices of libraries in the process of a command. Call it before they are imported."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_LOGS", "-all")  # errors only
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.setLogRecordFactory(PrintableRecord)
+    logging.raiseExceptions = False  # a log that can't be written is no reason for a traceback
+
+
+class PrintableRecord(logging.LogRecord):
+    """A line of the log, which may quote words and names of other people's files."""
+
+    def getMessage(self) -> str:
+        return printable(super().getMessage())
 
 
 class _Screen(logging.Handler):

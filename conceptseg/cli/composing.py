@@ -1,12 +1,10 @@
-"""Run a command that Hydra composes: quiet libraries, and composition errors as one message."""
+"""Run a command that Hydra composes, with composition errors as one message."""
 
 from __future__ import annotations
 
 import codecs
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,30 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from conceptseg.cli.options import added_folders, searched_folders
 from conceptseg.cli.refusals import explain_refusal
 from conceptseg.config import check_interpolations
-from conceptseg.errors import ConceptSegError, ConfigError, printable
+from conceptseg.errors import ConceptSegError, ConfigError
 from conceptseg.logs import show_logs
 from conceptseg.reading import LARGEST_TEXT, check_aliases, decode_text, read_regular
 from conceptseg.targets import check_allowance, packages
-
-
-def quiet_libraries() -> None:
-    """Loaders' progress bars and notices about a missing hub are noise between our lines."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TORCH_LOGS", "-all")  # errors only
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.setLogRecordFactory(PrintableRecord)
-    logging.raiseExceptions = False  # a log that can't be written is no reason for a traceback
-
-
-class PrintableRecord(logging.LogRecord):
-    """A line of the log, which may quote words and names of other people's files."""
-
-    def getMessage(self) -> str:
-        return printable(super().getMessage())
 
 
 def run_hydra(task: Callable[[DictConfig], int], config_name: str) -> int:

@@ -12,10 +12,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from conceptseg.cli.composing import quiet_libraries, run_hydra, task_overrides
+from conceptseg.cli.composing import run_hydra, task_overrides
 from conceptseg.config import plain, register
 from conceptseg.errors import ConfigError, guarded, printable
 from conceptseg.files import takes_files
+from conceptseg.logs import quiet_libraries
 
 HELP = """\
 conceptseg-doctor: what this machine, the weights of a backbone, or a data set lacks, and how to mend it.

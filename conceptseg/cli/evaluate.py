@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from conceptseg.cli.composing import quiet_libraries, run_hydra, task_overrides
+from conceptseg.cli.composing import run_hydra, task_overrides
 from conceptseg.cli.help import asked, print_help
 from conceptseg.cli.table import QUIET, print_table_of, row_settings
 from conceptseg.config import plain, register
 from conceptseg.errors import DataError, guarded
+from conceptseg.logs import quiet_libraries
 
 if TYPE_CHECKING:
     from conceptseg.tables.joint import Job

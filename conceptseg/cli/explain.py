@@ -4,13 +4,13 @@ Alone it explains a drawn scene with three methods of the lab, side by side."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from conceptseg.errors import ConfigError, did_you_mean, guarded, real_number, whole_number
+from conceptseg.logs import quiet_libraries
 from conceptseg.reading import check_aliases
 from conceptseg.types import check_distinct, checked_word
 
@@ -232,8 +232,7 @@ def _for_scene(method: Any, alone: bool) -> dict[str, Any]:
 @guarded
 def main() -> None:
     """conceptseg-explain key=value ...: see --help."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # of loaders; our own bar says for itself whether it is shown
-    os.environ.setdefault("TORCH_LOGS", "-all")  # errors only
+    quiet_libraries()
     words = sys.argv[1:]
     if set(words) & {"-h", "--help"}:
         print(f"{__doc__}\n")

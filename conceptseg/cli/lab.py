@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from conceptseg.cli.composing import quiet_libraries
 from conceptseg.config import plain, register
 from conceptseg.errors import guarded
+from conceptseg.logs import quiet_libraries
 
 
 @guarded

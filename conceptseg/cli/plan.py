@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from conceptseg.cli.composing import quiet_libraries, run_hydra, task_overrides
+from conceptseg.cli.composing import run_hydra, task_overrides
 from conceptseg.config import plain, register
 from conceptseg.errors import ConfigError, DataError, guarded
+from conceptseg.logs import quiet_libraries
 
 if TYPE_CHECKING:
     from conceptseg.evaluation.plan import RunPlan

@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conceptseg.cli.composing import quiet_libraries, run_hydra
+from conceptseg.cli.composing import run_hydra
 from conceptseg.config import Report, check_frame, plain, register
 from conceptseg.errors import ConfigError, did_you_mean, guarded, printable
+from conceptseg.logs import quiet_libraries
 
 if TYPE_CHECKING:
     from conceptseg.report.results import Results

@@ -13,6 +13,7 @@ from typing import Any
 
 from conceptseg import __version__
 from conceptseg.errors import DataError, guarded
+from conceptseg.logs import quiet_libraries
 from conceptseg.reading import read_lines
 
 log = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 @guarded
 def main() -> int:
     """conceptseg-study <name>: noun segmentation, word attribution, head-dependent interactions, entanglement of words."""
+    quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     print(json.dumps(study(), indent=1, ensure_ascii=False))
     return 0

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from conceptseg.cli.composing import PrintableRecord
 from conceptseg.errors import ReportError, guarded
+from conceptseg.logs import PrintableRecord
 from conceptseg.report import html
 from conceptseg.report.exports import to_csv, to_latex
 from conceptseg.report.results import Results

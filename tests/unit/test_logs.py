@@ -12,6 +12,7 @@ import time
 import pytest
 
 from conceptseg.announcing import announced
+from conceptseg.backbones import base
 from conceptseg.cli.evaluate import evaluate
 from conceptseg.evaluation import loop
 from conceptseg.evaluation.carry_out import Series
@@ -64,9 +65,24 @@ def test_libraries_are_heard_only_where_they_fail_or_are_asked_for(verbosity, ca
 
 def test_bars_of_libraries_are_off():
     """Of tqdm, which transformers ("Loading weights"), diffusers and datasets use."""
-    code = "from conceptseg.cli.composing import quiet_libraries; quiet_libraries(); import tqdm.auto as t; list(t.tqdm([1, 2]))"
+    code = "from conceptseg.logs import quiet_libraries; quiet_libraries(); import tqdm.auto as t; list(t.tqdm([1, 2]))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert said.stderr == ""
+
+
+def test_a_torchao_that_diffusers_can_not_import_is_not_mentioned(caplog, monkeypatch):
+    """It says so where it is imported, by whatever command or program; `base` is imported first by all that read weights."""
+    assert base
+    import diffusers.utils.logging as diffusers_logging
+    from diffusers.quantizers.torchao import torchao_quantizer
+
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_warning()
+    monkeypatch.setitem(sys.modules, "torchao.dtypes", None)
+    monkeypatch.setattr(torchao_quantizer.logger, "handlers", [caplog.handler])
+    torchao_quantizer._update_torch_safe_globals()
+    diffusers_logging.set_verbosity(before)
+    assert not caplog.messages
 
 
 def test_a_long_step_is_said_before_it_starts_and_its_seconds_after(caplog):
