@@ -33,6 +33,8 @@ from conceptseg.keys import digest
 from conceptseg.types import Provenance
 
 log = logging.getLogger(__name__)
+for notices in ("diffusers.quantizers.torchao.torchao_quantizer", "torch.utils._pytree"):
+    logging.getLogger(notices).setLevel(logging.ERROR)  # of importing torchao, whose checkpoints are not read here
 
 RESIZES = ("nearest", "bilinear", "bicubic")
 GREATEST_SIDE = 8192  # pixels that a model may be shown
@@ -42,6 +44,8 @@ LOADING_ERRORS = (
     SafetensorError,
 )  # fmt: skip
 """Errors that loaders raise for invalid configs and weights."""
+DENOISERS = ("transformer", "unet")
+"""Folders of a pipeline in one of which its denoiser lies."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHIPPED = "digests.json"
 """File in conceptseg/lab/weights: the digest of each model there."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from conceptseg.backbones.base import GREATEST_SIDE, RESIZES, Backbone, Checkpoint, LoadedCheckpoint
+from conceptseg.backbones.base import DENOISERS, GREATEST_SIDE, RESIZES, Backbone, Checkpoint, LoadedCheckpoint
 from conceptseg.backbones.casting import cast_while_running, fast_dtype
 from conceptseg.backbones.planned_weights import load_part
 from conceptseg.backbones.random_weights import RandomWeights
@@ -21,9 +21,6 @@ from conceptseg.backbones.settings import check_length, device_of, dtype_of
 from conceptseg.errors import ConfigError, DataError, did_you_mean, in_range, one_of
 
 log = logging.getLogger(__name__)
-
-DENOISERS = ("transformer", "unet")
-"""Parts whose attention is read."""
 
 
 class LatentCheckpoint(Backbone):

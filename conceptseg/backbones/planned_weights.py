@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from conceptseg.announcing import announced
-from conceptseg.backbones.base import Checkpoint
-from conceptseg.backbones.hub import lacking_files
+from conceptseg.backbones.base import DENOISERS, Checkpoint, cached_commit
+from conceptseg.backbones.hub import lacking_files, repository_folder
+from conceptseg.backbones.random_weights import blocks_of
 from conceptseg.errors import ConfigError
 from conceptseg.reading import open_regular, read_json
 
@@ -27,16 +28,16 @@ _FREE = ("theta", "token", "_id", "max_length")
 """Parts of the names of settings that are no sizes."""
 
 
-def stored_shapes(files: Sequence[Path]) -> list[list[int]]:
-    """Shape of every tensor of safetensors files, from their headers alone. Raises ValueError for a file that has none."""
-    found = []
+def stored_shapes(files: Sequence[Path]) -> dict[str, list[int]]:
+    """Name -> shape of every tensor of safetensors files, from their headers alone. Raises ValueError for a file without one."""
+    found: dict[str, list[int]] = {}
     for file in files:
         with open_regular(file) as opened:
             size = int.from_bytes(opened.read(8), "little")
             if not 0 < size <= LARGEST_HEADER:
                 raise ValueError(f"{file} is no safetensors file, or cut short")
             header = json.loads(opened.read(size))
-        found += [about["shape"] for name, about in header.items() if name != "__metadata__"]
+        found |= {name: about["shape"] for name, about in header.items() if name != "__metadata__"}
     return found
 
 
@@ -62,6 +63,20 @@ def check_plan(where: str, config: Mapping[str, Any], shapes: Sequence[Sequence[
         raise ConfigError(
             f"{where}: it describes a {type(model).__name__} of {planned:,} values, but its files hold {values:,}. {ADVICE}"
         )
+
+
+def check_drawn(checkpoint: Checkpoint) -> None:
+    """Raise ConfigError for a block to draw from that the weights lack, as far as their files are on this machine."""
+    if checkpoint.random is None or checkpoint.random.from_block is None:
+        return
+    folder = checkpoint.folder()
+    if folder is None:
+        commit = cached_commit(checkpoint.path, checkpoint.revision)
+        folder = repository_folder(checkpoint.path) / "snapshots" / (commit or "none")
+    places = [folder / name for name in DENOISERS if (folder / name).is_dir()] or [folder]
+    names = [*stored_shapes([file for place in places for file in sorted(place.glob("*.safetensors"))])]
+    if blocks_of(names):  # in another layout blocks have other names
+        checkpoint.random.places(names, checkpoint.path)
 
 
 def load_part(checkpoint: Checkpoint, name: str, loader: Any, subfolder: str = "", **options: Any) -> Any:
@@ -122,7 +137,7 @@ def _check_local(folder: Path, loader: Any) -> None:
             return loader.from_config(config)
         return loader(loader.config_class.from_dict(config))
 
-    check_plan(str(file), config, stored_shapes(files), build)
+    check_plan(str(file), config, [*stored_shapes(files).values()], build)
 
 
 def _whole_numbers(held: Any, name: str = "") -> Iterator[tuple[str, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class RandomWeights:
 
     def draw(self, model: nn.Module) -> None:
         """Draw the weights in place. Raises ConfigError for a block that the model lacks."""
-        places = None if self.from_block is None else self._places(model, self.from_block)
+        places = self.places([name for name, _ in model.named_parameters()], type(model).__name__)
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if weight.is_meta or not (places is None or name.startswith(places)):
@@ -63,20 +63,32 @@ class RandomWeights:
                 noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
                 weight.copy_(held.mean() + held.std(correction=0) * noise)
 
-    @staticmethod
-    def _places(model: nn.Module, first: int) -> tuple[str, ...]:
-        """Beginnings of the names of the weights of block `first` and those after it."""
-        blocks = []
-        for place in BLOCKS:
-            try:
-                held = model.get_submodule(place)
-            except AttributeError:
-                continue
-            lists = isinstance(held, (nn.ModuleList, nn.Sequential))
-            blocks += [f"{place}.{number}." for number in range(len(held))] if lists else [f"{place}."]  # type: ignore[arg-type]
+    def places(self, names: Sequence[str], model: str) -> tuple[str, ...] | None:
+        """Beginnings of the names of the weights that are drawn; None for all. Raises ConfigError for a block that they lack.
+
+        names: of a model's weights. model: what the message calls it.
+        """
+        first = self.from_block
+        if first is None:
+            return None
+        blocks = blocks_of(names)
         if not -len(blocks) <= first < len(blocks):
             raise ConfigError(
-                f"{SETTING}.from_block is {first}, but {type(model).__name__} has {len(blocks)} blocks that are known. "
+                f"{SETTING}.from_block is {first}, but {model} has {len(blocks)} blocks that are known. "
                 + (f"Choose {-len(blocks)} to {len(blocks) - 1}, or null for every weight." if blocks else "Set it to null.")
             )
         return tuple(blocks[first:])
+
+
+def blocks_of(names: Sequence[str]) -> list[str]:
+    """Beginnings of the names of a model's weights, block by block in the order in which they compute.
+
+    >>> blocks_of(["down_blocks.1.conv.weight", "mid_block.norm.bias", "down_blocks.0.conv.weight", "head.weight"])
+    ['down_blocks.0.', 'down_blocks.1.', 'mid_block.']
+    """
+    blocks = []
+    for place in BLOCKS:
+        within = [name.removeprefix(f"{place}.").partition(".")[0] for name in names if name.startswith(f"{place}.")]
+        numbers = sorted({int(part) for part in within if part.isdecimal()})
+        blocks += [f"{place}.{number}." for number in numbers] or [f"{place}."] * bool(within)
+    return blocks

@@ -13,6 +13,7 @@ from typing import Any
 
 from conceptseg import keys
 from conceptseg.announcing import announced
+from conceptseg.backbones.planned_weights import check_drawn
 from conceptseg.config import added_places, check_frame, unresolved
 from conceptseg.data.base import SegmentationDataset
 from conceptseg.errors import ConfigError, did_you_mean
@@ -79,6 +80,8 @@ def assemble(config: Mapping[str, Any], in_table: bool = False, overrides: Seque
         _check_decisions(protocol, extractor)
         check_measured(protocol, whole["report"]["columns"])
     views = expand_views(whole["views"], extractor.axes())
+    for part in extractor.parts().values():
+        check_drawn(part.checkpoint)
     identity = identity_of(whole, dataset, protocol, extractor)
     classes = [target for part in ("dataset", "protocol", "extractor") for _, target in targets(whole[part])]
     source = source_digests([*classes, *(f"{m.measure.__module__}.{m.measure.__qualname__}" for m in protocol.measures)])

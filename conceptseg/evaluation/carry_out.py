@@ -73,7 +73,8 @@ def carry_out(evaluation: Evaluation, title: str = "", series: Series | None = N
     """Compute what is missing, with a progress bar where there is a terminal and a line at the end.
 
     title: what a reader calls the run, its id unless said. series: the table's runs, of which this one is the next. Raises
-    Interrupted, which says how many rows are kept, on Ctrl-C and SIGTERM.
+    Interrupted, which says how many rows are kept, on Ctrl-C and SIGTERM, and ConfigError for what is refused only as the model
+    runs; a run without a row then leaves no folder.
     """
     import torch
     from rich.console import Console
@@ -83,7 +84,8 @@ def carry_out(evaluation: Evaluation, title: str = "", series: Series | None = N
     if runtime["threads"]:
         torch.set_num_threads(runtime["threads"])
     take_own_accelerator()
-    provide_weights(evaluation)
+    with evaluation.store.withdrawn_if_refused():
+        provide_weights(evaluation)
     if series is not None:
         series.begun += 1
     name = ", ".join(filter(None, [series.place if series else "", title or evaluation.run_id]))
@@ -98,7 +100,7 @@ def carry_out(evaluation: Evaluation, title: str = "", series: Series | None = N
         TextColumn(escape(left)),
     )
     started = time.monotonic()
-    with logged_to(folder / f"log-{shard.index}of{shard.count}.txt"):
+    with evaluation.store.withdrawn_if_refused(), logged_to(folder / f"log-{shard.index}of{shard.count}.txt"):
         try:
             with (
                 ending_in_order(),

@@ -8,13 +8,15 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
-from conceptseg.errors import ResumeError, StoreError
+from conceptseg.errors import ConfigError, ResumeError, StoreError
 from conceptseg.files import remove_abandoned_parts, write_atomically, written_aside
 from conceptseg.keys import run_id
 from conceptseg.store.lines import DamagedRow, line_of, row_of, sealed
@@ -38,6 +40,7 @@ class RunStore:
     def __init__(self, folder: Path, shard: int = 0, count: int = 1) -> None:
         self.folder, self.shard, self.count = folder, shard, count
         self._file: int | None = None
+        self._made = False
         self._rows: dict[RowKey, Row] | None = None
         self._told: set[Path] = set()
 
@@ -66,6 +69,7 @@ class RunStore:
                         "same (runtime.on_code_change=accept), start again beside them (=fork), or delete the folder."
                     )
                 self._write_manifest(path, {**manifest, "checked_rows": not rows})
+                self._made = not rows
                 return
         except OSError as error:
             raise _store_error(self.folder, error) from error
@@ -77,6 +81,21 @@ class RunStore:
                     f"beside it (runtime.on_code_change=fork), or delete the folder. Its rows can be read as they are."
                 )
             self._write_manifest(path, {**manifest, "checked_rows": held.get("checked_rows", False)})
+
+    @contextmanager
+    def withdrawn_if_refused(self) -> Iterator[None]:
+        """Where the block raises ConfigError, remove the folder if this process made it and it has no row.
+
+        Other shards may be at work in the folder of a run that has several; it stays.
+        """
+        try:
+            yield
+        except ConfigError:
+            if self._made and self.count == 1 and not any(file.stat().st_size for file in self.folder.glob("rows-*.jsonl")):
+                shutil.rmtree(self.folder, ignore_errors=True)
+                with suppress(OSError):  # it holds other runs
+                    self.folder.parent.rmdir()
+            raise
 
     @staticmethod
     def _write_manifest(path: Path, manifest: Manifest) -> None:

@@ -186,3 +186,17 @@ def test_a_configuration_file_in_another_encoding_is_named(refused, tmp_path_fac
 def test_an_order_by_no_column_is_refused_before_anything_is_computed(refused):
     said = refused("extractor=centre_prior", "dataset.count=1", "report.sort=bets")
     assert "report.sort" in said and '"bets"' in said and 'Did you mean "best"?' in said
+
+
+def test_what_only_the_weights_tell_is_refused_without_a_run_folder(refused):
+    for method, blocks in (("concept_attention", 5), ("daam", 6), ("naclip", 4), ("rollout", 4)):
+        message = refused(
+            f"extractor={method}",
+            "protocol=scenes_single",
+            "dataset.objects=[1,1]",
+            "+extractor.backbone.randomise={seed:0,from_block:99}",
+        )
+        assert "from_block is 99, but lab:" in message and f"has {blocks} blocks" in message, method
+    message = refused("extractor=naclip", "dataset=scenes", "dataset.count=1", "extractor.backbone.image_size=50")
+    assert "extractor.backbone.image_size" in message
+    assert "nothing is downloaded" in refused("extractor=naclip", "backbone@extractor.backbone=clip_vit_b_16_openai")
