@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
-from inspect import signature
+from inspect import Parameter, signature
 from math import inf
 from typing import Any, get_args, get_type_hints
 
@@ -103,6 +103,27 @@ def instantiate(config: Mapping[str, Any], path: str, allowed: Iterable[str] = (
         raise ConfigError(f"{path}: {error}") from error
 
 
+def settings_of(kind: type) -> dict[str, Parameter]:
+    """Every setting that a class takes, its own first, and then those that its **others hand on to a base class.
+
+    >>> class Base:
+    ...     def __init__(self, size: int, seed: int = 0) -> None: ...
+    >>> class Derived(Base):
+    ...     def __init__(self, rate: float, **others: int) -> None: ...
+    >>> list(settings_of(Derived))
+    ['rate', 'size', 'seed']
+    """
+    found: dict[str, Parameter] = {}
+    rest: list[Parameter] = []
+    for base in [one for one in kind.__mro__[:-1] if "__init__" in vars(one)]:
+        _, *own = signature(base.__init__).parameters.values()  # type: ignore[misc]
+        rest = [one for one in own if one.kind is one.VAR_KEYWORD]
+        found |= {one.name: one for one in own if one not in rest and one.name not in found}
+        if not rest:
+            break
+    return found | {one.name: one for one in rest}
+
+
 def _annotations(kind: type) -> dict[str, Any]:
     """Setting -> its annotation, those that a class hands on to its base included."""
     found: dict[str, Any] = {}
@@ -181,7 +202,7 @@ def _check_settings(config: Any, path: str, base: str | None, nested: str | None
     given = [str(key) for key in config if key != "_target_"]
     if special := [key for key in given if key.startswith("_")]:
         raise ConfigError(f"{path}.{special[0]}: Hydra's own keys other than _target_ are not read here. Remove it.")
-    accepted = signature(kind).parameters
+    accepted = settings_of(kind)
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         for key in given:
             if key not in accepted:

@@ -121,15 +121,14 @@ def _checked_of_method(settings: dict[str, tuple[str, Any]], extractors: Sequenc
 
     settings: name -> the word that was typed, and the value.
     """
-    from inspect import signature
-
     from conceptseg.extractors.sheets import extractor_sheet
+    from conceptseg.targets import settings_of
 
     if not settings:
         return {}
     for name in extractors or ["concept_attention"]:
         sheet = extractor_sheet(name)
-        known = [key for key in signature(sheet.kind).parameters if key not in sheet.models]
+        known = [key for key in settings_of(sheet.kind) if key not in sheet.models]
         unknown = [key for key in settings if key not in known and not (key.startswith("backbone.") and sheet.models)]
         if unknown:
             raise ConfigError(

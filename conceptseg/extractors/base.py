@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
-from inspect import signature
 from typing import Any, ClassVar, TypeVar, overload
 
 import numpy as np
@@ -29,7 +28,7 @@ from conceptseg.extractors.explaining import (
 from conceptseg.extractors.explanation import Explanation, remarks_on
 from conceptseg.extractors.sheets import lab_view, sheet_of_class
 from conceptseg.saliency.views import Axes, Normalize, Softmax, View, expand_views
-from conceptseg.targets import check_types
+from conceptseg.targets import check_types, settings_of
 from conceptseg.types import (
     BACKGROUND,
     LEAST_KNOWN_FIRST,
@@ -128,7 +127,7 @@ class Extractor(ABC):
         sheet = sheet_of_class(cls)
         plain, models = ({}, {}) if sheet is None else (sheet.settings, sheet.models)
         with python_names():
-            known = [key for key in signature(cls).parameters if key != "backbone"]
+            known = [key for key in settings_of(cls) if key != "backbone"]
             own = {key: settings.pop(key) for key in list(settings) if key in known}
             check_types(own, cls, "extractor")
             _, changed = models.pop("backbone", ("", {}))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +23,7 @@ from conceptseg.backbones.in_memory import Loaded
 from conceptseg.backbones.unets.attention_maps import Attended, CrossAttention
 from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.errors import real_number, whole_number
-from conceptseg.extractors.along_self_attention import AlongSelfAttention
+from conceptseg.extractors.along_self_attention import AlongSelfAttention, mean_in_segments
 from conceptseg.extractors.unet_maps import LayerSum
 
 
@@ -89,7 +90,7 @@ class DiffSeg(AlongSelfAttention):
     """Each word's map is the same number all over a segment: the mean of its DAAM map there.
 
     points, threshold, merges: 16 anchors a side, 0.9, three rounds in the released notebook.
-    prompt, concept, join, encode, exclude_factor, include_mid, map_side, noise, posterior, seed: see DAAM.
+    reading: settings of RefinedMaps.
     """
 
     version = 1
@@ -100,21 +101,9 @@ class DiffSeg(AlongSelfAttention):
         points: int = 16,
         threshold: float = 0.9,
         merges: int = 3,
-        prompt: str = "{concepts}",
-        concept: str = "a {concept}",
-        join: str = ", ",
-        encode: str = "joint",
-        exclude_factor: int | None = 8,
-        include_mid: bool = False,
-        map_side: int | None = None,
-        noise: str = "per_sample",
-        posterior: str = "mode",
-        seed: int = 0,
+        **reading: Any,
     ) -> None:
-        super().__init__(
-            backbone, prompt=prompt, concept=concept, join=join, encode=encode, exclude_factor=exclude_factor,
-            include_mid=include_mid, map_side=map_side, noise=noise, posterior=posterior, seed=seed,
-        )  # fmt: skip
+        super().__init__(backbone, **reading)
         whole_number("extractor.points", points, 1, 1024)
         real_number("extractor.threshold", threshold, 0)
         whole_number("extractor.merges", merges, 1, 100)
@@ -123,11 +112,9 @@ class DiffSeg(AlongSelfAttention):
     def summing(self, layers: Sequence[CrossAttention], size: tuple[int, int]) -> OneGrid:
         return OneGrid(size)
 
-    def along(self, maps: Float[Tensor, "R S X Y"], attention: LayerSum) -> Float[Tensor, "R S x y"]:
+    def along(self, maps: Float[Tensor, "R S X Y"], read: LayerSum) -> Float[Tensor, "R S x y"]:
         found = []
-        for words, one in zip(maps.flatten(2), attention.maps.flatten(2).double(), strict=True):
-            joined = segments(one, attention.grid, self.points, self.threshold, self.merges)
-            members = torch.nn.functional.one_hot(joined).to(words)
-            means = (words @ members) / members.sum(0).clamp_min(1)
-            found.append(means[:, joined])
-        return torch.stack(found).unflatten(-1, attention.grid)
+        for words, one in zip(maps.flatten(2), read.maps.flatten(2).double(), strict=True):
+            joined = segments(one, read.grid, self.points, self.threshold, self.merges)
+            found.append(mean_in_segments(words, joined))
+        return torch.stack(found).unflatten(-1, read.grid)

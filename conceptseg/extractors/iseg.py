@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import e
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -63,7 +64,7 @@ class ISeg(AlongSelfAttention):
     """Maps of the words of one prompt, at the finest grid of the view's layers, 0..1 each.
 
     entropy, iterations: 0.1 and 10 in the released code for COCO (0.015 for PascalVOC).
-    prompt, concept, join, encode, exclude_factor, include_mid, map_side, noise, posterior, seed: see DAAM.
+    reading: settings of RefinedMaps.
     """
 
     version = 1
@@ -73,21 +74,9 @@ class ISeg(AlongSelfAttention):
         backbone: UNetBackbone | Loaded,
         entropy: float = 0.1,
         iterations: int = 10,
-        prompt: str = "{concepts}",
-        concept: str = "a {concept}",
-        join: str = ", ",
-        encode: str = "joint",
-        exclude_factor: int | None = 8,
-        include_mid: bool = False,
-        map_side: int | None = None,
-        noise: str = "per_sample",
-        posterior: str = "mode",
-        seed: int = 0,
+        **reading: Any,
     ) -> None:
-        super().__init__(
-            backbone, prompt=prompt, concept=concept, join=join, encode=encode, exclude_factor=exclude_factor,
-            include_mid=include_mid, map_side=map_side, noise=noise, posterior=posterior, seed=seed,
-        )  # fmt: skip
+        super().__init__(backbone, **reading)
         real_number("extractor.entropy", entropy, 0)
         whole_number("extractor.iterations", iterations, 0, 10_000)
         self.entropy, self.iterations = entropy, iterations
@@ -95,11 +84,11 @@ class ISeg(AlongSelfAttention):
     def summing(self, layers: Sequence[CrossAttention], size: tuple[int, int]) -> FinestGrid:
         return FinestGrid(min(layer.level for layer in layers))
 
-    def along(self, maps: Float[Tensor, "R S X Y"], attention: LayerSum) -> Float[Tensor, "R S x y"]:
+    def along(self, maps: Float[Tensor, "R S X Y"], read: LayerSum) -> Float[Tensor, "R S x y"]:
         # In float64: where attention is nearly even, each step leaves little of a map beside its least value, and rounding.
-        moves = entropy_reduced(attention.maps.flatten(2).double(), self.entropy)
-        found = shares(interpolate(maps.double(), size=attention.grid, mode="bilinear").flatten(2).mT)
+        moves = entropy_reduced(read.maps.flatten(2).double(), self.entropy)
+        found = shares(interpolate(maps.double(), size=read.grid, mode="bilinear").flatten(2).mT)
         for _ in range(self.iterations):
             found = shares(moves @ found)
         found = found / found.amax(1, keepdim=True).clamp_min(torch.finfo(found.dtype).tiny)
-        return found.mT.unflatten(-1, attention.grid).float()
+        return found.mT.unflatten(-1, read.grid).float()

@@ -10,7 +10,7 @@ from conceptseg.errors import ConfigError, did_you_mean
 from conceptseg.extractors.base import Extractor
 from conceptseg.extractors.explaining import python_names
 from conceptseg.extractors.sheets import extractor_sheet
-from conceptseg.targets import check_types
+from conceptseg.targets import check_types, settings_of
 
 
 def load_extractor(
@@ -29,9 +29,7 @@ def load_extractor(
     with python_names():
         sheet = extractor_sheet(name)
         kind = sheet.kind
-        from inspect import signature
-
-        known = [key for key in signature(kind).parameters if key not in sheet.models]
+        known = [key for key in settings_of(kind) if key not in sheet.models]
         own = {key: settings.pop(key) for key in list(settings) if key in known}
         check_types(own, kind, "extractor")
         given = {**sheet.settings, **own}

@@ -21,6 +21,7 @@ from conceptseg.backbones.encoders.tower import Tower, tap_normed
 from conceptseg.backbones.taps import StopForward, TapSet
 from conceptseg.errors import in_range, real_number
 from conceptseg.extractors.image_model import ImageModelMethod, on_every_channel
+from conceptseg.extractors.normalized_cut import second_eigenvector
 from conceptseg.types import Batch
 
 
@@ -93,9 +94,5 @@ class TokenCut(ObjectDiscovery):
         edges = torch.where(unit @ unit.T > self.threshold, 1.0, self.faint).to(keys)
         if bool((edges == edges[0, 0]).all()):
             return torch.zeros_like(edges[0])
-        degree = edges.sum(1)
-        scaled = degree.rsqrt()
-        laplacian = torch.diag(degree) - edges
-        _, vectors = torch.linalg.eigh(scaled[:, None] * laplacian * scaled)
-        cut = scaled * vectors[:, 1]
+        cut = second_eigenvector(edges)
         return cut if bool(cut[cut.abs().argmax()] > cut.mean()) else -cut

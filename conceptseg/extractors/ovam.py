@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 
 from conceptseg.backbones.base import stack_images
 from conceptseg.backbones.in_memory import Loaded
-from conceptseg.backbones.unets.attention_maps import Attended, CrossAttention, CrossAttentionTap, grid_factor, upsample
+from conceptseg.backbones.unets.attention_maps import Attended, CrossAttention, CrossAttentionTap, UNetTap, grid_factor, upsample
 from conceptseg.backbones.unets.optimised_tokens import digest_of, read_tokens
 from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.backbones.word_tokens import PlacedText, placed, positions_of
@@ -223,7 +223,7 @@ class OVAM(UNetMaps):
 
     def further_taps(
         self, layers: Sequence[CrossAttention], views: Sequence[View], level: float, size: tuple[int, int], sums: LayerSums
-    ) -> list[CrossAttentionTap]:
+    ) -> list[UNetTap]:
         if self.self_attention_floor is None:
             return []
 

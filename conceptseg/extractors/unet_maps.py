@@ -24,6 +24,7 @@ from conceptseg.backbones.unets.attention_maps import (
     Attended,
     CrossAttention,
     CrossAttentionTap,
+    UNetTap,
     grid_factor,
     kept_heads,
     map_size,
@@ -171,7 +172,7 @@ class UNetMaps(Extractor):
 
     def further_taps(
         self, layers: Sequence[CrossAttention], views: Sequence[View], level: float, size: tuple[int, int], sums: LayerSums
-    ) -> list[CrossAttentionTap]:
+    ) -> list[UNetTap]:
         """Return further taps of a method for a forward pass of these views. They may add maps of their own to `sums`."""
         return []
 

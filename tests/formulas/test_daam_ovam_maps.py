@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from crf_oracle import mean_field
 from torch.nn.functional import interpolate
@@ -12,8 +13,9 @@ from torch.nn.functional import interpolate
 from conceptseg.backbones.base import sample_noise, stack_images
 from conceptseg.backbones.unets.optimised_tokens import write_tokens
 from conceptseg.backbones.unets.unet import UNetBackbone
-from conceptseg.errors import ConfigError, DataError
+from conceptseg.errors import ConfigError, DataError, ViewError
 from conceptseg.extractors.daam import DAAM
+from conceptseg.extractors.diffcut import DiffCut
 from conceptseg.extractors.diffseg import DiffSeg
 from conceptseg.extractors.iseg import ISeg
 from conceptseg.extractors.ovam import OVAM
@@ -52,7 +54,7 @@ class Explicit:
     """An attention processor that computes probabilities, and keeps queries and probabilities: what taps must not need."""
 
     def __init__(self):
-        self.queries, self.probabilities = None, None
+        self.queries, self.probabilities, self.output = None, None, None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, **kwargs):
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -60,7 +62,8 @@ class Explicit:
         split = [x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v)]
         self.queries = split[0]
         self.probabilities = (split[0] @ split[1].transpose(-1, -2) / math.sqrt(split[0].shape[-1])).softmax(-1)
-        return attn.to_out[0]((self.probabilities @ split[2]).transpose(1, 2).flatten(2))
+        self.output = attn.to_out[0]((self.probabilities @ split[2]).transpose(1, 2).flatten(2))
+        return self.output
 
 
 def watched(backbone, task, prompt, self_attention=False):
@@ -324,3 +327,50 @@ def test_diffseg_merges_attention_maps_and_names_the_segments_by_daam(backbone, 
     for word, map_ in zip(words, got, strict=True):
         wanted = torch.stack([word.flatten()[segment == one].mean() for one in segment]).view(12, 12)
         torch.testing.assert_close(map_, wanted, **CLOSE)
+
+
+def cut_apart(edges, nodes, tau):
+    """Parts of a graph: the paper's Rayleigh quotient of each threshold's indicator, then the same of either side."""
+    within = edges[np.ix_(nodes, nodes)]
+    degree = np.diag(within.sum(1))
+    vector = scipy.linalg.eigh(degree - within, degree)[1][:, 1] if len(nodes) > 1 else np.zeros(1)
+    vector = vector * np.sign(vector[np.abs(vector).argmax()])
+    best, side = math.inf, None
+    for threshold in np.linspace(0.99 * vector.min(), 0.99 * vector.max(), 100):
+        x = np.where(vector > threshold, 1.0, -1.0)
+        if len(set(x)) == 2:
+            k = degree.diagonal()[x > 0].sum() / degree.sum()
+            y = (1 + x) - k / (1 - k) * (1 - x)
+            cost = (y @ (degree - within) @ y) / (y @ degree @ y)
+            best, side = (cost, x > 0) if cost < best else (best, side)
+    if best >= tau:
+        return [nodes]
+    return cut_apart(edges, nodes[side], tau) + cut_apart(edges, nodes[~side], tau)
+
+
+def test_diffcut_cuts_features_recursively_and_names_the_segments_by_daam(backbone, task):
+    """Of the self-attention that runs last on the way down, and of another; a pass that ends before it is refused."""
+    seen = watched(backbone, task, "a apple, a grass, a sky", self_attention=True)
+    paths = {one.index: one.path for one in backbone.layers}
+    last = max(index for index in seen if paths[index].startswith("down"))
+    first = min(index for index in seen if paths[index].startswith("down"))
+    for layer, alpha, tau in ((last, 10.0, 0.75), (first, 4.0, 0.97)):
+        features = seen[layer].output[0].double().numpy()
+        unit = features / np.sqrt((features**2).sum(1, keepdims=True))
+        cosines = unit @ unit.T
+        edges = ((cosines - cosines.min()) / (cosines.max() - cosines.min())) ** alpha
+        parts = cut_apart(edges, np.arange(len(unit)), tau)
+        assert 2 < len(parts) < len(unit) and max(map(len, parts)) > 1
+        means = [unit[part].mean(0) for part in parts]
+        side = math.isqrt(len(unit))
+        wide = interpolate(torch.tensor(unit.T).reshape(1, -1, side, side), size=(12, 12), mode="bilinear")[0].flatten(1)
+        segment = np.array([np.argmax([position @ mean for mean in means]) for position in wide.T.numpy()])
+        extractor = DiffCut(backbone, tau=tau, alpha=alpha, layer=None if layer == last else layer)
+        got, words = read(extractor, task, view(extractor, "refined"), view(extractor, "words"))
+        for word, map_ in zip(words, got, strict=True):
+            wanted = torch.stack([word.flatten()[torch.tensor(segment == one)].mean() for one in segment]).view(12, 12)
+            torch.testing.assert_close(map_, wanted, **CLOSE)
+    with pytest.raises(ViewError, match="ends before it"):
+        read(DiffCut(backbone), task, View("refined", (first,), (LEVEL,)))
+    with pytest.raises(ConfigError, match="layers 0 to"):
+        read(extractor := DiffCut(backbone, layer=99), task, view(extractor, "refined"))

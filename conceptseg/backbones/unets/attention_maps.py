@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isqrt
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -127,6 +127,14 @@ class Attended:
             yield slice(start, min(start + size, heads.stop))
 
 
+@runtime_checkable
+class UNetTap(Protocol):
+    """Reads something of a stock U-Net as it runs."""
+
+    def attach(self, taps: TapSet) -> None:
+        """Hook the host. Raises TapError where it can't be read."""
+
+
 @dataclass
 class CrossAttentionTap:
     """Calls `on_layer` for the named layers as a stock U-Net runs; the U-Net's own attention stays fused and unchanged.
@@ -144,7 +152,7 @@ class CrossAttentionTap:
         """Hook the host. Raises TapError for fused projections, normalised queries, or a compiled host."""
         last = max(self.layers, key=lambda layer: layer.runs)
         for path in dict.fromkeys(layer.transformer for layer in self.layers):
-            taps.before(path, self._note_grid(path))
+            taps.before(path, _noted(self._grids, path))
         for layer in self.layers:
             taps.refuse_compiled(layer.path)
             attention = taps.module(layer.path)
@@ -155,13 +163,6 @@ class CrossAttentionTap:
             taps.before(layer.path, self._refuse_masks(layer))
             taps.after(f"{layer.path}.to_q", self._note_queries(layer))
             taps.after(f"{layer.path}.to_k", self._at_keys(layer, attention, layer is last))
-
-    def _note_grid(self, path: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            self._grids[path] = hidden.shape[-2], hidden.shape[-1]
-
-        return note
 
     def _refuse_masks(self, layer: CrossAttention) -> Callable[..., None]:
         def refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -198,6 +199,37 @@ class CrossAttentionTap:
                 raise StopForward
 
         return at_keys
+
+
+@dataclass
+class OutputTap:
+    """Calls `on_output` with what one self- or cross-attention of a stock U-Net returns, [R d h w]."""
+
+    layer: CrossAttention
+    on_output: Callable[[Float[Tensor, "R d h w"]], None]
+
+    def attach(self, taps: TapSet) -> None:
+        """Hook the host."""
+        grids: dict[str, tuple[int, int]] = {}
+        path = self.layer.transformer
+        taps.refuse_compiled(self.layer.path)
+        taps.before(path, _noted(grids, path))
+
+        def at_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            check_grid(self.layer, grids[path], output.shape[1], "outputs")
+            self.on_output(rearrange(output, "R (h w) d -> R d h w", h=grids[path][0]))
+
+        taps.after(self.layer.path, at_output)
+
+
+def _noted(grids: dict[str, tuple[int, int]], path: str) -> Callable[..., None]:
+    """Keep the grid that the spatial transformer at a path is given."""
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        grids[path] = hidden.shape[-2], hidden.shape[-1]
+
+    return note
 
 
 def refuse_fused(path: str, attention: nn.Module) -> None:

@@ -14,7 +14,7 @@ from conceptseg.backbones.latent_checkpoint import LatentCheckpoint
 from conceptseg.backbones.latents import spread_out
 from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextCache
-from conceptseg.backbones.unets.attention_maps import CrossAttention, CrossAttentionTap, cross_attentions, reference_side
+from conceptseg.backbones.unets.attention_maps import CrossAttention, UNetTap, cross_attentions, reference_side
 from conceptseg.errors import ConfigError
 
 
@@ -231,7 +231,7 @@ class UNetBackbone(LatentCheckpoint):
         step: int | Int[Tensor, "*n"],
         text: Float[Tensor, "R T d"],
         conditions: Mapping[str, Tensor] | None = None,
-        *taps: CrossAttentionTap,
+        *taps: UNetTap,
     ) -> Float[Tensor, "R c h w"] | None:
         """Run one forward pass at a training step, 0..999. Returns the U-Net's output, or None if a tap stopped it early.
 
