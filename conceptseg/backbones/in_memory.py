@@ -98,7 +98,8 @@ def _text_tokens(pipe: Any, model: Any, parts: Mapping[str, Any]) -> int:
     """Padded text length: the pipeline's own, 256 for a Flux without embedded guidance (schnell); at most the tokenizer's."""
     own = signature(type(pipe).__call__).parameters.get("max_sequence_length")
     schnell = type(model).__name__ == "FluxTransformer2DModel" and model.config.get("guidance_embeds") is False
-    wanted = 256 if schnell or own is None else int(own.default)
+    fixed = getattr(pipe, "tokenizer_max_length", 256)  # of a pipeline whose call has no such argument
+    wanted = 256 if schnell else int(fixed if own is None else own.default)
     lengths = [
         getattr(parts[key], "model_max_length", wanted) for key in ("tokenizer_3", "tokenizer_2", "tokenizer") if key in parts
     ]

@@ -19,6 +19,8 @@ FAMILIES = {
     "Flux2Transformer2DModel": "conceptseg.backbones.transformers.flux2.Flux2Backbone",
     "Flux2KleinPipeline": "conceptseg.backbones.transformers.flux2.Flux2KleinBackbone",
     "ChromaTransformer2DModel": "conceptseg.backbones.transformers.chroma.ChromaBackbone",
+    "LongCatImageTransformer2DModel": "conceptseg.backbones.transformers.flux_relatives.LongCatImageBackbone",
+    "OvisImageTransformer2DModel": "conceptseg.backbones.transformers.flux_relatives.OvisImageBackbone",
     "CogVideoXTransformer3DModel": "conceptseg.backbones.transformers.cogvideox.CogVideoXBackbone",
     "QwenImageTransformer2DModel": "conceptseg.backbones.transformers.qwen_image.QwenImageBackbone",
     "ZImageTransformer2DModel": "conceptseg.backbones.transformers.z_image.ZImageBackbone",

@@ -1,14 +1,15 @@
-"""FLUX.2, Qwen-Image and Z-Image from tiny repositories: texts, concept tokens and images are those of their stock pipelines."""
+"""FLUX.2, Qwen-, LongCat-, Ovis- and Z-Image from tiny repositories: texts, concept tokens and images as stock pipelines'."""
 
 import logging
 
 import pytest
 import torch
-from tiny_chat_models import flux2, flux2_klein, qwen_image, saved, z_image
+from tiny_chat_models import flux2, flux2_klein, longcat_image, ovis_image, qwen_image, saved, z_image
 
 from conceptseg.backbones.in_memory import backbone_from
 from conceptseg.backbones.sheets import backbone_of
 from conceptseg.backbones.transformers.flux2 import Flux2Backbone, Flux2KleinBackbone
+from conceptseg.backbones.transformers.flux_relatives import LongCatImageBackbone, OvisImageBackbone
 from conceptseg.backbones.transformers.qwen_image import QwenImageBackbone
 from conceptseg.backbones.transformers.z_image import ZImageBackbone
 from conceptseg.extractors.concept_attention import ConceptAttention
@@ -23,6 +24,8 @@ FAMILIES = {
     "flux2": (flux2, Flux2Backbone, {"text_tokens": 120, "concept_token": 118}),
     "flux2_klein": (flux2_klein, Flux2KleinBackbone, {"text_tokens": 48}),
     "qwen_image": (qwen_image, QwenImageBackbone, {"text_tokens": 64}),
+    "longcat_image": (longcat_image, LongCatImageBackbone, {"text_tokens": 32}),
+    "ovis_image": (ovis_image, OvisImageBackbone, {"text_tokens": 48}),
     "z_image": (z_image, ZImageBackbone, {"text_tokens": 48}),
 }
 
@@ -33,6 +36,8 @@ class Case:
         self.name, self.folder = name, str(folder)
         self.pipeline = saved(build, folder)
         self.length = {"max_sequence_length": self.settings["text_tokens"]}
+        if name == "longcat_image":
+            self.length, self.pipeline.tokenizer_max_length = {}, self.settings["text_tokens"]
 
     def made(self, **settings):
         return self.kind(self.folder, image_size=32, **self.settings, **settings)
@@ -41,8 +46,8 @@ class Case:
         """What the stock pipeline's transformer would be given, a row [n d] a string, without padding where it drops it."""
         if self.name == "z_image":
             return self.pipeline.encode_prompt(list(strings), do_classifier_free_guidance=False, **self.length)[0]
-        found, mask = self.pipeline.encode_prompt(list(strings), **self.length)
-        if self.name.startswith("flux2") or mask is None:
+        found, mask, *_ = self.pipeline.encode_prompt(list(strings), **self.length)
+        if self.name.startswith(("flux2", "longcat", "ovis")) or mask is None:
             return list(found)
         return [row[here.bool()] for row, here in zip(found, mask, strict=True)]
 
@@ -64,9 +69,11 @@ class Case:
             start, end = said.index("[INST]") + 1, said.index("[/INST]")
         else:
             start = next(k for k in range(len(said)) if said[k : k + 2] == ["user", "\n"]) + 2
-            end = said.index("<|im_end|>", start)
-        assert "".join(said[start:end]) == string
-        dropped = 34 if self.name == "qwen_image" else 0
+            end = said.index("<|endoftext|>" if self.name == "longcat_image" else "<|im_end|>", start)
+        if self.name == "ovis_image":  # the prompt follows a system prompt and a blank, which is its first word's
+            start = next(k for k in range(len(said)) if said[k] == ":") + 1
+        assert "".join(said[start:end]).strip() == string
+        dropped = {"qwen_image": 34, "ovis_image": 28, "longcat_image": start}.get(self.name, 0)
         return start - dropped, end - dropped
 
 
@@ -78,7 +85,8 @@ def case(request, tmp_path_factory):
 def test_the_family_is_told_by_the_files_and_by_the_pipeline(case):
     assert type(backbone_of(case.folder, image_size=32)) is case.kind
     loaded = backbone_from(case.pipeline)
-    assert type(loaded) is case.kind and loaded.text_tokens == 512
+    assert type(loaded) is case.kind
+    assert loaded.text_tokens == {"longcat_image": 32, "ovis_image": 256}.get(case.name, 512)
 
 
 def test_captions_are_encoded_as_the_stock_pipeline_does(case):
@@ -126,9 +134,12 @@ def test_the_image_that_is_made_is_the_stock_pipelines(case, guidance):
         with torch.inference_mode():
             sand = case.pipeline.encode_prompt(["sand"] * 2, **case.length)[0]
         options |= {"guidance_scale": guidance, "latents": noise, "negative_prompt_embeds": sand}
-    elif case.name == "qwen_image":  # its own layout of tokens
+    elif case.name != "z_image":  # their own layout of tokens
         tokens = noise.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        options |= {"true_cfg_scale": guidance, "latents": tokens, "negative_prompt": ["sand"] * 2 if guidance else None}
+        scale = "true_cfg_scale" if case.name == "qwen_image" else "guidance_scale"
+        options |= {scale: guidance, "latents": tokens, "negative_prompt": ["sand"] * 2 if guidance else None}
+        if case.name == "longcat_image":
+            options["enable_prompt_rewrite"] = False
     else:
         options |= {"guidance_scale": max(0.0, guidance - 1), "latents": noise, "negative_prompt": ["sand"] * 2}
     wanted = case.pipeline(prompt=list(CAPTIONS), **options).images

@@ -1,4 +1,4 @@
-"""Tiny random FLUX.2, Qwen-Image and Z-Image in the layout of their repositories, each with its stock text model."""
+"""Tiny random models with chat text in the layout of their repositories, each with its stock text model."""
 
 import json
 
@@ -11,6 +11,10 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    LongCatImagePipeline,
+    LongCatImageTransformer2DModel,
+    OvisImagePipeline,
+    OvisImageTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     ZImagePipeline,
@@ -61,7 +65,8 @@ def learned(text):
 
 
 def qwen_tokenizer():
-    template = QwenImagePipeline(None, None, None, None, None).prompt_template_encode
+    nothing = [None] * 5
+    template = QwenImagePipeline(*nothing).prompt_template_encode + OvisImagePipeline(*nothing).system_prompt
     for mark in (*SPECIAL, "{}"):
         template = template.replace(mark, "\n")
     found = json.loads(learned(f"{template}\n{WORDS}").to_str())["model"]
@@ -133,16 +138,41 @@ def flux2():
     return Flux2Pipeline(scheduler, vae, Mistral3ForConditionalGeneration(config), processor, transformer)
 
 
-def qwen_image():
-    tokenizer = qwen_tokenizer()
+def qwen_vl(words):
     vision = {
         "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 8, "patch_size": 2,
         "fullatt_block_indexes": [0],
     }  # fmt: skip
     rope = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10000.0}
     config = Qwen2_5_VLConfig(
-        text_config={**text_sizes(len(tokenizer), 2), "rope_parameters": rope}, vision_config=vision, vocab_size=len(tokenizer)
+        text_config={**text_sizes(words, 2), "rope_parameters": rope}, vision_config=vision, vocab_size=words
     )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def unpooled(kind, **options):
+    transformer = kind(
+        in_channels=16, num_layers=2, num_single_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=8,
+        axes_dims_rope=(2, 4, 2), **options,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0, max_shift=1.15)
+    return scheduler, autoencoder(AutoencoderKL, scaling_factor=1.5, shift_factor=0.1), transformer
+
+
+def longcat_image():
+    tokenizer = qwen_tokenizer()
+    scheduler, vae, transformer = unpooled(LongCatImageTransformer2DModel)
+    return LongCatImagePipeline(scheduler, vae, qwen_vl(len(tokenizer)), tokenizer, None, transformer)
+
+
+def ovis_image():
+    tokenizer = qwen_tokenizer()
+    scheduler, vae, transformer = unpooled(OvisImageTransformer2DModel, out_channels=16)
+    return OvisImagePipeline(scheduler, vae, Qwen3Model(Qwen3Config(**text_sizes(len(tokenizer), 3))), tokenizer, transformer)
+
+
+def qwen_image():
+    tokenizer = qwen_tokenizer()
     vae = AutoencoderKLQwenImage(
         base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False], latents_mean=[0.1, -0.2, 0.3, 0.0],
         latents_std=[1.1, 0.9, 1.2, 0.8],
@@ -152,7 +182,7 @@ def qwen_image():
         axes_dims_rope=(2, 4, 2),
     )  # fmt: skip
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02, max_shift=0.9)
-    return QwenImagePipeline(scheduler, vae, Qwen2_5_VLForConditionalGeneration(config), tokenizer, transformer)
+    return QwenImagePipeline(scheduler, vae, qwen_vl(len(tokenizer)), tokenizer, transformer)
 
 
 def z_image():

@@ -14,6 +14,8 @@ from diffusers import (
     CogVideoXTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    LongCatImageTransformer2DModel,
+    OvisImageTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
@@ -25,6 +27,7 @@ from conceptseg.backbones.transformers.cogvideox import CogVideoXBackbone
 from conceptseg.backbones.transformers.concept_stream import SPACES, ConceptStream, ConceptTokens
 from conceptseg.backbones.transformers.flux import FluxBackbone
 from conceptseg.backbones.transformers.flux2 import Flux2Backbone, Flux2KleinBackbone
+from conceptseg.backbones.transformers.flux_relatives import LongCatImageBackbone, OvisImageBackbone
 from conceptseg.backbones.transformers.prompts import Prompts
 from conceptseg.backbones.transformers.qwen_image import QwenImageBackbone
 from conceptseg.backbones.transformers.sd3 import SD3Backbone
@@ -60,6 +63,14 @@ def chroma():
         axes_dims_rope=(2, 4, 2), approximator_num_channels=16, approximator_hidden_dim=16, approximator_layers=1,
     )  # fmt: skip
     return ChromaBackbone("lab:none"), model, (4, 8, 6)
+
+
+def unpooled(kind, backbone):
+    model = kind(
+        in_channels=16, num_layers=3, num_single_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=WIDTH,
+        axes_dims_rope=(2, 4, 2),
+    )  # fmt: skip
+    return backbone("lab:none", text_tokens=TEXT), model, (4, 8, 6)
 
 
 def flux2(klein=False):
@@ -99,6 +110,8 @@ def z_image():
 FAMILIES = {
     "flux": flux, "flux single": lambda: flux(1, 2), "sd3": sd3, "sd3 without norms": lambda: sd3(None),
     "sd3.5 medium": lambda: sd3(dual=(0, 1)), "flux2": flux2, "flux2 klein": lambda: flux2(True), "chroma": chroma,
+    "longcat image": lambda: unpooled(LongCatImageTransformer2DModel, LongCatImageBackbone),
+    "ovis image": lambda: unpooled(OvisImageTransformer2DModel, OvisImageBackbone),
     "cogvideox 5b": cogvideox, "cogvideox 2b": lambda: cogvideox(False), "qwen image": qwen_image, "z image": z_image,
 }  # fmt: skip
 
@@ -168,6 +181,8 @@ def embedded(case):
         return host.patch_embed.text_proj(concepts)
     if kind == "qwen_image":
         return host.txt_in(host.txt_norm(concepts))
+    if kind == "ovis_image":
+        concepts = host.context_embedder_norm(concepts)
     if kind == "z_image":
         refined = host.cap_embedder(concepts)
         for block in host.context_refiner:
@@ -185,7 +200,7 @@ def with_concepts(case, args, kwargs, concepts):
         here = case.backbone.transformer.rope_embedder(torch.tensor([[1, 0, 0]] * WORDS)).expand(ROWS, -1, -1)
         return (torch.cat([sequence, concepts], 1), None, torch.cat([freqs, here], 1), *args[3:]), kwargs
     kwargs["encoder_hidden_states"] = concepts
-    if kind in ("flux", "flux2", "flux2_klein", "chroma"):
+    if kind in ("flux", "flux2", "flux2_klein", "chroma", "longcat_image", "ovis_image"):
         place = 4 if kind.startswith("flux2") else 0
         both = kwargs["image_rotary_emb"]
         kwargs["image_rotary_emb"] = tuple(torch.cat([part[place : place + 1]] * WORDS + [part[TEXT:]]) for part in both)

@@ -7,37 +7,23 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from conceptseg.backbones.latents import image_ids, pack, unpack
-from conceptseg.backbones.taps import TapSet
 from conceptseg.backbones.text_cache import TextRecord
-from conceptseg.backbones.transformers.flux import FluxCarrier
-from conceptseg.backbones.transformers.mmdit import MultiModalBackbone
+from conceptseg.backbones.transformers.flux import FluxLike
+from conceptseg.backbones.transformers.flux_relatives import UnpooledCarrier
 from conceptseg.backbones.transformers.prompts import Prompts
 
 
-class ChromaCarrier(FluxCarrier):
-    """Concepts in the double blocks, with the text's own modulation: it depends on the noise level alone.
-
-    No published code covers this model: the stream is that of FLUX.1 (Helbling et al. 2025, arXiv:2502.04320, section 4).
-    """
-
-    def attach(self, taps: TapSet) -> None:
-        taps.before("context_embedder", self.embed)
-        self.tap_blocks(taps)
-
-    def before_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().before_block(module, args, kwargs)
-        self.state["temb"] = kwargs["temb"][self.stream.rows]
+class ChromaCarrier(UnpooledCarrier):
+    """The blocks are given their modulation, which a small network makes of the noise level."""
 
     def modulation(self, block: Any) -> tuple[Tensor, ...]:
         # Twelve vectors a block: six of the image, then six of the text.
         return tuple(vector[:, None] for vector in self.state["temb"][:, 6:].unbind(1))
 
 
-class ChromaBackbone(MultiModalBackbone):
+class ChromaBackbone(FluxLike):
     """Chroma1. Text goes through T5 alone, with its padding masked; the transformer sees one token of padding, as it was trained.
 
     Its pipeline adds 1 to the logits between tokens that are not masked, and so does this. Concepts and image are all such
@@ -45,7 +31,6 @@ class ChromaBackbone(MultiModalBackbone):
     """
 
     kind = "chroma"
-    rotates_text = False
     transformer_class = "ChromaTransformer2DModel"
     carrier = ChromaCarrier
     classifier_free = True
@@ -70,22 +55,8 @@ class ChromaBackbone(MultiModalBackbone):
         seen = self._stacked("length", captions) + 2  # the end mark and one token of padding
         return Prompts(hidden, present=torch.arange(hidden.shape[1], device=self.device) < seen[:, None])
 
-    @property
-    def latent_channels(self) -> int:
-        return int(self.config["in_channels"]) // 4
-
-    def call(
-        self, noisy: Float[Tensor, "R *c H W"], level: Float[Tensor, " R"], prompts: Prompts, guidance: float
-    ) -> Float[Tensor, "R ..."]:
-        rows, (h, w) = len(noisy), self.grid(noisy)
-        mask = None
-        if prompts.present is not None:
-            mask = torch.cat([prompts.present.to(self.dtype), torch.ones(rows, h * w, dtype=self.dtype, device=self.device)], 1)
-        return self.transformer(
-            hidden_states=pack(noisy), encoder_hidden_states=prompts.hidden.to(self.dtype), timestep=level.to(self.dtype),
-            img_ids=image_ids(h, w, self.device), txt_ids=torch.zeros(prompts.hidden.shape[1], 3, device=self.device),
-            attention_mask=mask, return_dict=False,
-        )[0]  # fmt: skip
-
-    def as_latents(self, velocity: Float[Tensor, "R ..."], grid: tuple[int, ...]) -> Float[Tensor, "R *c H W"]:
-        return unpack(velocity, (grid[0], grid[1]))
+    def further_inputs(self, rows: int, cells: int, prompts: Prompts, guidance: float) -> dict[str, Any]:
+        if prompts.present is None:
+            return {"attention_mask": None}
+        image = torch.ones(rows, cells, dtype=self.dtype, device=self.device)
+        return {"attention_mask": torch.cat([prompts.present.to(self.dtype), image], 1)}

@@ -104,7 +104,42 @@ class FluxCarrier(DoubleBlockCarrier):
         return block.norm1_context.norm, block.norm2_context, block.ff_context
 
 
-class FluxBackbone(MultiModalBackbone):
+class FluxLike(MultiModalBackbone):
+    """Parts that FLUX.1 and its relatives share: latents packed two by two, rotary positions, the transformer's inputs."""
+
+    rotates_text = False
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.config["in_channels"]) // 4
+
+    def text_places(self, count: int) -> Float[Tensor, "N 3"]:
+        """Return rotary position ids of the prompt's N tokens: by default all at 0."""
+        return torch.zeros(count, 3, device=self.device)
+
+    def image_places(self, h: int, w: int) -> Float[Tensor, "L 3"]:
+        """Return rotary position ids of the image's L = h·w tokens."""
+        return image_ids(h, w, self.device)
+
+    def further_inputs(self, rows: int, cells: int, prompts: Prompts, guidance: float) -> dict[str, Any]:
+        """Inputs of the transformer that not every family has, for so many rows of so many image tokens."""
+        return {}
+
+    def call(
+        self, noisy: Float[Tensor, "R *c H W"], level: Float[Tensor, " R"], prompts: Prompts, guidance: float
+    ) -> Float[Tensor, "R ..."]:
+        h, w = self.grid(noisy)
+        return self.transformer(
+            hidden_states=pack(noisy), encoder_hidden_states=prompts.hidden.to(self.dtype), timestep=level.to(self.dtype),
+            img_ids=self.image_places(h, w), txt_ids=self.text_places(prompts.hidden.shape[1]), return_dict=False,
+            **self.further_inputs(len(noisy), h * w, prompts, guidance),
+        )[0]  # fmt: skip
+
+    def as_latents(self, velocity: Float[Tensor, "R ..."], grid: tuple[int, ...]) -> Float[Tensor, "R *c H W"]:
+        return unpack(velocity, (grid[0], grid[1]))
+
+
+class FluxBackbone(FluxLike):
     """FLUX.1 (schnell, dev, or the lab's).
 
     text_tokens: 256 for schnell, 512 for dev. pooled: what modulates image and text when a real image is read: "zeros", as
@@ -113,7 +148,6 @@ class FluxBackbone(MultiModalBackbone):
     """
 
     kind = "flux"
-    rotates_text = False
     transformer_class = "FluxTransformer2DModel"
     carrier = FluxCarrier
     text_parts = ("text_encoder", "clip")
@@ -270,22 +304,8 @@ class FluxBackbone(MultiModalBackbone):
         scaled = [torch.full((rows,), value, dtype=torch.float64, device=self.device).to(self.dtype) * 1000 for value in scalars]
         return model.time_text_embed(*scaled, self.zero_pooled(rows))
 
-    @property
-    def latent_channels(self) -> int:
-        return int(self.config["in_channels"]) // 4
-
-    def call(
-        self, noisy: Float[Tensor, "R *c H W"], level: Float[Tensor, " R"], prompts: Prompts, guidance: float
-    ) -> Float[Tensor, "R ..."]:
-        rows, (h, w) = len(noisy), self.grid(noisy)
-        pooled = self.zero_pooled(rows) if prompts.pooled is None else prompts.pooled.to(self.dtype)
-        return self.transformer(
-            hidden_states=pack(noisy), encoder_hidden_states=prompts.hidden.to(self.dtype), pooled_projections=pooled,
-            timestep=level.to(self.dtype), img_ids=image_ids(h, w, self.device),
-            txt_ids=torch.zeros(prompts.hidden.shape[1], 3, device=self.device),
-            guidance=torch.full((rows,), guidance, device=self.device) if self.config.get("guidance_embeds") else None,
-            return_dict=False,
-        )[0]  # fmt: skip
-
-    def as_latents(self, velocity: Float[Tensor, "R ..."], grid: tuple[int, ...]) -> Float[Tensor, "R *c H W"]:
-        return unpack(velocity, (grid[0], grid[1]))
+    def further_inputs(self, rows: int, cells: int, prompts: Prompts, guidance: float) -> dict[str, Any]:
+        return {
+            "pooled_projections": self.zero_pooled(rows) if prompts.pooled is None else prompts.pooled.to(self.dtype),
+            "guidance": torch.full((rows,), guidance, device=self.device) if self.config.get("guidance_embeds") else None,
+        }

@@ -56,6 +56,8 @@ class MultiModalBackbone(LatentModel):
     """Name of the text encoders in messages."""
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
     """Attributes that hold text encoders."""
+    beside_text: ClassVar[tuple[str, ...]] = ("transformer", "vae")
+    """Parts of the stock pipeline that encoding texts does without."""
 
     def __init__(
         self,
@@ -124,7 +126,7 @@ class MultiModalBackbone(LatentModel):
 
         with self.checkpoint.loading("text_encoder"), announced(f"reading the text encoder of {self.checkpoint.path}"):
             pipeline = DiffusionPipeline.from_pretrained(
-                transformer=None, vae=None, torch_dtype=self.stored_dtype, **self.checkpoint.source()
+                **dict.fromkeys(self.beside_text), torch_dtype=self.stored_dtype, **self.checkpoint.source()
             )
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
@@ -217,12 +219,16 @@ class MultiModalBackbone(LatentModel):
         for a word without tokens of its own, or if there are more tokens than are encoded.
         """
         check_length(self.tokenizer, [" ".join(words)], self.places_read, self.places_setting)
-        ends = [own_tokens(self.tokenizer, " ".join(words[:count])) for count in range(len(words) + 1)]
+        ends = [self.own_tokens(" ".join(words[:count])) for count in range(len(words) + 1)]
         shift = self._start(" ".join(words))
         places = [range(shift + start, shift + end) for start, end in pairwise(ends)]
         if empty := [word for word, place in zip(words, places, strict=True) if not len(place)]:
             raise DataError(f'the word "{empty[0]}" has no token in the prompt "{" ".join(words)}". Ask for another word.')
         return places
+
+    def own_tokens(self, string: str) -> int:
+        """How many tokens a string has in its prompt, a begin mark included."""
+        return own_tokens(self.tokenizer, string)
 
     @property
     def places_read(self) -> int:
