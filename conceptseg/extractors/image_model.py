@@ -22,7 +22,7 @@ from conceptseg.backbones.sheets import CLIP
 from conceptseg.backbones.taps import TapSet
 from conceptseg.errors import ConfigError, one_of
 from conceptseg.extractors.base import OneView
-from conceptseg.types import BACKGROUND, Batch, Told
+from conceptseg.types import BACKGROUND, Batch, Concepts, Told
 
 POOLED = "extractor=maskclip, sclip, clearclip, naclip, legrad or integrated_gradients_clip"
 """Methods that read models with a pooling head, for messages."""
@@ -76,6 +76,8 @@ class ClassMethod(ImageModelMethod):
     """
 
     comparable = False
+    explains_absent: ClassVar[bool] = False
+    """Whether names whose class is not in the image have maps too, though no protocol of one class decides by them."""
 
     def __init__(self, backbone: ImageEncoder | Loaded, explained_class: str = "predicted") -> None:
         super().__init__(backbone)
@@ -101,9 +103,9 @@ class ClassMethod(ImageModelMethod):
         if self.explained_class == "predicted":
             return on_every_channel(batch, explain(self.backbone.predicted(output)).detach())
         channels: list[Tensor | None] = []
-        labels = torch.tensor([c.labels for c in batch.concepts], device=output.device)
-        for channel in range(labels.shape[1]):
-            asked = labels[:, channel] != BACKGROUND
+        wanted = torch.tensor([self._have_maps(c) for c in batch.concepts], device=output.device)
+        for channel in range(wanted.shape[1]):
+            asked = wanted[:, channel]
             if not asked.any():
                 channels.append(None)
                 continue
@@ -116,6 +118,11 @@ class ClassMethod(ImageModelMethod):
             channels.append(torch.where(asked[:, None, None], maps, torch.zeros_like(maps)))
         shown = next(m for m in channels if m is not None)
         return torch.stack([torch.zeros_like(shown) if m is None else m for m in channels], dim=1)
+
+    def _have_maps(self, concepts: Concepts) -> list[bool]:
+        """Whether each channel has a map of its own."""
+        absent = concepts.distractors if self.explains_absent else ()
+        return [label != BACKGROUND or channel in absent for channel, label in enumerate(concepts.labels)]
 
 
 class LastBlockGradient(ClassMethod):

@@ -35,6 +35,7 @@ class LeGrad(ClassMethod):
     version = 1
     family = CLIP
     reads_class_token = False
+    explains_absent = True  # for `leakage_absent`; one backward pass a word
     backbone: ImageTextEncoder
 
     def __init__(self, backbone: ImageEncoder | Loaded, layers: int = 2) -> None:

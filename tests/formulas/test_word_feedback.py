@@ -1,6 +1,7 @@
 """ResCLIP and OSP against literal versions of their formulas, on tiny random stock models, in float64."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from conceptseg.extractors.osp import OSP, residual
 from conceptseg.extractors.resclip import ResCLIP, same_class
 from conceptseg.segment.refine import pamr
 from conceptseg.segment.resize import bilinear
+from conceptseg.types import Batch, Concepts
 
 NAMES, LABELS = ("apple", "fish", "grass"), (1, 2, 0)
 
@@ -171,3 +173,16 @@ def test_osp_is_legrad_of_the_residual_word(clip):
     with pytest.raises(ConfigError, match="wanted concepts, or a list of words"):
         OSP(clip, dictionary="wordnet")
     assert np.isfinite(osp.numpy()).all()
+
+
+def test_absent_names_have_maps_and_background_words_have_none(clip):
+    """As class words of a protocol of several classes they would be explained alike."""
+    shown = batch(2, names=NAMES, labels=(1, 0, 0))
+    offered = Concepts(NAMES, (1, 0, 0), 0, distractors=(1,))
+    absent = Batch((replace(shown.tasks[0], concepts=offered), shown.tasks[1]))
+    named = batch(2, names=NAMES, labels=(1, 2, 0))
+    for method in (LeGrad(clip), OSP(clip)):
+        found, asked = method.saliency(absent), method.saliency(named)
+        torch.testing.assert_close(found[0], asked[0])
+        torch.testing.assert_close(found[1, 0], asked[1, 0])
+        assert found[0, 1].any() and not found[0, 2].any() and not found[1, 1:].any(), type(method).__name__
