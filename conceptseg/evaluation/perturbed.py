@@ -59,11 +59,12 @@ def perturbed(
     backbone = classifier_of(extractor, metrics)
     with torch.no_grad():
         shown = backbone.images([task])
-        words = _words(extractor, task)
-        given = list(words.values())
-        if extractor.told in WITHOUT_WORDS:
-            asked = [(0, int(backbone.class_logits(backbone.run(shown), ()).argmax(1)))]
+        words = _present(task)
+        if extractor.told in WITHOUT_WORDS:  # the map of any class word is that of the predicted class
+            given = []
+            asked = [(next(iter(words), 0), int(backbone.class_logits(backbone.run(shown), ()).argmax(1)))]
         else:
+            given = list(words.values())
             asked = [(channel, backbone.class_of(word, given)) for channel, word in words.items()]
         found: dict[str, dict[str, float]] = {}
         for view, scores in maps.items():
@@ -78,10 +79,8 @@ def perturbed(
     return found
 
 
-def _words(extractor: Extractor, task: Task) -> dict[int, str]:
-    """Channel -> word that is there; empty for a method that is given no word, whose classifier's own prediction is explained."""
-    if extractor.told in WITHOUT_WORDS:
-        return {}
+def _present(task: Task) -> dict[int, str]:
+    """Channel -> class word, of those whose class is in the image."""
     named = enumerate(zip(task.concepts.names, task.concepts.labels, strict=True))
     return {c: word for c, (word, label) in named if label != BACKGROUND and c not in task.concepts.distractors}
 

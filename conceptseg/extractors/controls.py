@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from conceptseg.backbones.base import sample_seed
+from conceptseg.backbones.base import Backbone, sample_seed
 from conceptseg.errors import in_range
 from conceptseg.extractors.base import OneView
 from conceptseg.types import VOID, Batch, Task
@@ -66,12 +66,23 @@ class InvertedOracle(OneView):
         return torch.stack([1 - _truth_of(task, spread=True) for task in batch.tasks])
 
 
-class Constant(OneView):
+class BlindControl(OneView):
+    """A control that reads neither truth nor model.
+
+    backbone: a classifier for deletion and insertion to ask (`protocol.measures`); it moves no map.
+    """
+
+    told = "nothing"
+    trained_on = "nothing"
+
+    def __init__(self, backbone: Backbone | None = None) -> None:
+        self.backbone = backbone
+
+
+class Constant(BlindControl):
     """Says background everywhere: accuracy is the background share q, mean IoU q/2, AP the foreground share."""
 
     version = 1
-    told = "nothing"
-    trained_on = "nothing"
 
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:
         return torch.stack(
@@ -79,14 +90,13 @@ class Constant(OneView):
         )
 
 
-class RandomMap(OneView):
+class RandomMap(BlindControl):
     """Independent noise on a grid: AP is the foreground share in the long run."""
 
     version = 1
-    told = "nothing"
-    trained_on = "nothing"
 
-    def __init__(self, grid: int = 16, seed: int = 0) -> None:
+    def __init__(self, grid: int = 16, seed: int = 0, backbone: Backbone | None = None) -> None:
+        super().__init__(backbone)
         in_range("extractor.grid", grid, 1, GREATEST_GRID)
         self.grid, self.seed = grid, seed
 
@@ -102,17 +112,16 @@ class RandomMap(OneView):
         )  # fmt: skip
 
 
-class CentrePrior(OneView):
+class CentrePrior(BlindControl):
     """A Gaussian bump at the image centre for every class word, its complement for background words.
 
     sigma: in units of the image's side.
     """
 
     version = 1
-    told = "nothing"
-    trained_on = "nothing"
 
-    def __init__(self, sigma: float = 0.25, grid: int = 64) -> None:
+    def __init__(self, sigma: float = 0.25, grid: int = 64, backbone: Backbone | None = None) -> None:
+        super().__init__(backbone)
         in_range("extractor.grid", grid, 1, GREATEST_GRID)
         in_range("extractor.sigma", sigma, 1e-3, 1e3)
         self.sigma, self.grid = sigma, grid
@@ -123,14 +132,13 @@ class CentrePrior(OneView):
         return torch.stack([torch.stack([bump if label else 1 - bump for label in c.labels]) for c in batch.concepts])
 
 
-class ColourContrast(OneView):
+class ColourContrast(BlindControl):
     """Distance of each pixel's colour from the image's mean colour: what a method without words can read off."""
 
     version = 1
-    told = "nothing"
-    trained_on = "nothing"
 
-    def __init__(self, grid: int = 32) -> None:
+    def __init__(self, grid: int = 32, backbone: Backbone | None = None) -> None:
+        super().__init__(backbone)
         in_range("extractor.grid", grid, 1, GREATEST_GRID)
         self.grid = grid
 

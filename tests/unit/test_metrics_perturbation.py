@@ -155,3 +155,17 @@ def test_clip_is_a_zero_shot_classifier_of_its_labels_and_of_other_words(tmp_pat
             wanted = [literal_area(clip, image, scores, key, place, names, gone) for gone in (True, False)]
         measured = next(iter(evaluation.store.rows().values()))["measured"]
         assert [measured["deletion"], measured["insertion"]] == pytest.approx(wanted, abs=1e-5), extractor
+
+
+def test_a_control_lends_a_classifier_the_map_of_its_class_word(tmp_path):
+    evaluation = run(tmp_path, "centre_prior", "+backbone@extractor.backbone=lab_vit", "protocol.order=background_first")
+    vit, key = evaluation.extractor.backbone, next(iter(evaluation.dataset.keys()))
+    task = evaluation.protocol.prepare(evaluation.dataset.read(key))
+    scores = bilinear(evaluation.extractor.saliency(Batch((task,)))[0].numpy(), vit.image_size)[task.concepts.target]
+    assert task.concepts.target > 0 and scores[24, 24] > scores[0, 0]
+    with torch.no_grad():
+        image = vit.images([task])[0]
+        place = int(vit.model(image[None]).argmax())
+        wanted = deletion(image, scores, lambda images: torch.softmax(vit.model(images), 1)[:, place], key)
+    found = next(row for row in evaluation.store.rows().values() if row["sample"] == key)["measured"]["deletion"]
+    assert found == pytest.approx(wanted, abs=1e-6)
