@@ -38,8 +38,8 @@ from conceptseg.backbones.repositories import free_bytes, repository_of
 from conceptseg.backbones.sheet_files import sheet_of
 from conceptseg.config import composed
 from conceptseg.errors import ConfigError, did_you_mean, guarded
-from conceptseg.evaluation.assemble import machine
-from conceptseg.evaluation.plan import memory_of, weight_bytes
+from conceptseg.evaluation.assemble import build_parts, machine
+from conceptseg.evaluation.plan import peak_bytes, weight_bytes
 from conceptseg.evaluation.weights import checkpoints
 from conceptseg.store.run import RunStore
 
@@ -203,6 +203,8 @@ def rehearsed(name: str, layouts: Mapping[str, Any], overrides: Sequence[str], o
         weights = [weight_bytes(settings) for _, settings in checkpoints(config["extractor"])]
         held = sum(one["bytes"] for one in repositories.values())
         planned = held if None in weights else sum(one or 0 for one in weights)
+        _, _, extractor = build_parts(config)
+        peak = peak_bytes(config, extractor, 1, [one["bytes"] for one in repositories.values()])
         print(f"running, with {planned / 1e9:.2f} GB of weights planned", flush=True)
         environment = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         started = time.monotonic()
@@ -222,6 +224,7 @@ def rehearsed(name: str, layouts: Mapping[str, Any], overrides: Sequence[str], o
             "run_id": manifest.get("run_id"),
             "provenance": manifest.get("provenance"),
             "planned_bytes": planned,
+            "planned_peak_bytes": peak,
             "peak_bytes": memory.peak,
             "peak_own_bytes": memory.peak_own,
             "seconds": {
@@ -331,12 +334,13 @@ def line_of(result: Mapping[str, Any]) -> str:
     return (
         f"{result['sheet']}: {result['status']}; peak {result['peak_bytes'] / 1e9:.2f} GB resident, of it "
         f"{result['peak_own_bytes'] / 1e9:.2f} GB beside mapped files; planned {result['planned_bytes'] / 1e9:.2f} GB of "
-        f"weights, {memory_of(result['planned_bytes'], 'cpu') / 1e9:.2f} GB in all; {spent}"
+        f"weights, {result['planned_peak_bytes'] / 1e9:.2f} GB in all; {spent}"
     )
 
 
 HEAD = (
     "| sheet | settings | files GB | dtype: weights / arithmetic | planned GB: weights / peak | peak resident GB / beside files "
+    "| planned / measured "
     "| write s | digest s | load s | encode s | forward s | score s | processor s | GPU s | GPU peak GB |"
 )
 
@@ -353,8 +357,9 @@ def table_of(results: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"| {one['sheet']} | {' '.join(f'`{word}`' for word in one['settings'])} "
             f"| {sum(f['bytes'] for f in one['files'].values()) / 1e9:.2f} | {', '.join(dict.fromkeys(kinds))} "
-            f"| {one['planned_bytes'] / 1e9:.2f} / {memory_of(one['planned_bytes'], 'cpu') / 1e9:.2f} "
+            f"| {one['planned_bytes'] / 1e9:.2f} / {one['planned_peak_bytes'] / 1e9:.2f} "
             f"| **{one['peak_bytes'] / 1e9:.2f}** / {one['peak_own_bytes'] / 1e9:.2f} "
+            f"| {one['planned_peak_bytes'] / one['peak_bytes']:.2f} "
             + "".join(f"| {spent[name]:.0f} " if name in spent else "| - " for name in SECONDS)
             + "| not run | not run |"
         )

@@ -124,7 +124,7 @@ def lines_of(rows: Sequence[tuple[str, RunPlan]], device: str, memory: int, runs
         yield f"{plan.name[:41]:<42}{fetched:>9}{held:>10}{count:>15}{when:>11}{plan.disk / 1e6:>9.3g}  {_state(plan, memory)}"
     yield ""
     yield f"device: {device}, {memory / 1e9:.3g} GB"
-    yield "~ estimated: memory by parameter counts and a fifth more; time by operations and the measured matrix speed"
+    yield "~ estimated: memory by parameter counts and image sizes; time by operations and the measured matrix speed"
     fetch = {(m.path, m.revision): m for plan in plans for m in plan.to_fetch}
     if fetch:
         total, cache = sum(m.download or 0 for m in fetch.values()), cache_folder()

@@ -15,21 +15,28 @@ from pathlib import Path
 from typing import Any
 
 from conceptseg.backbones.base import Checkpoint
+from conceptseg.backbones.casting import fast_dtype
 from conceptseg.backbones.hub import has_token, page_of
 from conceptseg.backbones.repositories import missing_files, repository_of, unread_of
 from conceptseg.backbones.settings import device_of, dtype_of
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.evaluation.assemble import MAPS_KEPT_FOR_VIEWS, build_parts, identity_of
 from conceptseg.evaluation.weights import checkpoints
+from conceptseg.extractors.base import Extractor
 from conceptseg.keys import run_id
 from conceptseg.store.cost import read_cost
 from conceptseg.store.run import RunStore
 from conceptseg.windows import Windows
 
-ACTIVATIONS = 0.2
-"""Memory beside the weights, as a share of them: a guess."""
+PIXEL, PIXEL_OF_LATENTS = 1_000, 2_600
+"""Bytes of activations in float32 for each pixel that is shown at once, to an encoder or detector and to an autoencoder; from
+rehearsals (docs/rehearsal.md), as are the next three."""
+WORKSPACE = 150_000_000
+"""Bytes of activations at any size of image."""
 PROCESS = 700_000_000
-"""Bytes of Python and its libraries, where weights lie in the same memory; measured (docs/rehearsal.md)."""
+"""Bytes of Python and its libraries, where weights lie in the same memory."""
+BLOCK, BLOCK_OF_UNET = 1 / 16, 0.4
+"""Share of a model's weights in its largest block and outside of blocks: what is in memory where blocks are cast one by one."""
 OF_THE_PEAK = 0.4
 """Share of the measured matrix speed that a whole model reaches: a guess."""
 PATCH = 16
@@ -124,9 +131,7 @@ def plan_run(name: str, config: Mapping[str, Any]) -> RunPlan:
     cost = read_cost(found) if found is not None and found.is_dir() else None
     classes = str(config["extractor"]["_target_"]), [(m.path, m.revision) for m in models]
     cost = cost if cost is not None and cost.images else _like(Path(config["runtime"]["runs"]), json.dumps(classes))
-    weights = None if any(m.weights is None for m in models) else sum(m.weights or 0 for m in models)
-    beside = extractor.held_bytes(int(config["runtime"]["batch_size"]), _views(config))
-    estimated = None if weights is None else memory_of(weights, str(config["runtime"]["device"])) + beside
+    estimated = peak_bytes(config, extractor, images, [model.weights for model in models])
     each = cost.seconds / cost.images if cost is not None and cost.images else _estimated_seconds(config, models)
     views = max(1, len(config["views"]))
     pictured = (views if views <= MAPS_KEPT_FOR_VIEWS else 1) if config["runtime"]["keep_maps"] else 0
@@ -139,9 +144,36 @@ def plan_run(name: str, config: Mapping[str, Any]) -> RunPlan:
     )  # fmt: skip
 
 
-def memory_of(weights: int, device: str) -> int:
-    """Bytes at the peak, estimated from those of the weights: with activations and, on a CPU, the process itself."""
-    return round(weights * (1 + ACTIVATIONS)) + (PROCESS if device_of(device).type == "cpu" else 0)
+def peak_bytes(config: Mapping[str, Any], extractor: Extractor, images: int, held: Sequence[int | None]) -> int | None:
+    """Bytes at the peak, estimated: weights, activations and, on a CPU, the process itself. None where weights are not known.
+
+    images: that there are, of which a batch is shown at once. held: bytes of the weights of each model, in the order of
+    `checkpoints`; those that a sheet describes are counted by what is in memory together.
+    """
+    parts = dict(checkpoints(config["extractor"]))
+    weights = [
+        known if (one := resident_bytes(settings)) is None else one for settings, known in zip(parts.values(), held, strict=True)
+    ]
+    if any(one is None for one in weights):
+        return None
+    batch = max(1, min(int(config["runtime"]["batch_size"]), images))
+    words = 1 + len(config["protocol"].get("background") or ()) if extractor.shown_by_word else 1
+    shown = [_bytes_of_image(one) * (words if key == "extractor.backbone" else 1) for key, one in parts.items()]
+    activations = WORKSPACE + batch * max(shown) if shown else 0
+    process = PROCESS if device_of(str(config["runtime"]["device"])).type == "cpu" else 0
+    return round(sum(one or 0 for one in weights) + activations + process) + extractor.held_bytes(batch, _views(config))
+
+
+def _bytes_of_image(settings: Mapping[str, Any]) -> float:
+    """Of activations of one image that a model is shown."""
+    if "vae_dtype" in settings:
+        return PIXEL_OF_LATENTS * _pixels(settings) * dtype_of(settings["vae_dtype"], "vae_dtype").itemsize / 4
+    return PIXEL * _pixels(settings) * dtype_of(settings.get("dtype", "float32"), "dtype").itemsize / 4
+
+
+def _pixels(settings: Mapping[str, Any]) -> int:
+    side = settings.get("image_size") or 224
+    return side**2 if isinstance(side, int) else prod(side)
 
 
 def _class_of(settings: Mapping[str, Any]) -> str:
@@ -178,6 +210,26 @@ def _model(key: str, settings: Mapping[str, Any], lacks: list[str]) -> Model:
 
 def weight_bytes(settings: Mapping[str, Any]) -> int | None:
     """Bytes of weights that a backbone's sheet holds in memory at once, by its parameter counts; None where it has none."""
+    return _together(settings, 1.0, 1.0)
+
+
+def resident_bytes(settings: Mapping[str, Any]) -> int | None:
+    """Bytes of `weight_bytes` that are resident at once: where a CPU casts block by block, one block in both dtypes.
+
+    Weights that are rounded to eight bits are resident as a whole: they are not pages of a file.
+    """
+    device, stored = device_of(str(settings.get("device", "cpu"))), dtype_of(settings.get("dtype", "float32"), "dtype")
+    chosen = settings.get("compute_dtype")
+    computing = fast_dtype(stored, device) if chosen is None else dtype_of(chosen, "compute_dtype")
+    if device.type != "cpu" or "vae_dtype" not in settings or computing == stored:
+        return weight_bytes(settings)
+    both = 1 + computing.itemsize / stored.itemsize
+    block = BLOCK_OF_UNET if "unet" in repository_of(settings).parameters else BLOCK
+    return _together(settings, BLOCK * both, 1.0 if settings.get("weights") == "int8" else min(1.0, block * both))
+
+
+def _together(settings: Mapping[str, Any], text_share: float, main_share: float) -> int | None:
+    """Bytes of weights that are in memory together, counting these shares of text encoders and of the model itself."""
     parameters = dict(repository_of(settings).parameters)
     if not parameters:
         return None
@@ -189,6 +241,7 @@ def weight_bytes(settings: Mapping[str, Any]) -> int | None:
         main = float(_encode_only_bytes(settings["dtype"], settings.get("weights", "full")))
     elif settings.get("weights") == "int8":
         main /= size
+    text, main = text * text_share, main * main_share
     together = (
         max(text, main + vae) if settings.get("text_encoders") == "release" else text + main + vae
     )  # released encoders and the transformer are never in memory together
@@ -210,9 +263,7 @@ def _encode_only_bytes(dtype: str, weights: str) -> int:
 
 def _operations(settings: Mapping[str, Any], parameters: float) -> float:
     """Two for each parameter and token; U-Nets, which work at several sizes, come out too high by about two."""
-    side = settings.get("image_size") or 224
-    pixels = side**2 if isinstance(side, int) else prod(side)
-    return 2 * parameters * (pixels / PATCH**2 + (settings.get("text_tokens") or 0))
+    return 2 * parameters * (_pixels(settings) / PATCH**2 + (settings.get("text_tokens") or 0))
 
 
 def _estimated_seconds(config: Mapping[str, Any], models: Sequence[Model]) -> float | None:

@@ -58,6 +58,8 @@ class Extractor(ABC):
     """True for controls that are shown the mask; never for a method."""
     windowed: ClassVar[bool] = False
     """Have maps of parts of an image one scale, so that sliding windows may be averaged (`protocol.window`)?"""
+    shown_by_word: ClassVar[bool] = False
+    """Is an image shown to `backbone` once for each word, all in one batch? For the plan of memory."""
     told: Told
     """Information about the image that is shown to the model. No default: a row without it can't be compared."""
     trained_on: TrainedOn

@@ -15,6 +15,7 @@ class CLIPSeg(TextSegmenter):
     """Probability of each pixel for each word, the words of an image asked one by one."""
 
     version = 1
+    shown_by_word = True
     architecture = "CLIPSegForImageSegmentation"
 
     def saliency(self, batch: Batch) -> Float[Tensor, "B C h w"]:

@@ -25,6 +25,7 @@ class GroundedSAM(TextSegmenter):
     """
 
     version = 1
+    shown_by_word = True
     architecture = "GroundingDinoForObjectDetection"
 
     def __init__(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from composing import plainly
 
 from conceptseg.backbones.base import Checkpoint
@@ -14,9 +18,9 @@ from conceptseg.cli.doctor import doctor
 from conceptseg.cli.evaluate import evaluate
 from conceptseg.cli.table import row_settings
 from conceptseg.errors import ConfigError
-from conceptseg.evaluation.assemble import assemble
+from conceptseg.evaluation.assemble import assemble, build_parts
 from conceptseg.evaluation.carry_out import carry_out
-from conceptseg.evaluation.plan import plan_run, weight_bytes
+from conceptseg.evaluation.plan import peak_bytes, plan_run, weight_bytes
 
 COMMIT = "741f7c3ce8b383c54771c7003378a50191e9efe9"
 FLUX = ("backbone@extractor.backbone=flux_schnell", "dataset.count=2")
@@ -147,3 +151,35 @@ def test_help_and_version_are_the_commands_own(said):
         "conceptseg-doctor "
     )
     assert said("plan", "--help").startswith("conceptseg plan: ") and said("plan", "--version").startswith("conceptseg-plan ")
+
+
+# ---------------------------------------------------------------- the estimate of memory, against rehearsals
+
+
+def test_estimates_of_memory_are_near_what_rehearsals_measured(monkeypatch):
+    """On the rehearsals' machine, whose processor has no instructions for 16 bits; the page states the range."""
+    monkeypatch.setattr("conceptseg.evaluation.plan.fast_dtype", lambda dtype, device: torch.float32)
+    root = Path(__file__).parents[2]
+    layouts = yaml.safe_load((root / "scripts" / "rehearsal.yaml").read_text(encoding="utf-8"))
+    figures = json.loads((root / "benchmarks" / "rehearsal" / "figures.json").read_text(encoding="utf-8"))
+    for one in figures.values():
+        if one["sheet"] in ("grounding_dino_base", "flux_schnell", "flux_schnell_int8", "sd2"):  # of each kind of weights
+            models = {"backbone": one["sheet"], **layouts["sheets"][one["sheet"]].get("models", {})}
+            chosen = [f"backbone@extractor.{key}={sheet}" for key, sheet in models.items()]
+            config = plainly(*one["settings"], *chosen, "runtime.batch_size=1")
+            peak = peak_bytes(config, build_parts(config)[2], 1, [file["bytes"] for file in one["files"].values()])
+            assert peak == one["planned_peak_bytes"], one["sheet"]
+    off = [one["planned_peak_bytes"] / one["peak_bytes"] for one in figures.values()]
+    page = (root / "docs" / "rehearsal.md").read_text(encoding="utf-8")
+    stated = re.search(r"between (\d\.\d\d) and (\d\.\d\d) of what was measured", page).groups()
+    assert stated == (f"{min(off):.2f}", f"{max(off):.2f}") and min(off) > 0.7 and max(off) < 1.5
+
+
+def test_images_shown_at_once_count_in_the_estimate():
+    def estimate(*settings, images=4):
+        config = plainly("protocol=voc_multi_standard", *settings)
+        return peak_bytes(config, build_parts(config)[2], images, [10**9] * 2)
+
+    once = estimate("extractor=grounded_sam", "runtime.batch_size=1")
+    assert estimate("extractor=grounded_sam", "runtime.batch_size=2") > once + 3 * 10**9  # six words at 800 x 800 pixels
+    assert estimate("extractor=grounded_sam", "runtime.batch_size=8", images=1) == once
