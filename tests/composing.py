@@ -29,7 +29,7 @@ OPTIONS: list[tuple[str, str]] = [(group, option) for group, options in GROUPS.i
 
 
 def chosen(group: str, option: str) -> str:
-    """What is written on the command line; a backbone belongs to its extractor."""
+    """Return the override for the command line; a backbone belongs to its extractor."""
     return f"{'backbone@extractor.backbone' if group == 'backbone' else group}={option}"
 
 

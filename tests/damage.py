@@ -89,7 +89,7 @@ FIELDS: dict[str, Callable[[Row], Any]] = {
     "a number": lambda row: 7,
     "a word": lambda row: "row",
 }
-"""What was done to a row -> how."""
+"""Name of a damage to a row -> function that does it."""
 
 TEXTS: dict[str, Callable[[bytes], bytes]] = {
     "an empty line": lambda line: b"",
@@ -110,7 +110,7 @@ TEXTS: dict[str, Callable[[bytes], bytes]] = {
     "a field twice": lambda line: line.replace(b'{"', b'{"valid": 1, "', 1).replace(b'"void": ', b'"valid": 3, "void": ', 1),
     "half a surrogate": lambda line: line.replace(b'"sample": "', b'"sample": "\\ud800', 1),
 }
-"""What was done to a line without its end -> how."""
+"""Name of a damage to a line without its end -> function that does it."""
 
 
 def damaged_lines(line: bytes) -> Iterator[tuple[str, bytes]]:

@@ -128,7 +128,7 @@ def one_by_one(method, shown):
 
 
 def activations(backbone, images, first=0):
-    """What the host's blocks hold when it is shown these images."""
+    """Return the activations of the host's blocks on these images."""
     with torch.no_grad(), TapSet(backbone.model) as taps:
         gathered = tap_activations(taps, backbone.tower, first)
         backbone.run(images, taps)

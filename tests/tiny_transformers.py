@@ -12,7 +12,7 @@ SIZES = {"Sam2Model": 64}
 
 
 def settings_of(folder, architecture):
-    """What replaces a sheet's settings."""
+    """Return the settings that replace a sheet's."""
     return {
         "path": str(tiny_transformers(folder, architecture)), "revision": None, "dtype": "float32", "device": "cpu",
         "image_size": SIZES.get(architecture, 32), "text_tokens": 12, "prompt": "a {}",

@@ -21,7 +21,7 @@ FAST = ("report.resamples=50", "report.pictures=2", "runtime.progress=false")
 
 @dataclass
 class Finished:
-    """What a command said and how it ended."""
+    """Output and exit code of a command."""
 
     code: int
     out: str

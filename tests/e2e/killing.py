@@ -112,7 +112,7 @@ def train(recipe: dict[str, Any], shards: int) -> None:
 
 
 def tabulate(table: dict[str, Any], shards: int) -> None:
-    """What is written of a finished table: its results, its section of RESULTS.md, exports and the page of pictures."""
+    """Write the outputs of a finished table: its results, its section of RESULTS.md, exports and the page of pictures."""
     from conceptseg.files import write_atomically
     from conceptseg.report.exports import to_csv, to_latex
     from conceptseg.report.results import load, save

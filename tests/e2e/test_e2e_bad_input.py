@@ -1,4 +1,4 @@
-"""What is wrong with one sample costs that sample and is written down; what is wrong with a run ends it, with a remedy."""
+"""Handle bad input: a bad sample is left out and recorded; a bad run ends with an error that names a remedy."""
 
 from __future__ import annotations
 

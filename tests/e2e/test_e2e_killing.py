@@ -71,7 +71,7 @@ class Killing:
 
 
 def evaluated(folder):
-    """What a run leaves, without times and what tells shards apart."""
+    """Read the files that a run leaves, without times and marks of shards."""
     (run,) = (folder / "runs").glob("*/manifest.json")
     run = run.parent
     pictures = {p.relative_to(run).as_posix(): p.read_bytes() for p in run.rglob("*.png")}
@@ -84,7 +84,7 @@ def evaluated(folder):
 
 
 def trained(folder):
-    """What a training leaves, without times."""
+    """Read the files that a training leaves, without times."""
     work = folder / "lab" / "vit"
     losses = [json.loads(line) for line in (work / "losses.jsonl").read_text().splitlines()]
     card = json.loads((work / "model" / "card.json").read_text())

@@ -1,4 +1,4 @@
-"""Whatever is typed: no traceback, no hang, no run folder of a refused configuration. See random_overrides.py."""
+"""Type random overrides: no traceback, no hang, no run folder of a refused configuration. See random_overrides.py."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Case:
         return self.kind(self.folder, image_size=32, **self.settings, **settings)
 
     def stock_texts(self, strings):
-        """What the stock pipeline's transformer would be given, a row [n d] a string, without padding where it drops it."""
+        """Return the stock input to the transformer, [n d] for each string, without padding where the pipeline drops it."""
         if self.name == "z_image":
             return self.pipeline.encode_prompt(list(strings), do_classifier_free_guidance=False, **self.length)[0]
         found, mask, *_ = self.pipeline.encode_prompt(list(strings), **self.length)

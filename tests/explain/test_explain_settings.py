@@ -1,4 +1,4 @@
-"""What conceptseg-explain and ConceptAttention.explain refuse: settings before the model runs, and maps that say nothing."""
+"""Refuse bad settings before the model runs, and constant maps, in conceptseg-explain and ConceptAttention.explain."""
 
 from pathlib import Path
 

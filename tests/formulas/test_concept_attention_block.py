@@ -139,7 +139,7 @@ def activations(model, given, switches=BOTH, last_layer=LAYERS - 1):
 
 
 def test_cross_attention_alone_leaves_out_the_other_concepts(model):
-    """What one concept's words are then changes no other concept's output."""
+    """Changing the words of one concept then leaves the outputs of the others unchanged."""
     given = inputs()
     other = {**given, "concepts": torch.cat([given["concepts"][:, :1], torch.randn(2, 3, 12, dtype=torch.float64)], 1)}
     for one, two in zip(activations(model, given, CROSS_ONLY), activations(model, other, CROSS_ONLY), strict=True):

@@ -164,7 +164,7 @@ def case(request):
 
 
 def inputs_of_blocks(case):
-    """What every stock block is given in a plain run, in order."""
+    """Return the inputs of every stock block in a plain run, in order."""
     calls, handles = [], []
     for block in case.blocks():
         handles.append(block.register_forward_pre_hook(lambda m, args, kwargs: calls.append((m, args, kwargs)), with_kwargs=True))

@@ -61,6 +61,14 @@ def test_a_word_without_a_box_above_the_threshold_has_an_empty_map(models):
     assert not GroundedSAM(boxes, masks, threshold=1.1).saliency(batch(1)).any()
 
 
+def test_a_box_whose_score_equals_the_threshold_counts(models):
+    boxes, masks, shown = models["GroundingDinoForObjectDetection"], models["Sam2Model"], batch(1)
+    best = GroundedSAM(boxes, masks)._found(shown)[0].max()
+    above = torch.nextafter(best, torch.tensor(2.0))
+    assert GroundedSAM(boxes, masks, threshold=best.item()).saliency(shown).any()
+    assert not GroundedSAM(boxes, masks, threshold=above.item()).saliency(shown).any()
+
+
 def methods_of(models):
     boxes, masks = models["GroundingDinoForObjectDetection"], models["Sam2Model"]
     return GroupViT(models["GroupViTModel"]), CLIPSeg(models["CLIPSegForImageSegmentation"]), GroundedSAM(boxes, masks)

@@ -229,7 +229,7 @@ class FluxRun(Run):
 
 
 def recorded_noise(evaluation):
-    """What stands in for `shared_noise`: the draws of the reference, of which another processor rounds a few otherwise."""
+    """Return a `shared_noise` that yields the draws of the reference, since other processors round some of them differently."""
     held = {seed: evaluation[f"in.noise_bf16_as_f32.seed{seed}"] for seed in (4, 5, 6)}
     held[0] = load_file(GOLDEN / "pieces.safetensors")["noise.seed0.bf16_as_f32"]
     return lambda shape, seed, draw, device, dtype: held[seed + draw].to(dtype).view(1, *shape)

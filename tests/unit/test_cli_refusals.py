@@ -1,4 +1,4 @@
-"""What `conceptseg` says to a command line that it can't follow. In this process: composing fails before anything runs."""
+"""Check the error messages for command lines that `conceptseg` can't follow. In process: composing fails before anything runs."""
 
 import shlex
 import sys

@@ -82,7 +82,7 @@ def test_a_wrong_setting_is_refused(setting):
 
 
 def test_litter_changes_no_object_and_takes_the_tints_that_stand_out():
-    """What a training scene shows of its objects, the scene of the data set shows too: only unnamed things differ."""
+    """Training scenes and data set scenes show the same objects; only unnamed things differ."""
     crowded, bare = Scenes(count=8, objects=(1, 1)), Scenes(count=8, objects=(1, 1), distractors=(0, 0))
     for key in crowded.keys():  # noqa: SIM118
         shown, alone = crowded.read(key), bare.read(key)

@@ -205,7 +205,7 @@ def png(pixels, tag=1):
 
 
 def as_shown(stored):
-    """What `datasets` shows of an image cell."""
+    """Decode an image cell with `datasets`."""
     return np.asarray(datasets.Image().decode_example({"bytes": stored, "path": None}))
 
 

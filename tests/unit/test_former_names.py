@@ -1,4 +1,4 @@
-"""What was called published is quoted or released now; old names in commands, sheets and results files still work."""
+"""Read old names in commands, sheets and results files: published columns and metrics are now called quoted or released."""
 
 from __future__ import annotations
 

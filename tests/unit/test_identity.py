@@ -1,4 +1,4 @@
-"""What a run is named by and what its manifest says of its weights: evaluation/assemble.py and backbones/base.py."""
+"""Check run ids and the weights in manifests: evaluation/assemble.py and backbones/base.py."""
 
 import json
 import shutil

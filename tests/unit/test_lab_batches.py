@@ -1,4 +1,4 @@
-"""What lab models are told in training: which scenes make a batch, and what is said of them."""
+"""Check the training batches of lab models: their scenes, and the captions of those scenes."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What commands say while they work: which run, what takes long, nothing of libraries, and one line on Ctrl-C."""
+"""Check the progress lines of commands: the run, the slow steps, no messages of libraries, and one line on Ctrl-C."""
 
 from __future__ import annotations
 

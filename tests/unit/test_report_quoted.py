@@ -1,4 +1,4 @@
-"""What others printed: every file is sound, and every cell obeys the definition that it is said to obey, by arithmetic."""
+"""Check numbers that others printed: every file is sound, and every cell obeys its stated definition, by arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is shown of a table: the brief screen, and rows, columns, order and decimals on the terminal, in LaTeX and in CSV."""
+"""Select parts of a table: the brief screen, and rows, columns, order and decimals on the terminal, in LaTeX and in CSV."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from conceptseg.report.terminal import print_table
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 COMMAND_LINES = 3
-"""What `conceptseg` prints below the table: time and page, files, what is next."""
+"""Lines that `conceptseg` prints below the table: time and page, files, next step."""
 
 
 @pytest.fixture(scope="module")

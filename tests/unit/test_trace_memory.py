@@ -1,4 +1,4 @@
-"""What a trace holds, counted in bytes of tensors: while a U-Net runs, and by arithmetic for the real models."""
+"""Count the bytes of tensors that a trace holds: while a U-Net runs, and by arithmetic for the real models."""
 
 import importlib.util
 from functools import partial
