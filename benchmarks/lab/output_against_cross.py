@@ -12,7 +12,8 @@ from pathlib import Path
 
 from conceptseg.metrics.definitions import DEFINITIONS, Rows
 from conceptseg.metrics.intervals import paired_difference
-from conceptseg.report.results import TableRow, load
+from conceptseg.report.blocks import TableRow
+from conceptseg.report.results import load
 from conceptseg.store.run import RunStore
 
 METHOD = "ConceptAttention, output space"

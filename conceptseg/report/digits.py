@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from conceptseg.report.results import Column, Results, Value
+from conceptseg.report.columns import Column, Value
+from conceptseg.report.results import Results
 
 SPARE_DECIMALS = 2
 """Decimals of a published number beyond the printed ones: a percentage printed with one decimal is a share with five."""

@@ -15,7 +15,9 @@ from typing import Any
 
 from conceptseg.errors import ConfigError
 from conceptseg.files import write_atomically
-from conceptseg.report.results import Block, Column, Results, TableRow, Value
+from conceptseg.report.blocks import Block, TableRow
+from conceptseg.report.columns import Column, Value
+from conceptseg.report.results import Results
 
 SCHEMA_VERSION = "0.2.2"
 COMPUTED = ("standard", "released")

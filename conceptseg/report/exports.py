@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 
 from conceptseg.files import write_atomically
-from conceptseg.report.results import ABSENT, KIND_NAMES, Block, Column, Results, TableRow, by_kind
+from conceptseg.report.blocks import Block, TableRow
+from conceptseg.report.columns import ABSENT, KIND_NAMES, Column, by_kind
+from conceptseg.report.results import Results
 from conceptseg.report.selection import Selection
 
 _TEX = {

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from html import escape
 from math import ceil
 
-from conceptseg.report.results import Block, Column, Results, TableRow
+from conceptseg.report.blocks import Block, TableRow
+from conceptseg.report.columns import Column
+from conceptseg.report.results import Results
 from conceptseg.report.selection import Selection, headline_columns
 
 DOT = "#0072b2"

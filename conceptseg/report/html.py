@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from conceptseg.report.blocks import Block, TableRow
+from conceptseg.report.columns import ABSENT, KIND_NAMES, Column, by_kind
 from conceptseg.report.figure import figure_svg
-from conceptseg.report.results import ABSENT, KIND_NAMES, Block, Column, Results, TableRow, by_kind
+from conceptseg.report.results import Results
 from conceptseg.report.selection import headline_columns
 from conceptseg.report.sweeps import COLOURS, Sweep
 

@@ -14,9 +14,11 @@ from urllib.parse import quote
 
 from conceptseg.errors import ReportError
 from conceptseg.files import locked, write_atomically
+from conceptseg.report.blocks import Block, TableRow
+from conceptseg.report.columns import ABSENT, Column
 from conceptseg.report.digits import rounded
 from conceptseg.report.figure import figure_svg
-from conceptseg.report.results import ABSENT, Block, Column, Results, TableRow, load
+from conceptseg.report.results import Results, load
 
 HEADER = """# Results
 

@@ -9,7 +9,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from conceptseg.errors import ConfigError, did_you_mean
-from conceptseg.report.results import Block, Column, Kind, Results, TableRow
+from conceptseg.report.blocks import Block, TableRow
+from conceptseg.report.columns import Column, Kind
+from conceptseg.report.results import Results
 
 TOP = 7
 """Methods of a block on the brief screen: three blocks of the lab's table fit 45 lines."""

@@ -15,7 +15,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from conceptseg.report.results import ABSENT, Block, Column, Results, TableRow, by_kind
+from conceptseg.report.blocks import Block, TableRow
+from conceptseg.report.columns import ABSENT, Column, by_kind
+from conceptseg.report.results import Results
 from conceptseg.report.selection import Selection
 
 WIDTH_OF_A_FILE = 120  # columns where output is no terminal

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from conceptseg.keys import digest
-from conceptseg.report.results import Block, Results, TableRow
+from conceptseg.report.blocks import Block, TableRow
+from conceptseg.report.results import Results
 
 Job = tuple[Sequence[str], Results, Path]
 """Overrides of a job, its table, and the folder of its runs (runtime.runs)."""

@@ -23,6 +23,7 @@ from conceptseg.errors import ConceptSegError, ConfigError, did_you_mean, printa
 from conceptseg.files import write_atomically
 from conceptseg.metrics.breakdowns import by_class, by_word
 from conceptseg.metrics.definitions import DEFINITIONS, Rows
+from conceptseg.report.blocks import Behind, Block, TableRow
 from conceptseg.report.html import (
     INDEX_TITLE,
     Gallery,
@@ -36,7 +37,7 @@ from conceptseg.report.html import (
     render_index,
 )
 from conceptseg.report.panels import colour_map
-from conceptseg.report.results import Behind, Block, Results, TableRow
+from conceptseg.report.results import Results
 from conceptseg.store.maps import MapKeeper
 from conceptseg.store.run import RunStore
 from conceptseg.tables.sweeps import sweeps_of

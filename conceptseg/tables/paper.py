@@ -20,8 +20,10 @@ from conceptseg.evaluation.readings import Reading, interval_text
 from conceptseg.evaluation.weights import checkpoints
 from conceptseg.given_names import GivenNames
 from conceptseg.metrics.definitions import definition_of
+from conceptseg.report.blocks import Behind, Block, TableRow
+from conceptseg.report.columns import Column, Value
 from conceptseg.report.quoted import Claim, load_claim, shipped
-from conceptseg.report.results import Behind, Block, Column, Results, TableRow, Value
+from conceptseg.report.results import Results
 from conceptseg.tables.pictures import draw_sheet
 from conceptseg.tables.row import COSTS, Compose, Done, Evaluations, chosen, costs_of, declared, value_of
 from conceptseg.tables.sheet import PaperBlock, PaperRow, PaperTable, PerProtocol, Protocol

@@ -13,7 +13,7 @@ from conceptseg.evaluation.readings import Reading, readings, write_readings
 from conceptseg.extractors.base import WITHOUT_WORDS
 from conceptseg.keys import canonical_json
 from conceptseg.metrics.intervals import Interval
-from conceptseg.report.results import Column, Value
+from conceptseg.report.columns import Column, Value
 from conceptseg.store.cost import read_cost
 
 Compose = Callable[[Sequence[str]], dict[str, Any]]

@@ -15,7 +15,9 @@ from typing import Any
 
 from conceptseg.downloads import is_address, read_address
 from conceptseg.errors import ConfigError, ReportError, did_you_mean
-from conceptseg.report.results import Block, Column, Results, Value, load
+from conceptseg.report.blocks import Block
+from conceptseg.report.columns import Column, Value
+from conceptseg.report.results import Results, load
 
 LARGEST = 16 << 20
 """Bytes of the largest results file that is fetched."""

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from conceptseg.errors import ConfigError, did_you_mean, one_of
 from conceptseg.metrics.definitions import definition_of
-from conceptseg.report.results import Group
+from conceptseg.report.blocks import Group
 from conceptseg.report.strict_json import build
 
 Protocol = Literal["released", "standard"]

@@ -14,7 +14,9 @@ from conceptseg.evaluation.assemble import Evaluation
 from conceptseg.files import write_atomically
 from conceptseg.metrics.definitions import Rows, definition_of
 from conceptseg.metrics.intervals import Interval, bootstrap
-from conceptseg.report.results import Block, Column, Results, TableRow
+from conceptseg.report.blocks import Block, TableRow
+from conceptseg.report.columns import Column
+from conceptseg.report.results import Results
 from conceptseg.report.selection import headline_columns
 from conceptseg.report.sweeps import Numbers, Sweep, SweptView, draw_curves, draw_heat_map, shown_kinds
 from conceptseg.saliency.views import axes_of

@@ -15,7 +15,9 @@ from conceptseg.evaluation.readings import Reading, interval_text, nothing_score
 from conceptseg.metrics.breakdowns import clusters_by_word
 from conceptseg.metrics.comparisons import compare
 from conceptseg.metrics.definitions import Definition, Rows, definition_of
-from conceptseg.report.results import Block, Column, Results, TableRow, Value
+from conceptseg.report.blocks import Block, TableRow
+from conceptseg.report.columns import Column, Value
+from conceptseg.report.results import Results
 from conceptseg.tables.pictures import draw_sheet
 from conceptseg.tables.row import COSTS, Compose, Evaluations, chosen, costs_of, declared, value_of
 from conceptseg.tables.sheet import Against, RowSheet, TableSheet

@@ -21,7 +21,9 @@ from conceptseg import targets
 from conceptseg.data.base import SegmentationDataset
 from conceptseg.keys import run_id
 from conceptseg.protocols import SegmentationProtocol
-from conceptseg.report.results import Block, Column, Results, TableRow, Value
+from conceptseg.report.blocks import Block, TableRow
+from conceptseg.report.columns import Column, Value
+from conceptseg.report.results import Results
 from conceptseg.store.maps import MapKeeper
 from conceptseg.tables.page import write_html
 from conceptseg.types import Concepts, Prediction, Sample, Task

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from conceptseg.metrics.definitions import DEFINITIONS
+from conceptseg.report.blocks import Behind, Block, TableRow
+from conceptseg.report.columns import Column, Value
 from conceptseg.report.quoted import QuotedRow
-from conceptseg.report.results import Behind, Block, Column, Results, TableRow, Value
+from conceptseg.report.results import Results
 from conceptseg.store.cost import Cost
 from conceptseg.store.schema import Manifest, Row
 

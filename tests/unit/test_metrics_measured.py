@@ -14,7 +14,9 @@ from conceptseg.metrics.intervals import bootstrap
 from conceptseg.metrics.measured import BOUNDARY, MEASURES
 from conceptseg.metrics.reported import metric
 from conceptseg.protocols import SegmentationProtocol
-from conceptseg.report.results import Block, Results, TableRow, Value
+from conceptseg.report.blocks import Block, TableRow
+from conceptseg.report.columns import Value
+from conceptseg.report.results import Results
 from conceptseg.report.selection import Selection
 from conceptseg.segment.segmenter import Segmenter
 from conceptseg.tables.table import columns_of

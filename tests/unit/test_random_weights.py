@@ -13,7 +13,7 @@ from conceptseg.backbones.transformers.sd3 import SD3Backbone
 from conceptseg.backbones.unets.unet import UNetBackbone
 from conceptseg.errors import ConfigError
 from conceptseg.metrics.definitions import Rows
-from conceptseg.report.results import Value
+from conceptseg.report.columns import Value
 from conceptseg.tables.sheet import Against
 from conceptseg.tables.table import differences
 

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 from test_report_results import plain_table
 
+from conceptseg.report.columns import Value
 from conceptseg.report.digits import settled
 from conceptseg.report.publish import publish
-from conceptseg.report.results import Results, Value, load, save
+from conceptseg.report.results import Results, load, save
 from conceptseg.report.results_md import check
 
 FOUND = Value(0.5612345678, 0.5034567891, 0.6123456789, 64)

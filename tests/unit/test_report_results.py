@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from conceptseg.errors import ReportError
-from conceptseg.report.results import Column, Results, Value, load, save
+from conceptseg.report.columns import Column, Value
+from conceptseg.report.results import Results, load, save
 
 
 def plain_table() -> dict[str, Any]:
