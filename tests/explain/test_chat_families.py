@@ -12,6 +12,7 @@ from conceptseg.backbones.transformers.flux2 import Flux2Backbone, Flux2KleinBac
 from conceptseg.backbones.transformers.flux_relatives import LongCatImageBackbone, OvisImageBackbone
 from conceptseg.backbones.transformers.qwen_image import QwenImageBackbone
 from conceptseg.backbones.transformers.z_image import ZImageBackbone
+from conceptseg.errors import ConfigError
 from conceptseg.extractors.concept_attention import ConceptAttention
 from conceptseg.saliency.views import Softmax, View
 
@@ -146,6 +147,12 @@ def test_the_image_that_is_made_is_the_stock_pipelines(case, guidance):
     torch.testing.assert_close(images, wanted, **CLOSE)
     assert images.std() > 0.01 and backbone.forward_passes == 3
     assert maps.scores.shape == (2, 2, 6, 8) and maps.scores.std() > 1e-3
+
+
+def test_an_image_with_a_side_that_tokens_do_not_tile_is_refused(case):
+    for height, width in ((31, 32), (32, 31)):
+        with pytest.raises(ConfigError, match="image_size is 31"):
+            case.made().latents(torch.zeros(1, 3, height, width))
 
 
 def test_text_models_are_read_once_and_never_stay_beside_the_transformer(case, tmp_path):

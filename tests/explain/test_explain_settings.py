@@ -101,6 +101,8 @@ def test_wrong_settings_for_a_prompt_are_refused(said, wanted):
         ({"image": None, "prompt": "a boat", "caption": "a boat"}, ConfigError, "caption='a boat' would change nothing"),
         ({"image": None, "prompt": "a boat", "timesteps": [0.5]}, ConfigError, "timesteps=.* would change nothing"),
         ({"seed": "abc"}, ConfigError, "^seed is 'abc'"),
+        ({"seed": -(2**63) - 1}, ConfigError, "^seed is -9223372036854775809; wanted a whole number of at least -9"),
+        ({"seed": -(2**63), "blur": -1}, ConfigError, "^blur is -1"),
         ({"blurr": 1}, ConfigError, "^blurr: a view has no such setting.*blur"),
         ({"blur": -1}, ConfigError, "blur is -1"),
         ({"draws": "two"}, ConfigError, "draws is 'two'"),

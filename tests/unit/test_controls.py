@@ -10,6 +10,7 @@ import pytest
 import torch
 from composing import GROUPS, plainly
 
+from conceptseg.errors import ConfigError
 from conceptseg.extractors.controls import CentrePrior, ColourContrast, Constant, InvertedOracle, Oracle, RandomMap
 from conceptseg.metrics.definitions import DEFINITIONS, Rows
 from conceptseg.targets import instantiate
@@ -246,3 +247,15 @@ def test_colour_contrast_of_one_colour_is_nothing():
     maps = ColourContrast().saliency(Batch((task,)))[0]
     # Rounding of the mean leaves 1e-7 before the scaling to the greatest contrast, whose floor is 1e-6.
     assert maps[task.concepts.target].max() < 0.5
+
+
+def test_settings_are_taken_up_to_the_ends_of_their_ranges():
+    for kind, key, taken, refused in (
+        (CentrePrior, "sigma", (1e-3, 1e3), (0.0005, 1000.5)),
+        (CentrePrior, "grid", (1, 2048), (0, 2049)),
+        (ColourContrast, "grid", (1, 2048), (0, 2049)),
+    ):
+        assert all(kind(**{key: value}) for value in taken)
+        for wrong in refused:
+            with pytest.raises(ConfigError, match=rf"extractor\.{key} is {wrong}; wanted "):
+                kind(**{key: wrong})

@@ -224,6 +224,15 @@ def test_the_same_segmenter_twice_is_an_error():
         protocol(segmenters=[Segmenter("mean"), Segmenter("mean")])
 
 
+@pytest.mark.parametrize("key", ["image_size", "mask_size", "window"])
+def test_sides_from_1_to_16384_are_taken(key):
+    more = {"window_stride": 1} if key == "window" else {}
+    assert protocol(**{key: 1}, **more) and protocol(**{key: 16_384}, **more)
+    for wrong in (0, 16_385):
+        with pytest.raises(ConfigError, match=rf"protocol\.{key} is {wrong}; wanted 1 to 16,384"):
+            protocol(**{key: wrong}, **more)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "near"),
     [
