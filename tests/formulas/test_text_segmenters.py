@@ -69,6 +69,13 @@ def test_a_box_whose_score_equals_the_threshold_counts(models):
     assert not GroundedSAM(boxes, masks, threshold=above.item()).saliency(shown).any()
 
 
+def test_from_pretrained_takes_the_second_model_of_the_sheet_unless_one_is_given(models):
+    """No weights are read."""
+    assert GroundedSAM.from_pretrained("grounding_dino_base").masks.checkpoint.path == "facebook/sam2.1-hiera-large"
+    given = models["Sam2Model"]
+    assert GroundedSAM.from_pretrained("grounding_dino_base", masks=given).masks is given
+
+
 def methods_of(models):
     boxes, masks = models["GroundingDinoForObjectDetection"], models["Sam2Model"]
     return GroupViT(models["GroupViTModel"]), CLIPSeg(models["CLIPSegForImageSegmentation"]), GroundedSAM(boxes, masks)
