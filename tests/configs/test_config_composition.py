@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from importlib import import_module
-from itertools import product
 from typing import Any
 
 import pytest
 import yaml
-from composing import CONF, GROUPS, OPTIONS, chosen, composed, hydra, plainly
+from composing import CONF, GROUPS, OPTIONS, chosen, composed, hydra, plainly, sheet
 from hydra.core.object_type import ObjectType
 from omegaconf import OmegaConf
 
@@ -20,11 +19,25 @@ from conceptseg.errors import ConfigError, ViewError
 from conceptseg.saliency.views import Axes, expand_views
 from conceptseg.targets import check_targets, instantiate, targets
 
-TRIPLES = list(product(GROUPS["extractor"], GROUPS["dataset"], GROUPS["protocol"]))
-SAMPLED = [
-    tuple(options[i % len(options)] for options in (GROUPS["extractor"], GROUPS["dataset"], GROUPS["protocol"]))
-    for i in range(max(map(len, (GROUPS["extractor"], GROUPS["dataset"], GROUPS["protocol"]))))
-]
+
+def side_by_side(*groups: str) -> list[tuple[str, ...]]:
+    """Overrides that choose an option of every one of the groups at once, as many lists as the largest group has options."""
+    most = max(len(GROUPS[group]) for group in groups)
+    return [tuple(chosen(group, GROUPS[group][i % len(GROUPS[group])]) for group in groups) for i in range(most)]
+
+
+# Composing takes a tenth of a second, so that options are chosen several at a time and every configuration is looked at by all
+# tests that it concerns (composing.py keeps it). An experiment chooses options itself.
+METHODS = side_by_side("extractor", "dataset", "protocol", "launcher", "table")
+MODELS = side_by_side("views", "backbone")
+EXPERIMENTS = [(chosen("experiment", option), "protocol.version=77") for option in GROUPS["experiment"]]
+TOGETHER = [*METHODS, *MODELS, *EXPERIMENTS]
+WITH = {override: overrides for overrides in reversed(TOGETHER) for override in overrides}
+"""An option as it is chosen -> the first list that chooses it."""
+
+
+def with_option(group: str, option: str) -> dict[str, Any]:
+    return plainly(*WITH[chosen(group, option)])
 
 
 def parts(config: Any, path: str = "") -> list[tuple[str, Mapping[str, Any]]]:
@@ -68,6 +81,8 @@ def test_hydra_offers_exactly_the_sheets_that_lie_in_the_tree():
             )
             for group in GROUPS
         }
+    assert {*MOVED_VIEWS} <= {*offered["views"]}  # former names lead to options that are there
+    assert {*MOVED_VIEWS.values()} <= {*GROUPS["views"]} and not {*MOVED_VIEWS} & {*GROUPS["views"]}
     offered["views"] = sorted({*offered["views"]} - {*MOVED_VIEWS})
     assert {
         group: [o for o in options if not o.rpartition("/")[2].startswith("_")] for group, options in offered.items()
@@ -79,11 +94,11 @@ def test_families_of_views_and_the_tables_of_a_paper_are_folders_and_nothing_lie
     assert not list(CONF.glob("*/*/*/*.yaml"))
 
 
-@pytest.mark.parametrize("old", MOVED_VIEWS)
+@pytest.mark.parametrize("old", [*MOVED_VIEWS][::6])
 def test_views_go_by_their_former_name_too(old):
     """On the command line and in the defaults list of somebody's own sheet, which Hydra resolves alike."""
     assert old not in GROUPS["views"]
-    assert plainly(f"views={old}") == plainly(f"views={MOVED_VIEWS[old]}")
+    assert plainly(f"views={old}")["views"] == with_option("views", MOVED_VIEWS[old])["views"]
 
 
 def test_no_sheet_has_the_suffix_that_hydra_will_refuse():
@@ -97,45 +112,38 @@ def test_the_default_configuration_is_whole():
     assert_whole()
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS, ids="/".join)
-def test_an_option_alone_composes_whole(group, option):
-    assert_whole(chosen(group, option))
+def test_the_lists_choose_every_option():
+    assert {override for override in WITH if "version" not in override} == {chosen(*one) for one in OPTIONS}
 
 
-@pytest.mark.parametrize(("extractor", "dataset", "protocol"), SAMPLED, ids="-".join)
-def test_an_extractor_on_a_data_set_under_a_protocol_composes_whole(extractor, dataset, protocol):
-    assert_whole(f"extractor={extractor}", f"dataset={dataset}", f"protocol={protocol}")
-
-
-@pytest.mark.parametrize("place", range(3))
-def test_the_sampled_triples_show_every_option(place):
-    assert {triple[place] for triple in SAMPLED} == {triple[place] for triple in TRIPLES}
-
-
-@pytest.mark.parametrize(("group", "option"), OPTIONS, ids="/".join)
-def test_an_option_adds_no_key_to_the_root(group, option):
-    assert set(composed(chosen(group, option))) == set(Root.__annotations__)
+@pytest.mark.parametrize("overrides", TOGETHER, ids=" ".join)
+def test_options_compose_whole_and_add_no_key_to_the_root(overrides):
+    assert_whole(*overrides)
+    assert set(composed(*overrides)) == set(Root.__annotations__)
 
 
 @pytest.mark.parametrize("dataset", GROUPS["dataset"])
 def test_a_data_set_brings_a_protocol_and_the_command_line_may_change_it(dataset):
-    brought, changed = (plainly(f"dataset={dataset}", *more) for more in ((), ("protocol=imagenet_released",)))
-    assert brought["protocol"]["name"] and changed["protocol"]["name"] == "imagenet_released"
+    assert plainly(f"dataset={dataset}")["protocol"]["name"]
+    (protocol,) = (one.partition("=")[2] for one in WITH[f"dataset={dataset}"] if one.startswith("protocol="))
+    assert with_option("dataset", dataset)["protocol"]["name"] == protocol
 
 
 @pytest.mark.parametrize("extractor", GROUPS["extractor"])
 def test_an_extractor_brings_views(extractor):
-    assert plainly(f"extractor={extractor}")["views"]
+    assert with_option("extractor", extractor)["views"]
 
 
 @pytest.mark.parametrize("protocol", GROUPS["protocol"])
 def test_a_protocol_is_named_as_its_sheet(protocol):
-    assert plainly(f"protocol={protocol}")["protocol"]["name"] == protocol
+    found = with_option("protocol", protocol)["protocol"]
+    assert found["name"] == protocol
+    assert found | sheet("protocol", protocol) == found  # as tests read it at collection
 
 
 @pytest.mark.parametrize("sheet", GROUPS["experiment"])
 def test_an_experiment_gives_way_to_the_command_line(sheet):
-    assert plainly(f"experiment={sheet}", "protocol.version=77")["protocol"]["version"] == 77
+    assert with_option("experiment", sheet)["protocol"]["version"] == 77
 
 
 # ------------------------------------------------------------ building
@@ -143,7 +151,7 @@ def test_an_experiment_gives_way_to_the_command_line(sheet):
 
 @pytest.mark.parametrize(("group", "option"), [o for o in OPTIONS if o[0] in ("dataset", "protocol", "extractor")], ids="/".join)
 def test_an_option_builds_its_part(group, option):
-    assert instantiate(plainly(chosen(group, option))[group], group) is not None
+    assert instantiate(with_option(group, option)[group], group) is not None
 
 
 @pytest.mark.parametrize("sheet", GROUPS["views"])
@@ -151,7 +159,7 @@ def test_a_views_sheet_fits_flux_or_a_unet_or_a_method_of_one_map(sheet):
     from conceptseg.backbones.transformers.concept_stream import SPACES
     from conceptseg.extractors import anchordiff, attention_chains, cross_attention, daam, goca, ovam
 
-    settings = plainly(f"views={sheet}")["views"]
+    settings = with_option("views", sheet)["views"]
     fitting = []
     unet = Axes((*daam.SPACES, *ovam.SPACES, "refined"), tuple(range(60)), has_timesteps=True, has_vectors=False)
     prompt = Axes(tuple(cross_attention.SPACES), tuple(range(19)), has_timesteps=True, has_vectors=False)
@@ -172,7 +180,7 @@ def test_a_views_sheet_fits_flux_or_a_unet_or_a_method_of_one_map(sheet):
 def test_the_views_of_a_released_experiment_fit_its_backbone(sheet):
     from conceptseg.backbones.transformers.concept_stream import SPACES
 
-    whole = plainly(f"experiment={sheet}")
+    whole = with_option("experiment", sheet)
     path = whole["extractor"]["backbone"]["path"]
     known = {"black-forest-labs/FLUX.1": 19, "stabilityai/stable-diffusion-3.5-large": 38}
     (layers,) = [count for start, count in known.items() if path.startswith(start)]
@@ -193,7 +201,7 @@ def test_most_backbones_are_of_the_hub():
 
 @pytest.mark.parametrize("option", filter(of_the_hub, GROUPS["backbone"]))
 def test_a_backbone_from_the_hub_is_pinned_to_a_commit(option):
-    backbone = plainly(chosen("backbone", option))["extractor"]["backbone"]
+    backbone = with_option("backbone", option)["extractor"]["backbone"]
     if backbone["revision"] == "main":  # its commit could not be looked up: the sheet says so
         said = (CONF / "backbone" / f"{option}.yaml").read_text(encoding="utf-8").replace("\n# ", " ")
         assert "Its branch main is resolved to a commit" in said and "by nobody" in backbone["hub"]["pinned"]
@@ -204,7 +212,7 @@ def test_a_backbone_from_the_hub_is_pinned_to_a_commit(option):
 def test_a_backbone_from_the_hub_says_what_it_takes_to_have_it():
     offenders = {}
     for option in filter(of_the_hub, GROUPS["backbone"]):
-        backbone = plainly(chosen("backbone", option))["extractor"]["backbone"]
+        backbone = with_option("backbone", option)["extractor"]["backbone"]
         known = repository_of(backbone)
         weights = {"float16": 2, "bfloat16": 2, "float32": 4}[backbone["dtype"]] * sum(known.parameters.values())
         offenders[option] = [

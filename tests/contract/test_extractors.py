@@ -7,7 +7,7 @@ for a new kind of backbone.
 import json
 import shutil
 from collections import Counter, defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -131,43 +131,71 @@ def build(config):
     return extractor, list(expand_views(config["views"], extractor.axes()).values())
 
 
-@pytest.fixture
-def fresh(config):
-    """For what depends on nothing having been asked before."""
-    return build(config)
+@dataclass
+class Watched:
+    """A fresh extractor's first reading of the four tasks, and what the reading did to everything within its reach."""
+
+    extractor: Extractor
+    views: list
+    answers: list[SaliencyMaps]
+    """One for each view."""
+    passes: int
+    """Forward passes that the backbone counted."""
+    seen: int
+    """Forward passes that a hook on the host saw."""
+    weights: bool
+    """Whether every weight of the host kept its value."""
+    tasks: bool
+    """Whether images and ground truth kept their values."""
+
+    @property
+    def maps(self):
+        return [maps.scores for maps in self.answers]
 
 
 @pytest.fixture(scope="module")
 def held():
-    """Shared by the tests of this file: extractors with their views, and their maps. Loading takes longer than most tests."""
-    return {}, {}
+    """Shared by the tests of this file: loading takes longer than most tests."""
+    return {}
+
+
+def watch(extractor, views, tasks):
+    models = hosts(extractor)
+    weights = [weight.clone() for host in models for weight in host.parameters()]
+    arrays = [(task.image.copy(), task.truth.copy()) for task in tasks]
+    seen = []
+    counted = (lambda: extractor.backbone.forward_passes) if models else (lambda: 0)
+    before = counted()
+    watching = [host.register_forward_pre_hook(lambda module, args: seen.append(module)) for host in models[:1]]
+    answers = list(extractor.stream(Batch(tasks), views))
+    for hook in watching:
+        hook.remove()
+    kept = all(torch.equal(a, b) for a, b in zip(weights, (w for h in models for w in h.parameters()), strict=True))
+    same = all(np.array_equal(t.image, i) and np.array_equal(t.truth, m) for t, (i, m) in zip(tasks, arrays, strict=True))
+    return Watched(extractor, views, answers, counted() - before, len(seen), kept, same)
 
 
 @pytest.fixture
-def built(name, held, request):
-    extractors, _ = held
-    if name not in extractors:
-        extractors[name] = build(request.getfixturevalue("config"))
-    return extractors[name]
+def watched(name, held, tasks, request):
+    if name not in held:
+        held[name] = watch(*build(request.getfixturevalue("config")), tasks)
+    return held[name]
 
 
 @pytest.fixture
-def maps(name, held, extractor, views, tasks):
-    """The extractor's answer to the four tasks, asked once."""
-    _, answers = held
-    if name not in answers:
-        answers[name] = read(extractor, tasks, views)
-    return answers[name]
+def maps(watched):
+    """The extractor's first answer to the four tasks."""
+    return watched.maps
 
 
 @pytest.fixture
-def extractor(built):
-    return built[0]
+def extractor(watched):
+    return watched.extractor
 
 
 @pytest.fixture
-def views(built):
-    return built[1]
+def views(watched):
+    return watched.views
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +248,8 @@ every_model = pytest.mark.parametrize("name", with_backbone())
 
 
 @every_extractor
-def test_maps_are_finite_float32_with_a_channel_for_every_concept(extractor, views, tasks):
-    for maps in extractor.stream(Batch(tasks), views):
+def test_maps_are_finite_float32_with_a_channel_for_every_concept(watched, tasks):
+    for maps in watched.answers:
         assert isinstance(maps, SaliencyMaps)
         assert maps.scores.dtype == torch.float32 and maps.scores.ndim == 4
         assert maps.scores.shape[:2] == (len(tasks), len(tasks[0].concepts)) and min(maps.scores.shape[2:]) > 1
@@ -235,9 +263,11 @@ def test_views_are_answered_in_the_order_asked_under_their_own_keys(extractor, v
 
 
 @every_extractor
-def test_two_runs_give_the_same_maps(extractor, views, tasks, maps):
-    for one, two in zip(maps, read(extractor, tasks, views), strict=True):
-        assert torch.equal(one, two)
+def test_another_batch_before_changes_no_map(extractor, views, tasks, maps):
+    """Caches and random state carry nothing over."""
+    read(extractor, tasks[2:], views)
+    torch.rand(3)
+    assert all(torch.equal(one, two) for one, two in zip(maps, read(extractor, tasks, views), strict=True))
 
 
 @every_extractor
@@ -254,17 +284,21 @@ def test_the_order_within_a_batch_does_not_matter(extractor, views, tasks, maps)
 
 
 @every_extractor
-def test_adding_views_changes_no_map(extractor, views, tasks, maps):
-    beside = read(extractor, tasks, [*views, *every_cell(extractor)])[: len(views)]
+def test_adding_views_changes_no_map_and_adds_no_forward_pass(watched, extractor, views, tasks, maps):
+    """Cells of the noise levels that are read already; a further level takes a further pass."""
+    before = extractor.backbone.forward_passes if hosts(extractor) else 0
+    beside = read(extractor, tasks, [*views, *every_cell(extractor, views)])[: len(views)]
     assert all(torch.equal(one, two) for one, two in zip(maps, beside, strict=True))
+    if hosts(extractor):
+        assert extractor.backbone.forward_passes - before == watched.passes > 0
+    further = read(extractor, tasks[:2], [*views, *every_cell(extractor)])[: len(views)]
+    for one, two in zip(read(extractor, tasks[:2], views), further, strict=True):
+        assert torch.equal(one, two)
 
 
 @every_extractor
-def test_tasks_are_left_as_they_were(extractor, views, tasks):
-    before = [(task.image.copy(), task.truth.copy()) for task in tasks]
-    read(extractor, tasks, views)
-    for task, (image, truth) in zip(tasks, before, strict=True):
-        assert np.array_equal(task.image, image) and np.array_equal(task.truth, truth)
+def test_tasks_and_weights_are_left_as_they_were(watched):
+    assert watched.tasks and watched.weights
 
 
 SETTINGS = [
@@ -387,8 +421,8 @@ def test_a_row_says_what_its_method_is_told_and_was_trained_on(extractor):
 
 
 @every_extractor
-def test_every_map_says_whether_channels_may_be_compared(extractor, views, tasks):
-    assert all(maps.comparable is extractor.comparable for maps in extractor.stream(Batch(tasks), views))
+def test_every_map_says_whether_channels_may_be_compared(watched):
+    assert all(maps.comparable is watched.extractor.comparable for maps in watched.answers)
 
 
 @every_extractor
@@ -404,30 +438,13 @@ def test_a_method_with_a_model_is_never_shown_the_truth(extractor):
     assert not (extractor.needs_truth and hosts(extractor))
 
 
-@every_extractor
-def test_another_batch_before_changes_no_map(fresh, tasks):
-    """Caches and random state carry nothing over."""
-    extractor, views = fresh
-    first = read(extractor, tasks[:2], views)
-    torch.rand(3)
-    read(extractor, tasks[2:], views)
-    assert all(torch.equal(one, two) for one, two in zip(first, read(extractor, tasks[:2], views), strict=True))
-
-
 # ---------------------------------------------------------------- what happens to the host
 
 
 @every_model
-def test_no_hook_stays_on_the_model(extractor, views, tasks, maps):
-    """After `maps`, since transformers hangs hooks of its own on some models when they first run."""
-    before = hooks(extractor)
-    read(extractor, tasks, views)
-    assert hooks(extractor) == before
-
-
-@every_model
 @pytest.mark.parametrize("kind", ["before", "after"])
-def test_no_hook_stays_after_an_error_inside_a_tap(extractor, views, tasks, maps, monkeypatch, kind):
+def test_no_hook_stays_after_an_error_inside_a_tap_nor_after_a_reading(extractor, views, tasks, maps, monkeypatch, kind):
+    """After `maps`, since transformers hangs hooks of its own on some models when they first run."""
     before, original, attached = hooks(extractor), getattr(TapSet, kind), []
 
     def failing(*args):
@@ -447,6 +464,7 @@ def test_no_hook_stays_after_an_error_inside_a_tap(extractor, views, tasks, maps
     assert hooks(extractor) == before
     monkeypatch.undo()
     assert all(torch.equal(one, two) for one, two in zip(maps, read(extractor, tasks, views), strict=True))
+    assert hooks(extractor) == before
 
 
 @every_model
@@ -488,33 +506,13 @@ def same_bits(one, two):
 
 
 @every_model
-def test_the_weights_are_left_as_they_were(extractor, views, tasks):
-    before = [weight.clone() for host in hosts(extractor) for weight in host.parameters()]
-    read(extractor, tasks, views)
-    assert all(torch.equal(a, b) for a, b in zip(before, (w for h in hosts(extractor) for w in h.parameters()), strict=True))
-
-
-@every_model
-def test_adding_views_adds_no_forward_pass(extractor, views, tasks):
-    before = extractor.backbone.forward_passes
-    read(extractor, tasks, views)
-    once = extractor.backbone.forward_passes - before
-    read(extractor, tasks, [*views, *every_cell(extractor, views)])
-    assert extractor.backbone.forward_passes - before == 2 * once > 0
-
-
-@every_model
-def test_forward_passes_are_counted_as_the_host_sees_them(extractor, views, tasks):
-    seen, before = [], extractor.backbone.forward_passes
-    watching = hosts(extractor)[0].register_forward_pre_hook(lambda module, args: seen.append(module))
-    read(extractor, tasks, views)
-    watching.remove()
-    assert 0 < len(seen) == extractor.backbone.forward_passes - before
+def test_forward_passes_are_counted_as_the_host_sees_them(watched):
+    assert 0 < watched.seen == watched.passes
 
 
 @pytest.mark.parametrize("name", ["concept_attention", "cross_attention", "daam", "ovam"])
-def test_every_distinct_text_is_encoded_once(fresh, tasks):
-    (extractor, views), encoded = fresh, Counter()
+def test_every_distinct_text_is_encoded_once(config, tasks):
+    (extractor, views), encoded = build(config), Counter()
 
     def noted(module, args, kwargs):
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]

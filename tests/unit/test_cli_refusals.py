@@ -10,11 +10,22 @@ from conceptseg.cli.evaluate import evaluate
 from conceptseg.report.results_md import HEADER
 
 
+@pytest.fixture(scope="module")
+def messages():
+    """What was said to each command line: several tests look at one."""
+    return {}
+
+
 @pytest.fixture
-def refused(monkeypatch, capsys, tmp_path):
-    """Runs a command that must end with 1; returns what it says on stderr."""
+def refused(monkeypatch, capsys, tmp_path, messages):
+    """Runs a command that must end with 1, unless it was run before; returns what it says on stderr."""
 
     def run(*arguments: str) -> str:
+        if arguments not in messages:
+            messages[arguments] = said_to(arguments)
+        return messages[arguments]
+
+    def said_to(arguments: tuple[str, ...]) -> str:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["conceptseg", *arguments])
         with pytest.raises(SystemExit) as end:

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from composing import GROUPS, plainly
+from composing import GROUPS, plainly, sheet
 
 from conceptseg.errors import ConfigError
 from conceptseg.extractors.controls import CentrePrior, ColourContrast, Constant, InvertedOracle, Oracle, RandomMap
@@ -16,10 +16,10 @@ from conceptseg.metrics.definitions import DEFINITIONS, Rows
 from conceptseg.targets import instantiate
 from conceptseg.types import VOID, Batch, Sample, Task
 
-SHEETS = {name: plainly(f"protocol={name}")["protocol"] for name in GROUPS["protocol"]}
+SHEETS = {name: sheet("protocol", name) for name in GROUPS["protocol"]}
 PROTOCOLS = list(SHEETS)
-SINGLE = [name for name, sheet in SHEETS.items() if sheet["task"] == "single"]
-MULTI = [name for name, sheet in SHEETS.items() if sheet["task"] == "multi" and sheet["background"]]
+SINGLE = [name for name, one in SHEETS.items() if one["task"] == "single"]
+MULTI = [name for name, one in SHEETS.items() if one["task"] == "multi" and one["background"]]
 PLAIN = [name for name in PROTOCOLS if not any(s.get("pamr_steps") for s in SHEETS[name].get("segmenters", []))]
 """Protocols that score maps as they are: PAMR moves scores along the colours of the image, so that no control keeps its form."""
 EXACT = 1e-12  # ratios of whole numbers in float64
