@@ -394,6 +394,7 @@ def test_a_run_id_says_every_plain_setting_but_where_the_class_lies(config):
     settings = config["extractor"]
     extractor = instantiate(settings, "extractor")
     before = method_identity(settings, extractor)
+    assert all("dtype" in before[name] for name, value in settings.items() if value in models_of(settings))
     names = [name for name, value in settings.items() if value not in models_of(settings)]
     moved = [name for name in names if method_identity({**settings, name: "conceptseg.moved.Class"}, extractor) != before]
     assert moved == [name for name in names if name not in ("_target_", "device")]

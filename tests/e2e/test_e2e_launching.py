@@ -59,7 +59,7 @@ def ranks_below(parent: int) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_torchrun_with_a_killed_process_is_resumed_by_torchrun_to_the_same_rows(commands, alone, child_environment):
+def test_torchrun_with_a_killed_process_is_resumed_by_accelerate_launch_to_the_same_rows(commands, alone, child_environment):
     script = commands.folder / "slow.py"
     script.write_text(SLOW)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -72,7 +72,9 @@ def test_torchrun_with_a_killed_process_is_resumed_by_torchrun_to_the_same_rows(
         assert started.wait(timeout=100) != 0
     held = len(lines_of(commands.the_run()))
     assert 2 <= held < 23
-    again = commands.run_cold(*torchrun[1:], "-m", "conceptseg", *FAST, *SMALL)
+    accelerate = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+    settings = ("--mixed_precision", "no", "--dynamo_backend", "no")
+    again = commands.run_cold(*accelerate, *settings, "-m", "conceptseg", *FAST, *SMALL)
     assert commands.rows() == alone
     assert again.said.count("samples computed") == 2
     assert {p.name for p in commands.the_run().glob("rows-*")} == {"rows-0of2.jsonl", "rows-1of2.jsonl"}
@@ -80,15 +82,6 @@ def test_torchrun_with_a_killed_process_is_resumed_by_torchrun_to_the_same_rows(
 
 def rows_of_shard(commands, name):
     return [line for file in commands.folder.glob(f"runs/*/rows-{name}.jsonl") for line in file.read_bytes().splitlines()]
-
-
-@pytest.mark.slow
-def test_accelerate_launch_shares_the_work_out(commands, alone):
-    started = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
-    settings = ("--mixed_precision", "no", "--dynamo_backend", "no")
-    commands.run_cold(*started, *settings, "-m", "conceptseg", *FAST, *SMALL)
-    assert commands.rows() == alone
-    assert {p.name for p in commands.the_run().glob("rows-*")} == {"rows-0of2.jsonl", "rows-1of2.jsonl"}
 
 
 # ------------------------------------------------------------ many machines

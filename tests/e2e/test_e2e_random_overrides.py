@@ -7,7 +7,7 @@ import time
 import pytest
 from random_overrides import BASE, faults, overrides
 
-LISTS, SHARES = 300, 4
+LISTS, SHARES = 100, 2
 
 
 @pytest.mark.parametrize("share", range(SHARES))
