@@ -262,15 +262,22 @@ Sheet = TypeVar("Sheet", TableSheet, PaperTable)
 
 
 def _only(table: Sheet, where: str) -> Sheet:
-    """The table with the rows that `only` names, and without differences to rows that are left out."""
+    """The table with the rows that `only` names, and without differences to rows that are left out.
+
+    A name is that of a row, in every block that has it, or `block: row` for that block's alone.
+    """
     if not table.only:
         return table
     names = list(dict.fromkeys(row.name for block in table.blocks for row in block.rows))
+    placed = [f"{block.name}: {row.name}" for block in table.blocks for row in block.rows]
     for name in table.only:
-        if name not in names:
-            raise ConfigError(f'{where}.only: the table has no row "{name}". {did_you_mean(name, names)}')
-    kept = [replace(b, rows=tuple(r for r in b.rows if r.name in table.only)) for b in table.blocks]
+        if name not in (*names, *placed):
+            nearest = did_you_mean(name, placed if name.partition(": ")[0] in {block.name for block in table.blocks} else names)
+            raise ConfigError(f'{where}.only: the table has no row "{name}". {nearest}')
+    wanted = {*table.only}
+    kept = [replace(b, rows=tuple(r for r in b.rows if wanted & {r.name, f"{b.name}: {r.name}"})) for b in table.blocks]
     found = replace(table, blocks=tuple(block for block in kept if block.rows))
     if isinstance(found, TableSheet):
-        return replace(found, against=tuple(a for a in found.against if a.row in found.only))
+        held = set.intersection(*({row.name for row in block.rows} for block in found.blocks))
+        return replace(found, against=tuple(a for a in found.against if a.row in held))
     return found

@@ -74,9 +74,21 @@ def test_every_space_at_every_layer_is_the_written_out_formula(model, found_by_o
     agrees(model, found_by_oracle, view_of(space, (layer,)))
 
 
-@pytest.mark.parametrize("softmax", Softmax)
-@pytest.mark.parametrize("normalize", Normalize)
-@pytest.mark.parametrize("space", SPACES)
+PAIRS = [
+    (space, [*Normalize][(number + place) % len(Normalize)], softmax)
+    for number, space in enumerate(SPACES)
+    for place, softmax in enumerate(Softmax)
+]
+"""Every space with every normalisation, and each of both with every softmax: a space is read before either is applied."""
+
+
+def test_the_pairs_are_all_pairs():
+    for one, other, options in ((0, 1, Normalize), (0, 2, Softmax), (1, 2, Softmax)):
+        firsts = {pair[one] for pair in PAIRS}
+        assert {(pair[one], pair[other]) for pair in PAIRS} == {(first, option) for first in firsts for option in options}
+
+
+@pytest.mark.parametrize(("space", "normalize", "softmax"), PAIRS)
 def test_every_normalisation_and_softmax_is_the_written_out_formula(model, found_by_oracle, space, normalize, softmax):
     agrees(model, found_by_oracle, view_of(space, normalize=normalize, softmax=softmax))
 

@@ -120,6 +120,17 @@ def test_only_keeps_the_rows_it_names_and_no_difference_to_another():
     assert read_sheet({**TABLE, "only": ["constant"]}).against == read_sheet(TABLE).against
 
 
+def test_only_may_name_the_row_of_one_block():
+    (block,) = TABLE["blocks"]
+    sheet = {**TABLE, "blocks": [block, {**block, "name": "second"}]}
+    found = read_sheet({**sheet, "only": ["constant", "second: DINOv2"]})
+    assert [[row.name for row in one.rows] for one in found.blocks] == [["constant"], ["constant", "DINOv2"]]
+    assert found.against == read_sheet(TABLE).against
+    assert read_sheet({**sheet, "only": [f"{block['name']}: constant", "second: DINOv2"]}).against == ()
+    with pytest.raises(ConfigError, match=r'no row "second: DINO"\. Did you mean "second: DINOv2"'):
+        read_sheet({**sheet, "only": ["second: DINO"]})
+
+
 def test_rows_may_be_a_mapping_which_hydra_can_merge():
     paper = read_sheet({**PAPER, "only": ["LRP"]})
     assert isinstance(paper, PaperTable) and [row.name for row in paper.blocks[0].rows] == ["LRP"]
