@@ -268,8 +268,8 @@ def _only(table: Sheet, where: str) -> Sheet:
     """
     if not table.only:
         return table
-    names = list(dict.fromkeys(row.name for block in table.blocks for row in block.rows))
-    placed = [f"{block.name}: {row.name}" for block in table.blocks for row in block.rows]
+    names: list[str] = list(dict.fromkeys(row.name for block in table.blocks for row in block.rows))
+    placed: list[str] = [f"{block.name}: {row.name}" for block in table.blocks for row in block.rows]
     for name in table.only:
         if name not in (*names, *placed):
             nearest = did_you_mean(name, placed if name.partition(": ")[0] in {block.name for block in table.blocks} else names)

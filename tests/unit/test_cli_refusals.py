@@ -12,7 +12,7 @@ from conceptseg.report.results_md import HEADER
 
 @pytest.fixture(scope="module")
 def messages():
-    """What was said to each command line: several tests look at one."""
+    """Command line -> the message that it got: several tests look at one."""
     return {}
 
 

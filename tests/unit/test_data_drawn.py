@@ -113,7 +113,7 @@ def test_an_odd_colour_says_less_of_a_scene_of_the_data_set_than_of_a_training_s
 
 def covered(placement):
     """How often the middle sixteenth of a scene is the object's, by the middle quarter."""
-    scenes = Scenes(count=300, objects=(1, 1), size=32, placement=placement)
+    scenes = Scenes(count=150, objects=(1, 1), size=32, placement=placement)
     share = np.mean([scenes.read(key).mask > 0 for key in scenes.keys()], axis=0)  # noqa: SIM118
     return share[12:20, 12:20].mean() / share[8:24, 8:24].mean()
 

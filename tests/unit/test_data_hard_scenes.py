@@ -13,7 +13,7 @@ from conceptseg.segment.segmenter import Segmenter
 
 @pytest.fixture(scope="module")
 def many():
-    return [draw_scene("val", 3, index, size=32) for index in range(900)]
+    return [draw_scene("val", 3, index, size=32) for index in range(500)]
 
 
 def uneven(table):
