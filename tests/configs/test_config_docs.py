@@ -18,7 +18,7 @@ BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def overrides_of(page: Path) -> list[tuple[str, ...]]:
-    """What stands after `conceptseg`, but for flags; lines with a blank to fill in or a value swept over are left out."""
+    """Overrides of each shown `conceptseg` command; lines with a blank to fill in or a value swept over are left out."""
     found = []
     for line in "\n".join(BLOCK.findall(page.read_text(encoding="utf-8"))).replace("\\\n", " ").splitlines():
         name, *words = shlex.split(line, comments=True) or [""]

@@ -41,7 +41,7 @@ HEADLINES |= {
     )
 }  # fmt: skip
 NUMBERS = ("extractor", "dataset", "protocol", "views")
-"""What a run id and its numbers depend on; how a run is carried out and printed is left out."""
+"""Groups that a run id and its numbers depend on; how a run is carried out and printed is left out."""
 
 
 def resolved(name: str) -> str:

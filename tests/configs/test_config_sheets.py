@@ -1,4 +1,4 @@
-"""What every YAML under conf/ owes its reader, and that each can be reached."""
+"""Every YAML under conf/ says what its reader needs, and each can be reached."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def models_of(settings):
 
 @pytest.fixture
 def config(name, tiny):
-    """What `conceptseg extractor=<name>` would run, on tiny models."""
+    """The configuration that `conceptseg extractor=<name>` runs, on tiny models."""
     config = composed(name)
     if "backbone" in config["extractor"]:
         for part in models_of(config["extractor"]):
