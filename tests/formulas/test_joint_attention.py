@@ -239,7 +239,7 @@ def test_the_peak_is_the_one_that_is_computed_whatever_heads_and_layers_there_ar
 def test_the_plan_counts_the_matrices_and_a_backbone_whose_keys_are_turned_later_is_refused():
     common = ["backbone@extractor.backbone=flux_schnell", "protocol=scenes_single", "dataset=scenes", "dataset.count=2"]
     plain, chains = (plan_run("one", plainly(f"extractor={name}", *common)) for name in ("concept_attention", "attention_chains"))
-    matrices = 4 * 8 * (4096 + 256) ** 2
+    matrices = 4 * 2 * (4096 + 256) ** 2  # float32, of two images
     assert matrices < chains.memory - plain.memory < 1.5 * matrices
     with pytest.raises(ConfigError, match="rotates the prompt's keys"):
         from conceptseg.backbones.transformers.qwen_image import QwenImageBackbone
