@@ -62,6 +62,11 @@ class Case:
         hook.remove()
         return seen[0]
 
+    def message(self, string):
+        """The text that the stock text model reads, without padding."""
+        tokenizer = getattr(self.pipeline.tokenizer, "tokenizer", self.pipeline.tokenizer)
+        return tokenizer.decode(self.ids(string)).replace(tokenizer.pad_token, "")
+
     def places(self, string):
         """Where a string stands among the tokens of its message, by what the tokens before and after it say."""
         tokenizer = getattr(self.pipeline.tokenizer, "tokenizer", self.pipeline.tokenizer)
