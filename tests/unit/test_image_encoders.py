@@ -16,6 +16,7 @@ from conceptseg.backbones.encoders.vit import ViTBackbone
 from conceptseg.errors import ConfigError, DataError, TapError
 from conceptseg.extractors.lrp import LRP
 from conceptseg.extractors.maskclip import MaskCLIP
+from conceptseg.extractors.object_discovery import LOST, TokenCut
 from conceptseg.extractors.rollout import Rollout
 from conceptseg.extractors.self_attention import SelfAttention
 from conceptseg.extractors.textspan import TextSpan
@@ -96,6 +97,13 @@ def test_relevance_in_reduced_precision_is_refused(tmp_path, dtype):
     for method in (LRP, TransInterp):
         with pytest.raises(ConfigError, match=rf"extractor.backbone.dtype is {dtype}: relevance"):
             method(tiny_vit(tmp_path / "vit", dtype=dtype)).saliency(batch(1))
+
+
+def test_methods_that_read_attention_alone_stop_in_the_last_block(tmp_path):
+    backbone = tiny_vit(tmp_path / "vit")
+    backbone.model.blocks[-1].mlp.register_forward_hook(lambda *_: pytest.fail("the last MLP ran"))
+    for method in (SelfAttention(backbone), Rollout(backbone), LOST(backbone), TokenCut(backbone)):
+        assert method.saliency(batch(1)).isfinite().all()
 
 
 def test_a_grid_that_is_not_square_is_read_in_rows(tmp_path):
