@@ -151,7 +151,7 @@ def _yaml(where: str, value: str) -> Any:
 
 
 def _read(key: str, value: str) -> Any:
-    """A value read as YAML and held against what its setting is. Raises ConfigError."""
+    """A value read as YAML, checked against the type of its setting. Raises ConfigError."""
     where = f"conceptseg-explain: {key}"
     found = _yaml(where, value)
     if key in ("size", "timesteps"):

@@ -36,7 +36,7 @@ class Explanation(Mapping[str, Tensor]):
 
     names: the words; scores: float32 [C h w] (or [C f h w] for video), larger where the word is, on the scale that the method
     gives (shares of 1 with a softmax over concepts); image: what was explained, uint8 RGB [H W 3] (or [F H W 3]); about: settings
-    and provenance; comparable: whether scores of two words may be held against each other; notes: what a reader should know;
+    and provenance; comparable: whether scores of two words may be compared; notes: what a reader should know;
     others: maps of the background words that competed, [b h w].
     """
 

@@ -5,7 +5,7 @@ the output, read from the prompt, agrees with the sum over heads. Layers are wei
 tokens agrees with the similarity of their outputs. Words are then divided by their sum at each pixel, brought to 0..1, and
 averaged along the attention between image tokens. One forward pass.
 The paper's abstract and third-party notes were read, not its equations or code: what weights are normalised by, the features
-that layers are held against and their temperature, and how often maps are refined, are ours. Its dropping of stop words has no
+that layers are compared with and their temperature, and how often maps are refined, are ours. Its dropping of stop words has no
 counterpart, since the prompt is the words alone; so has its reading of U-Nets. Not checked against the original.
 """
 

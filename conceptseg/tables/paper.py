@@ -79,9 +79,7 @@ def compute_paper_table(
     sheet = draw_sheet(folder / "sheet.png", pictures, report["pictures"]) if pictures else None
     notes = [LEGEND, *_quoted_notes(table, claim), *table.notes]
     if table.on_lab:
-        notes.insert(
-            0, "Numbers of provenance lab are of tiny models on drawn scenes: they are not to be held against quoted ones."
-        )
+        notes.insert(0, "Numbers of provenance lab are of tiny models on drawn scenes: do not compare them with quoted ones.")
     return Results(
         name, table.title, command, __version__, columns, tuple(blocks), tuple(notes),
         interval_text(report), None if sheet is None or sheet.is_absolute() or ".." in sheet.parts else sheet.as_posix(),

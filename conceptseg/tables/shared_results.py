@@ -1,4 +1,4 @@
-"""Tables of results that someone else computed: read from a file or an address, and held against one of this machine.
+"""Tables of results that someone else computed: read from a file or an address, and compared with one of this machine.
 
 A results file has numbers and intervals and no rows of single images, so that differences can't be paired: their intervals are
 wider than those of two runs.

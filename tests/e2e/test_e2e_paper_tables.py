@@ -81,7 +81,7 @@ def test_the_lab_fills_both_protocols_beside_the_quoted_numbers(shared):
         assert other["kind"] == "standard" and other["run_id"] != row["run_id"]
         accuracy = row["values"]["released/accuracy"]["value"]
         assert row["values"]["released/released_miou_from_accuracy"]["value"] == pytest.approx(accuracy / (2 - accuracy))
-    assert "not to be held against quoted ones" in table["notes"][0]
+    assert "do not compare them with quoted ones" in table["notes"][0]
 
 
 def test_one_row_of_a_table_runs_alone(shared):

@@ -71,7 +71,7 @@ class SigLIPBackbone(ImageTextEncoder):
             )
         if not config["vision_config"].get("vision_use_head", True):
             raise TapError(
-                f'tapping "{self.checkpoint.path}": vision_use_head is false, so no image vector can be held against texts. '
+                f'tapping "{self.checkpoint.path}": vision_use_head is false, so it has no image vector to compare with texts. '
                 f"Choose a whole SiglipModel ({SHEETS})."
             )
         return config
