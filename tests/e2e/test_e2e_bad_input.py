@@ -44,32 +44,34 @@ def mask_of(kit, number):
 
 PAINTED = mask_png(voc_mask(SCENES[1]), "rgb")
 DAMAGES = {
-    "an image that is no picture": (lambda kit: image_of(kit, 1).write_bytes(b"no picture"), "can't be decoded"),
-    "an image cut short": (lambda kit: image_of(kit, 1).write_bytes(image_of(kit, 1).read_bytes()[:300]), "can't be decoded"),
-    "an empty image": (lambda kit: image_of(kit, 1).write_bytes(b""), "can't be decoded"),
-    "a missing image": (lambda kit: image_of(kit, 1).unlink(), "missing"),
-    "a missing mask": (lambda kit: mask_of(kit, 1).unlink(), "missing"),
-    "a mask of another size": (lambda kit: Image.open(mask_of(kit, 1)).crop((0, 0, 9, 9)).save(mask_of(kit, 1)), "9 x 9"),
-    "a mask in colours": (lambda kit: mask_of(kit, 1).write_bytes(PAINTED), "dataset.mask_encoding=rgb"),
+    "an image that is no picture": (lambda kit, n: image_of(kit, n).write_bytes(b"no picture"), "can't be decoded"),
+    "an image cut short": (lambda kit, n: image_of(kit, n).write_bytes(image_of(kit, n).read_bytes()[:300]), "can't be decoded"),
+    "an empty image": (lambda kit, n: image_of(kit, n).write_bytes(b""), "can't be decoded"),
+    "a missing image": (lambda kit, n: image_of(kit, n).unlink(), "missing"),
+    "a missing mask": (lambda kit, n: mask_of(kit, n).unlink(), "missing"),
+    "a mask of another size": (lambda kit, n: Image.open(mask_of(kit, n)).crop((0, 0, 9, 9)).save(mask_of(kit, n)), "9 x 9"),
+    "a mask in colours": (lambda kit, n: mask_of(kit, n).write_bytes(PAINTED), "dataset.mask_encoding=rgb"),
     "a mask with an unknown class": (
-        lambda kit: Image.fromarray(np.full((48, 64), 77, np.uint8)).save(mask_of(kit, 1)),
+        lambda kit, n: Image.fromarray(np.full((48, 64), 77, np.uint8)).save(mask_of(kit, n)),
         "77",
     ),
     "a mask of 16 bits": (
-        lambda kit: Image.fromarray(np.zeros((48, 64), np.uint16)).save(mask_of(kit, 1)),
+        lambda kit, n: Image.fromarray(np.zeros((48, 64), np.uint16)).save(mask_of(kit, n)),
         "mode I;16",
     ),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_sample_gets_a_failed_row_and_the_others_are_scored(commands, kit, damage):
-    spoil, reason = DAMAGES[damage]
-    spoil(kit)
-    said = commands.run(*MULTI, "dataset=pascal_voc", f"dataset.root={kit}")
-    ((sample, error),) = failed(commands).items()
-    assert sample == "voc2012/2012_000001" and reason in error
-    assert sum(r["status"] == "ok" for r in commands.rows()) == 4 and "1 failed" in said.said
+def test_damaged_samples_get_failed_rows_and_the_others_are_scored(commands, tmp_path):
+    """One of each kind, in one run."""
+    kit = write_voc(tmp_path / "voc", made_scenes(len(DAMAGES) + 2)) / "VOC2012"
+    for number, (spoil, _) in enumerate(DAMAGES.values(), 1):
+        spoil(kit, number)
+    said = commands.run(*MULTI, "dataset=pascal_voc", f"dataset.root={kit}", f"runtime.max_failures={len(DAMAGES) + 1}")
+    errors = failed(commands)
+    told = {damage: errors.pop(f"voc2012/2012_{number:06d}", "scored") for number, damage in enumerate(DAMAGES, 1)}
+    assert {damage: error for damage, error in told.items() if DAMAGES[damage][1] not in error} == {} == errors
+    assert sum(r["status"] == "ok" for r in commands.rows()) == 2 and f"{len(DAMAGES)} failed" in said.said
 
 
 def test_the_number_of_failed_samples_is_in_the_results(commands, kit):
