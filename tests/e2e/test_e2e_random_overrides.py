@@ -7,7 +7,7 @@ import time
 import pytest
 from random_overrides import BASE, faults, overrides
 
-LISTS, SHARES = 100, 2
+LISTS, SHARES = 60, 2
 
 
 @pytest.mark.parametrize("share", range(SHARES))
