@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from tempfile import gettempdir
@@ -24,6 +25,10 @@ for rank in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
     os.environ.pop(rank, None)
 
 refuse_sockets()
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell's background job starts so, and so would every command that a test interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
