@@ -129,6 +129,8 @@ def register() -> None:
     """Put the schema, and the former names of views, where Hydra finds them; safe to call twice."""
     OmegaConf.register_new_resolver("oc.env", _environment_variable, replace=True)
     store = ConfigStore.instance()
+    if "root_schema.yaml" in store.repo:
+        return
     store.store(name="root_schema", node=Root)
     for old, new in MOVED_VIEWS.items():
         store.store(group="views", name=old, node={"defaults": [f"/views/{new}@_here_"]})

@@ -15,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 import conceptseg
+from conceptseg.cli.composing import SheetsReadOnce, read_sheets_once
 from conceptseg.config import plain, register
 
 CONF = Path(conceptseg.__file__).parents[1] / "conf"
@@ -52,8 +53,17 @@ def hydra() -> Iterator[Any]:
 
 
 @cache
+def _sheets() -> SheetsReadOnce:
+    """One for the whole process, in which no test changes a sheet of conf/."""
+    loader = GlobalHydra.instance().config_loader()
+    read_sheets_once()
+    return loader.repository
+
+
+@cache
 def composed(*overrides: str) -> DictConfig:
-    with hydra():
+    with hydra() as loader:
+        loader.repository = _sheets()
         return compose(config_name="evaluate", overrides=list(overrides))
 
 

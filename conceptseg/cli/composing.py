@@ -6,12 +6,18 @@ import codecs
 import os
 import sys
 from collections.abc import Callable, Sequence
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
 import hydra
 import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
 from conceptseg.cli.options import added_folders, searched_folders
@@ -74,7 +80,6 @@ PRIMARY = ("--config-path", "-cp", "--config-name", "-cn")
 
 def prepare_search_path() -> None:
     """Let Hydra search conf/ of every installed package of the entry point group."""
-    from hydra.core.config_search_path import ConfigSearchPath
     from hydra.core.plugins import Plugins
     from hydra.plugins.search_path_plugin import SearchPathPlugin
 
@@ -107,7 +112,6 @@ def check_foreign_sources(arguments: Sequence[str], config_name: str) -> None:
     if not folders and not any("searchpath" in word.partition("=")[0] or "${" in word for word in hydras):
         return
     from hydra import compose, initialize_config_module
-    from hydra.core.global_hydra import GlobalHydra
 
     added = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"] if folders else []
     GlobalHydra.instance().clear()
@@ -138,6 +142,34 @@ def _check_config_files(arguments: Sequence[str]) -> None:
         check_aliases(decode_text(content, str(path)), str(path))
         if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise ConfigError(f"{path} begins with a byte order mark; save it as UTF-8 without one.")
+
+
+class SheetsReadOnce(ConfigRepository):
+    """Hydra's repository of sheets, which parses each file once; Hydra by itself reads all of them for every composition."""
+
+    def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
+        super().initialize_sources(config_search_path)
+        self.held: dict[str, ConfigResult | None] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SheetsReadOnce:
+        """Hydra copies its repository for every composition, and gives the copy other sources where a search path is added."""
+        return copy(self)
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        if config_path not in self.held:
+            self.held[config_path] = super().load_config(config_path)
+        if (found := self.held[config_path]) is None:
+            return None
+        mine = copy(found)
+        mine.config = deepcopy(found.config)  # other sheets are merged into it
+        return mine
+
+
+def read_sheets_once() -> None:
+    """For the compositions to come, until Hydra is initialised again: that of a table's row then takes a third less time."""
+    loader = GlobalHydra.instance().config_loader()
+    if isinstance(loader, ConfigLoaderImpl):
+        loader.repository = SheetsReadOnce(loader.get_search_path())
 
 
 def task_overrides() -> list[str]:

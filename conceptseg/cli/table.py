@@ -69,6 +69,7 @@ class OpenedSheet:
         from hydra.errors import HydraException
         from omegaconf.errors import OmegaConfBaseException
 
+        from conceptseg.cli.composing import read_sheets_once
         from conceptseg.cli.refusals import explain_refusal
         from conceptseg.config import check_frame
         from conceptseg.errors import ConfigError
@@ -83,6 +84,7 @@ class OpenedSheet:
         extra = [o for o in overrides if not o.lstrip("+~").startswith("table")]
         on_lab = isinstance(sheet, PaperTable) and sheet.on_lab
         place = name.replace("/", "-") + ("-lab" if on_lab else "")
+        read_sheets_once()
 
         composed: dict[str, dict[str, Any]] = {}
 

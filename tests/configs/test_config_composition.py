@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import yaml
 from composing import CONF, GROUPS, OPTIONS, chosen, composed, hydra, plainly, sheet
+from hydra import compose
 from hydra.core.object_type import ObjectType
+from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from conceptseg.backbones.repositories import repository_of
-from conceptseg.config import MOVED_VIEWS, Root, plain
+from conceptseg.cli.composing import read_sheets_once
+from conceptseg.config import MOVED_VIEWS, Root
 from conceptseg.errors import ConfigError, ViewError
 from conceptseg.saliency.views import Axes, expand_views
 from conceptseg.targets import check_targets, instantiate, targets
@@ -57,7 +60,7 @@ def assert_whole(*overrides: str) -> None:
     """Nothing left to fill in, resolvable, and every _target_ is allowed, importable and takes what it is given."""
     config = composed(*overrides)
     assert not OmegaConf.missing_keys(config)
-    whole = plain(config)
+    whole = plainly(*overrides)
     check_targets(whole, whole["runtime"]["allow_targets"])
     for path, part in parts({k: v for k, v in whole.items() if k != "table"}):
         module, _, name = part["_target_"].rpartition(".")
@@ -110,6 +113,23 @@ def test_no_sheet_has_the_suffix_that_hydra_will_refuse():
 
 def test_the_default_configuration_is_whole():
     assert_whole()
+
+
+def test_sheets_that_are_read_once_compose_as_those_that_are_read_again_each_time(tmp_path):
+    """Also after a composition has changed what it was given, and where one of them adds a folder with sheets of its own."""
+    (tmp_path / "protocol").mkdir()
+    (tmp_path / "protocol" / "mine.yaml").write_text("defaults: [scenes_multi]\nversion: 5\n")
+    added = f"hydra.searchpath=[file://{tmp_path}]"
+    lists = [["dataset.count=3", "views=daam"], ["views=daam"], [added, "protocol=mine"], ["protocol=scenes_multi"]]
+    with hydra() as loader:
+        plainly_read = [compose("evaluate", overrides=overrides) for overrides in lists]
+        read_sheets_once()
+        held = loader.repository.held
+        assert [compose("evaluate", overrides=overrides) for overrides in lists] == plainly_read
+        assert loader.repository.held is held and "protocol/mine" not in held and "views/daam" in held
+        with pytest.raises(ConfigCompositionException, match="Could not find 'protocol/mine'"):
+            compose("evaluate", overrides=["protocol=mine"])
+    assert [config.protocol.version for config in plainly_read[2:]] == [5, plainly_read[3].protocol.version]
 
 
 def test_the_lists_choose_every_option():
