@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from conceptseg.logs import quiet_libraries
 
 if TYPE_CHECKING:
     from conceptseg.evaluation.plan import RunPlan
+    from conceptseg.tables.sheet import BlockSheet, PaperBlock, PaperRow, RowSheet
 
 HELP = """\
 conceptseg plan: what an evaluation or a table would take. Fetches, computes and writes nothing.
@@ -74,7 +76,10 @@ def _plan(config: DictConfig, of_rows: Sequence[str]) -> int:
 
 
 def _table_rows(config: DictConfig, overrides: Sequence[str]) -> Iterator[tuple[str, RunPlan]]:
-    """(name of the row, plan) of every evaluation behind a table."""
+    """(name of the row as table.only takes it, plan) of every evaluation behind a table.
+
+    A name that several blocks have is written with its block, since its rows may need different data.
+    """
     from conceptseg.cli.table import OpenedSheet
     from conceptseg.evaluation.plan import RunPlan, plan_run
     from conceptseg.tables.paper import overrides_of
@@ -83,6 +88,10 @@ def _table_rows(config: DictConfig, overrides: Sequence[str]) -> Iterator[tuple[
 
     opened = OpenedSheet.of(config, overrides)
     sheet, evaluations = opened.sheet, Evaluations(opened.compose, opened.settings)
+    named = Counter(row.name for block in sheet.blocks for row in block.rows)
+
+    def only(block: PaperBlock | BlockSheet, row: PaperRow | RowSheet) -> str:
+        return f"{block.name}: {row.name}" if named[row.name] > 1 else row.name
 
     def planned(row: str, name: str, written: Sequence[str], needs: str = "") -> tuple[str, RunPlan]:
         if needs:
@@ -96,14 +105,14 @@ def _table_rows(config: DictConfig, overrides: Sequence[str]) -> Iterator[tuple[
         for block in sheet.blocks:
             for row in block.rows:
                 if row.overrides is None or (row.needs and not sheet.on_lab) or (sheet.on_lab and row.lab is None):
-                    yield planned(row.name, row.name, (), row.needs or "a model of the lab that does this")
+                    yield planned(only(block, row), row.name, (), row.needs or "a model of the lab that does this")
                     continue
                 for kind in (kind for kind in sheet.parts if kind in row.kinds):
-                    yield planned(row.name, f"{row.name}, {kind}", overrides_of(row, block, sheet, kind))
+                    yield planned(only(block, row), f"{row.name}, {kind}", overrides_of(row, block, sheet, kind))
     else:
         for plain_block in sheet.blocks:
             for one in plain_block.rows:
-                yield planned(one.name, f"{plain_block.name}: {one.name}", [*plain_block.overrides, *one.overrides])
+                yield planned(only(plain_block, one), f"{plain_block.name}: {one.name}", [*plain_block.overrides, *one.overrides])
 
 
 # ---------------------------------------------------------------- what is printed

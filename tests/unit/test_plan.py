@@ -78,6 +78,14 @@ def test_settings_typed_after_a_table_are_those_of_its_rows(said):
     assert "rows fit this device, once their data is here" in text and "dataset.root=nowhere.mat" in text.splitlines()[-1]
 
 
+def test_a_row_whose_name_stands_in_two_blocks_is_chosen_with_its_block(said, monkeypatch):
+    monkeypatch.setattr("conceptseg.evaluation.plan.device_bytes", lambda device: ("a small one", 8 * 10**8))
+    text = said("plan", "table=lab", "table.only=[constant,DAAM]")
+    assert "3 of 6 rows fit this device" in text
+    only = '["one object: constant","two or three objects: constant","look-alikes in two tints: constant"]'
+    assert text.splitlines()[-1] == f"  conceptseg table=lab 'table.only={only}'"
+
+
 def test_a_row_that_refuses_a_setting_names_it(said):
     text = said("table=conceptattention/imagenet_segmentation", "table.only=[constant]", "dataset.rot=x", code=1)
     assert 'dataset.rot: there is no such key. Did you mean "root"' in text and "Traceback" not in text
