@@ -169,8 +169,8 @@ def measure(check: Check, file: Path) -> dict[str, Any]:
             keep(name, {"status": "failed", "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
         else:
             keep(name, {"status": "done", "seconds": time.perf_counter() - started, "found": found})
-        gc.collect()
         if check.device != "cpu":
+            gc.collect()
             try:
                 torch.cuda.synchronize()
             except Exception:

@@ -198,10 +198,15 @@ def counted(geometry: Geometry, draws: int, stop: bool) -> dict[str, float]:
     for name, plan in plans(random_backbone(geometry, "meta"), geometry, draws, stop).items():
         if "known" in name:
             plan.maps(random_task(geometry, 0))  # so that its words are known
-        with FlopCounterMode(display=False) as counter:
-            plan.maps(random_task(geometry, 0))
-        found[name] = counter.get_total_flops() / 1e12
+        found[name] = tflop(plan, geometry)
     return found
+
+
+def tflop(plan: OriginalPlan | OurPlan, geometry: Geometry) -> float:
+    """TFLOP an image, counted operator by operator."""
+    with FlopCounterMode(display=False) as counter:
+        plan.maps(random_task(geometry, 0))
+    return float(counter.get_total_flops() / 1e12)
 
 
 def compare(geometry: Geometry, device: str, dtype: str, pairs: int, draws: int, stop: bool) -> dict[str, Any]:
