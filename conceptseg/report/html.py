@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from conceptseg.report.blocks import Block, TableRow
@@ -117,15 +118,10 @@ def render(
 
     colours: of the scale that maps are drawn in, dark to bright. content: a digest that tells the page from others.
     """
-    environment = _environment()
-    environment.globals["by_kind"] = by_kind
-    written = {"sort_keys": False, "ensure_ascii": False, "separators": (",", ":"), "default": _plain}
-    environment.policies["json.dumps_kwargs"] = written
-    page = environment.get_template("report.html.j2")
     few = {column.name for column in headline_columns(table)}
     swept = any(section.heats for section in sections)  # its heat map is the picture to open with
     figures = ["" if swept else figure_svg(table, width) for width in (860, 360)]
-    return page.render(
+    return templates().get_template("report.html.j2").render(
         table=table, sections=sections, runs=runs, kinds=KIND_NAMES, absent=ABSENT, few=few, figures=figures, colours=colours,
         content=content,
     )  # fmt: skip
@@ -149,14 +145,20 @@ class Page:
 
 def render_index(pages: Sequence[Page]) -> str:
     """A page that links all pages."""
-    return _environment().get_template("index.html.j2").render(pages=pages, title=INDEX_TITLE)
+    return templates().get_template("index.html.j2").render(pages=pages, title=INDEX_TITLE)
 
 
-def _environment() -> Environment:
+@cache  # of this process: each job of a multirun writes its own page and the index
+def templates() -> Environment:
+    """The templates of pages; each is translated to Python once."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("conceptseg.report", "templates")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=False)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=False)
+    environment.globals["by_kind"] = by_kind
+    written = {"sort_keys": False, "ensure_ascii": False, "separators": (",", ":"), "default": _plain}
+    environment.policies["json.dumps_kwargs"] = written
+    return environment
 
 
 def _plain(value: Any) -> Any:

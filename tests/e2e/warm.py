@@ -22,9 +22,16 @@ LIBRARIES = (
     "transformers.models.t5.modeling_t5",
 )  # fmt: skip
 PACKAGE = (
-    "cli.evaluate", "cli.refusals", "data.drawn", "evaluation.carry_out", "extractors.concept_attention", "extractors.controls",
-    "report.publish", "report.terminal", "tables.paper", "tables.table",
+    "backbones.codec", "backbones.encoders.clip", "backbones.transformers.flux", "cli.evaluate", "cli.refusals", "data.drawn",
+    "evaluation.carry_out", "extractors.concept_attention", "extractors.controls", "extractors.naclip", "lab", "report.exports",
+    "report.html", "report.publish", "report.terminal", "report.trackers", "tables.page", "tables.paper", "tables.sweeps",
+    "tables.table",
 )  # fmt: skip
+CLASSES = (
+    "backbones.encoders.clip.CLIPBackbone", "backbones.transformers.flux.FluxBackbone", "data.drawn.Scenes",
+    "extractors.concept_attention.ConceptAttention", "extractors.controls.Constant", "extractors.naclip.NACLIP",
+)  # fmt: skip
+"""Their source is read once here; a child reads those files again that were written since."""
 
 
 def import_libraries() -> None:
@@ -36,11 +43,15 @@ def import_libraries() -> None:
 
 
 def import_package() -> None:
-    """And compose once: the parser of overrides is slow the first time."""
+    """And do once what each command would do anew: start the parser of overrides, read the source, translate pages' templates."""
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 
     from conceptseg.config import register
+    from conceptseg.evaluation.assemble import git_state
+    from conceptseg.keys import versions
+    from conceptseg.report.html import templates
+    from conceptseg.source import source_digests
 
     for name in PACKAGE:
         import_module(f"conceptseg.{name}")
@@ -48,6 +59,11 @@ def import_package() -> None:
     with initialize_config_module("conceptseg.conf", version_base="1.3"):
         compose("evaluate", overrides=["extractor=constant"])
     GlobalHydra.instance().clear()
+    source_digests(f"conceptseg.{name}" for name in CLASSES)
+    versions()
+    git_state()
+    for name in templates().list_templates():
+        templates().get_template(name)
 
 
 def be_the_command(request: dict[str, Any]) -> None:
