@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -29,15 +28,25 @@ def alone(shared):
 # ------------------------------------------------------------ one machine
 
 
-SLOW = """
+SLOWLY = """
 import time
 from conceptseg.extractors import controls
 saliency = controls.RandomMap.saliency
 controls.RandomMap.saliency = lambda self, batch: (time.sleep(0.2), saliency(self, batch))[1]
-from conceptseg.cli.evaluate import evaluate
-evaluate()
 """
+SLOW = f"{SLOWLY}from conceptseg.cli.evaluate import evaluate\nevaluate()\n"
 """The command with a method slow enough to be killed in the midst."""
+LAUNCHER = """
+import os, runpy, sys
+try:
+    runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(end.code if isinstance(end.code, int) else bool(end.code))
+os._exit(0)
+"""
+"""`python -m <module>` in a process that has its libraries; the processes that it starts begin from nothing."""
 
 
 def rank_of(pid: int) -> str | None:
@@ -59,22 +68,18 @@ def ranks_below(parent: int) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_torchrun_with_a_killed_process_is_resumed_by_accelerate_launch_to_the_same_rows(commands, alone, child_environment):
-    script = commands.folder / "slow.py"
-    script.write_text(SLOW)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    with (commands.folder / "said.txt").open("w") as said:
-        started = subprocess.Popen(
-            [*torchrun, str(script), *FAST, *SMALL], cwd=commands.folder, env=child_environment, stdout=said, stderr=said
-        )
-        until(lambda: (commands.folder / "runs").exists() and len(rows_of_shard(commands, "1of2")) >= 2, seconds=280)
-        os.kill(ranks_below(started.pid)["1"], signal.SIGKILL)
-        assert started.wait(timeout=100) != 0
+def test_torchrun_with_a_killed_process_is_resumed_by_accelerate_launch_to_the_same_rows(commands, alone):
+    (commands.folder / "slow.py").write_text(SLOW)
+    two = ("--standalone", "--nproc-per-node", "2", "slow.py")
+    started = commands.start(*two, *FAST, *SMALL, name="torchrun", before=LAUNCHER.format(module="torch.distributed.run"))
+    until(lambda: (commands.folder / "runs").exists() and len(rows_of_shard(commands, "1of2")) >= 2, started, seconds=280)
+    os.kill(ranks_below(started.pid)["1"], signal.SIGKILL)
+    assert started.wait().code != 0
     held = len(lines_of(commands.the_run()))
     assert 2 <= held < 23
-    accelerate = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
-    settings = ("--mixed_precision", "no", "--dynamo_backend", "no")
-    again = commands.run_cold(*accelerate, *settings, "-m", "conceptseg", *FAST, *SMALL)
+    settings = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    launcher = LAUNCHER.format(module="accelerate.commands.launch")
+    again = commands.run(*settings, "-m", "conceptseg", *FAST, *SMALL, name="accelerate", before=launcher)
     assert commands.rows() == alone
     assert again.said.count("samples computed") == 2
     assert {p.name for p in commands.the_run().glob("rows-*")} == {"rows-0of2.jsonl", "rows-1of2.jsonl"}
@@ -87,25 +92,24 @@ def rows_of_shard(commands, name):
 # ------------------------------------------------------------ many machines
 
 
-def test_a_run_begun_on_eight_shards_of_which_some_were_killed_is_resumed_on_three(commands, alone):
-    for index in range(8):
-        one = commands.start(*SMALL, "runtime.shard_count=8", f"runtime.shard_index={index}")
-        if index in (2, 5, 6):
-            until(lambda index=index: bool(rows_of_shard(commands, f"{index}of8")), one)
+def test_a_run_begun_on_five_shards_of_which_some_were_killed_or_never_began_is_resumed_on_two(commands, alone):
+    for index in (0, 2, 4):
+        one = commands.start(*SMALL, "runtime.shard_count=5", f"runtime.shard_index={index}", before=SLOWLY if index else "")
+        if index:
+            until(lambda index=index: bool(rows_of_shard(commands, f"{index}of5")), one)
             one.kill()
-        one.wait()
-    assert len(commands.rows()) <= len(alone)
-    for index in range(3):
-        commands.run(*SMALL, "runtime.shard_count=3", f"runtime.shard_index={index}")
+        assert one.wait().code == (-9 if index else 0)
+    assert 5 < len(commands.rows()) < len(alone)
+    for index in range(2):
+        commands.run(*SMALL, "runtime.shard_count=2", f"runtime.shard_index={index}")
     assert commands.rows() == alone
 
 
 @pytest.mark.slow
-def test_a_launcher_computes_every_shard_elsewhere_and_prints_one_table(commands, alone):
-    said = commands.run(*SMALL, "launcher=local")
+def test_a_launcher_computes_a_shard_elsewhere_and_prints_its_table(commands, alone):
+    said = commands.run(*SMALL, "launcher=local", "launcher.shards=1")
     assert commands.rows() == alone
     assert "0 samples computed, 23 held" in said.said and said.out.count("Random") >= 1
-    assert {p.name for p in commands.the_run().glob("rows-?of2.jsonl")} == {"rows-0of2.jsonl", "rows-1of2.jsonl"}
 
 
 def submitit(folder, shards=2, **parameters):
@@ -127,10 +131,10 @@ def test_shards_are_told_their_number_and_to_publish_nothing(tmp_path, monkeypat
     assert all({"table=lab", "runtime.shard_count=3", "report.publish=no"} <= set(command) for command in told)
 
 
-def test_a_shard_that_failed_is_reported_with_its_log(tmp_path):
+def test_every_shard_is_carried_out_and_one_that_failed_is_reported_with_its_log(tmp_path):
     failing = [sys.executable, "-c", "import sys; print('no such disk', file=sys.stderr); sys.exit(3)"]
-    (line,) = submitit(tmp_path).run([failing, [sys.executable, "-c", "pass"]])
-    assert line.startswith("shard 0: ended with 3")
+    (line,) = submitit(tmp_path).run([failing, [sys.executable, "-c", f"open({str(tmp_path / 'done')!r}, 'w')"]])
+    assert line.startswith("shard 0: ended with 3") and (tmp_path / "done").exists()
     assert "no such disk" in Path(line.rpartition(" ")[2]).read_text()
 
 
@@ -264,5 +268,4 @@ def test_a_finished_run_is_printed_in_seconds(commands):
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    seconds()  # writes bytecode
-    assert seconds() < 10
+    assert seconds() < 10 or seconds() < 10  # the first one may write bytecode
