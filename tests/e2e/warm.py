@@ -23,7 +23,7 @@ LIBRARIES = (
 )  # fmt: skip
 PACKAGE = (
     "backbones.codec", "backbones.encoders.clip", "backbones.transformers.flux", "cli.evaluate", "cli.refusals", "data.drawn",
-    "evaluation.carry_out", "extractors.concept_attention", "extractors.controls", "extractors.naclip", "lab", "report.exports",
+    "evaluation.carry_out", "extractors.concept_attention", "extractors.controls", "extractors.daam", "extractors.naclip", "lab", "report.exports",
     "report.html", "report.publish", "report.terminal", "report.trackers", "tables.page", "tables.paper", "tables.sweeps",
     "tables.table",
 )  # fmt: skip
@@ -39,6 +39,7 @@ def import_libraries() -> None:
 
     for name in LIBRARIES:
         import_module(name)
+    import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("t5")  # compiles a thousand patterns
     Image.init()
 
 
