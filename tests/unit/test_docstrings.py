@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,7 @@ def bare_arrays(annotation: ast.AST) -> Iterator[ast.AST]:
         yield from bare_arrays(child)
 
 
+@cache
 def functions() -> tuple[list[Function], dict[str, tuple[list[str], set[str]]]]:
     """Public functions with arrays; and of every class its bases and the methods that it documents."""
     found, classes = [], {}
@@ -71,12 +73,9 @@ def functions() -> tuple[list[Function], dict[str, tuple[list[str], set[str]]]]:
     return found, classes
 
 
-FUNCTIONS, CLASSES = functions()
-
-
 def is_documented(owner: str | None, name: str) -> bool:
     """Whether a class or one of its bases documents a method."""
-    bases, documented = CLASSES.get(owner or "", ([], set()))
+    bases, documented = functions()[1].get(owner or "", ([], set()))
     return name in documented or any(is_documented(base, name) for base in bases)
 
 
@@ -84,17 +83,17 @@ def test_public_arrays_have_a_shape():
     """In their annotation, or in the docstring."""
     bare = [
         function.place
-        for function in FUNCTIONS
+        for function in functions()[0]
         if any(list(bare_arrays(a)) for a in function.annotations) and not SHAPE.search(ast.get_docstring(function.node) or "")
     ]
-    assert len(FUNCTIONS) > 200 and bare == []
+    assert len(functions()[0]) > 200 and bare == []
 
 
 def test_public_functions_of_arrays_are_documented():
     """With a docstring of their own, or that of the method which they override."""
     undocumented = [
         function.place
-        for function in FUNCTIONS
+        for function in functions()[0]
         if not ast.get_docstring(function.node) and not is_documented(function.owner, function.node.name)
     ]
     assert undocumented == []
