@@ -23,9 +23,9 @@ LIBRARIES = (
 )  # fmt: skip
 PACKAGE = (
     "backbones.codec", "backbones.encoders.clip", "backbones.transformers.flux", "cli.evaluate", "cli.refusals", "data.drawn",
-    "evaluation.carry_out", "extractors.concept_attention", "extractors.controls", "extractors.daam", "extractors.naclip", "lab", "report.exports",
-    "report.html", "report.publish", "report.terminal", "report.trackers", "tables.page", "tables.paper", "tables.sweeps",
-    "tables.table",
+    "evaluation.carry_out", "extractors.concept_attention", "extractors.controls", "extractors.daam", "extractors.naclip",
+    "lab", "report.exports", "report.html", "report.publish", "report.terminal", "report.trackers", "tables.page",
+    "tables.paper", "tables.sweeps", "tables.table",
 )  # fmt: skip
 CLASSES = (
     "backbones.encoders.clip.CLIPBackbone", "backbones.transformers.flux.FluxBackbone", "data.drawn.Scenes",
