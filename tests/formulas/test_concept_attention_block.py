@@ -53,8 +53,25 @@ def found_by_oracle(model):
     return get
 
 
-def agrees(model, found_by_oracle, view, switches=BOTH):
-    (got,) = maps_of(ConceptAttention(wrapped(model), *switches), inputs(), [view])
+@pytest.fixture(scope="module")
+def read_together(model):
+    """A view's maps of two images from one pass that reads many views, by switches and views: one pass for many tests."""
+    held = {}
+
+    def get(view, switches, among):
+        key = (switches, tuple(view.key for view in among))
+        if key not in held:
+            extractor = ConceptAttention(wrapped(model), *switches)
+            held[key] = dict(zip(key[1], maps_of(extractor, inputs(), among), strict=True))
+        return held[key][view.key]
+
+    return get
+
+
+def agrees(model, found_by_oracle, view, switches=BOTH, got=None):
+    """got: the view's maps; read by themselves where they are not given."""
+    if got is None:
+        (got,) = maps_of(ConceptAttention(wrapped(model), *switches), inputs(), [view])
     wanted = torch.stack([Oracle(model, switches).map(view, [found]) for found in found_by_oracle(switches)])
     # A score that is divided by the spread over concepts, here down to 0.1, has its rounding divided by it too.
     close = {key: 10 * value for key, value in CLOSE.items()} if view.space in STANDARDIZED else CLOSE
@@ -89,8 +106,14 @@ def test_the_pairs_are_all_pairs():
 
 
 @pytest.mark.parametrize(("space", "normalize", "softmax"), PAIRS)
-def test_every_normalisation_and_softmax_is_the_written_out_formula(model, found_by_oracle, space, normalize, softmax):
-    agrees(model, found_by_oracle, view_of(space, normalize=normalize, softmax=softmax))
+def test_every_normalisation_and_softmax_is_the_written_out_formula(
+    model, found_by_oracle, read_together, space, normalize, softmax
+):
+    view, among = (
+        view_of(space, normalize=normalize, softmax=softmax),
+        [view_of(s, normalize=n, softmax=m) for s, n, m in PAIRS],
+    )
+    agrees(model, found_by_oracle, view, got=read_together(view, BOTH, among))
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -100,8 +123,10 @@ def test_a_sum_over_layers_and_heads_is_the_written_out_formula(model, found_by_
 
 @pytest.mark.parametrize("switches", [CROSS_ONLY, SELF_ONLY, NEITHER])
 @pytest.mark.parametrize("space", SPACES)
-def test_every_ablation_is_the_written_out_formula(model, found_by_oracle, space, switches):
-    agrees(model, found_by_oracle, view_of(space, softmax=Softmax.PER_CELL), switches)
+def test_every_ablation_is_the_written_out_formula(model, found_by_oracle, read_together, space, switches):
+    view = view_of(space, softmax=Softmax.PER_CELL)
+    among = [view_of(one, softmax=Softmax.PER_CELL) for one in SPACES]
+    agrees(model, found_by_oracle, view, switches, read_together(view, switches, among))
 
 
 def test_noise_draws_are_runs_of_their_own(model):
@@ -189,16 +214,17 @@ def test_two_concept_sets_leave_the_same_velocity_bit_for_bit(model):
     assert torch.equal(velocities[0], velocities[1]) and torch.equal(velocities[0], plain)
 
 
-@pytest.mark.parametrize("normalize", Normalize)
-@pytest.mark.parametrize("space", SPACES)
-def test_permuted_concepts_give_permuted_maps(model, space, normalize):
+def test_permuted_concepts_give_permuted_maps(model):
     given, order = inputs(), [2, 0, 3, 1]
-    view = view_of(space, normalize=normalize, softmax=Softmax.PER_CELL)
+    views = [view_of(space, normalize=one, softmax=Softmax.PER_CELL) for space in SPACES for one in Normalize]
     extractor = ConceptAttention(wrapped(model))
-    (maps,) = maps_of(extractor, given, [view])
-    (permuted,) = maps_of(extractor, {**given, "concepts": given["concepts"][:, order]}, [view])
-    # Softmax and attention add the concepts up in another order: a last-bit difference, in float32 at the score.
-    torch.testing.assert_close(permuted, maps[:, order], atol=1e-6, rtol=1e-5)
+    found = maps_of(extractor, given, views)
+    permuted = maps_of(extractor, {**given, "concepts": given["concepts"][:, order]}, views)
+    for view, maps, others in zip(views, found, permuted, strict=True):
+        # Softmax and attention add the concepts up in another order: a last-bit difference, in float32 at the score.
+        torch.testing.assert_close(
+            others, maps[:, order], atol=1e-6, rtol=1e-5, msg=lambda said, view=view: f"{view.key}: {said}"
+        )
 
 
 def test_linear_normalisation_of_a_single_concept_leaves_nothing(model):

@@ -7,6 +7,8 @@ attention gave their rows is the concepts' output, and what the block made of th
 It shares no line with the taps; attention outputs are read off torch's attention function.
 """
 
+from functools import cached_property
+
 import pytest
 import torch
 from diffusers import (
@@ -132,6 +134,24 @@ class Case:
         self.prompts = Prompts(torch.randn(ROWS, TEXT, WIDTH), pooled, seen)
         self.concepts = torch.randn(ROWS, WORDS, WIDTH)
 
+    @cached_property
+    def plain(self):
+        """The model's answer without concepts, and what torch's attention was given and gave, call by call."""
+        calls, original = [], torch.nn.functional.scaled_dot_product_attention
+
+        def noted(*args, **kwargs):
+            calls.append(([*args, *(kwargs[name] for name in ("query", "key") if name in kwargs)][:2], original(*args, **kwargs)))
+            return calls[-1][1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+            return self.backbone.denoise(self.noisy, LEVEL, self.prompts, guidance=1.5), calls
+
+    @cached_property
+    def beside(self):
+        """The model's answer with the concepts beside it, and what the taps find. Read by many tests, changed by none."""
+        return self.run()
+
     def run(self, concepts=None, rows=None, noisy=None, prompts=None, **options):
         found = []
         concepts = self.concepts if concepts is None else concepts
@@ -246,7 +266,7 @@ def by_stock_blocks(case, monkeypatch):
 
 def test_concepts_are_what_stock_blocks_make_of_them_in_the_texts_place(case, monkeypatch):
     wanted = by_stock_blocks(case, monkeypatch)
-    _, found = case.run()
+    _, found = case.beside
     assert len(found) == len(wanted) == 3
     for block, (concepts, image) in zip(found, wanted, strict=True):
         torch.testing.assert_close(block.concept_outputs, concepts, **CLOSE)
@@ -254,33 +274,24 @@ def test_concepts_are_what_stock_blocks_make_of_them_in_the_texts_place(case, mo
     assert (found[0].concept_outputs - found[2].concept_outputs).abs().max() > 0.1
 
 
-def test_image_outputs_are_those_of_the_plain_run(case, monkeypatch):
-    outputs, original = [], torch.nn.functional.scaled_dot_product_attention
-
-    def noted(*args, **kwargs):
-        outputs.append(original(*args, **kwargs))
-        return outputs[-1]
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
-    case.backbone.denoise(case.noisy, LEVEL, case.prompts, guidance=1.5)
-    monkeypatch.undo()
-    count = case.run()[1][0].image_outputs.shape[1]
-    joined = [o.transpose(1, 2).flatten(2) for o in outputs]
+def test_image_outputs_are_those_of_the_plain_run(case):
+    _, found = case.beside
+    count = found[0].image_outputs.shape[1]
+    joined = [output.transpose(1, 2).flatten(2) for _, output in case.plain[1]]
     image_first = case.backbone.kind in ("sd3", "z_image")
     plain = [o[:, :count] if image_first else o[:, -count:] for o in joined if o.shape[1] > count]
-    for block in case.run()[1]:
+    for block in found:
         assert any(torch.equal(block.image_outputs, one) for one in plain)
 
 
 def test_the_answer_is_the_plain_one_bit_for_bit_whatever_the_concepts(case):
-    plain = case.backbone.denoise(case.noisy, LEVEL, case.prompts, guidance=1.5)
-    for concepts in (case.concepts, torch.randn(ROWS, 5, WIDTH)):
-        assert torch.equal(case.run(concepts)[0], plain)
+    for answer, _ in (case.beside, case.run(torch.randn(ROWS, 5, WIDTH))):
+        assert torch.equal(answer, case.plain[0])
 
 
 def test_keys_and_queries_are_kept_as_they_were_before_rotation(case):
     """Rotating what is kept gives what attention used: the keys that the space cross_query_key reads."""
-    for block in case.run()[1]:
+    for block in case.beside[1]:
         turned = block.rotated_image_keys
         assert turned.shape == block.image_keys.shape
         torch.testing.assert_close(turned.norm(dim=-1), block.image_keys.norm(dim=-1), atol=1e-4, rtol=1e-4)
@@ -288,19 +299,10 @@ def test_keys_and_queries_are_kept_as_they_were_before_rotation(case):
         assert torch.equal(turned, block.image_keys) is not rotates
 
 
-def test_the_prompts_queries_and_keys_are_those_of_attention(case, monkeypatch):
+def test_the_prompts_queries_and_keys_are_those_of_attention(case):
     """Rotation leaves lengths alone, so lengths tell: of every text token in every head and block."""
-    seen, original = [], torch.nn.functional.scaled_dot_product_attention
-
-    def noted(*args, **kwargs):
-        seen.append([*args, *(kwargs[name] for name in ("query", "key") if name in kwargs)][:2])
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
-    case.backbone.denoise(case.noisy, LEVEL, case.prompts, guidance=1.5)
-    monkeypatch.undo()
-    lengths = [pair[i].norm(dim=-1).transpose(1, 2) for pair in seen for i in (0, 1)]
-    for block in case.run()[1]:
+    lengths = [part.norm(dim=-1).transpose(1, 2) for given, _ in case.plain[1] for part in given]
+    for block in case.beside[1]:
         for kept in (block.text_queries, block.text_keys):
             wanted, count = kept.norm(dim=-1), kept.shape[1]
             rows = [
@@ -315,7 +317,7 @@ def test_the_conditional_half_alone_can_be_accompanied(case):
     prompts = case.prompts.after(Prompts(torch.randn(ROWS, TEXT, WIDTH), case.prompts.pooled))
     noisy = torch.cat([torch.randn_like(case.noisy), case.noisy])
     _, half = case.run(rows=slice(ROWS, None), noisy=noisy, prompts=prompts)
-    for one, two in zip(half, case.run()[1], strict=True):
+    for one, two in zip(half, case.beside[1], strict=True):
         torch.testing.assert_close(one.concept_outputs, two.concept_outputs, **CLOSE)
         torch.testing.assert_close(one.image_outputs, two.image_outputs, **CLOSE)
         torch.testing.assert_close(one.text_keys, two.text_keys, **CLOSE)
@@ -335,7 +337,7 @@ def test_switches_leave_out_image_or_concepts(case):
 def test_padding_among_concepts_joins_no_attention(case):
     padded = torch.cat([case.concepts, torch.randn(ROWS, 2, WIDTH)], 1)
     present = torch.tensor([[True] * WORDS + [False] * 2] * ROWS)
-    for one, two in zip(case.run(padded, present=present)[1], case.run()[1], strict=True):
+    for one, two in zip(case.run(padded, present=present)[1], case.beside[1], strict=True):
         torch.testing.assert_close(one.concept_outputs[:, :WORDS], two.concept_outputs, **CLOSE)
 
 
