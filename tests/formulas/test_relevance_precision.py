@@ -14,6 +14,7 @@ from conceptseg.backbones.encoders.relevance import full_precision
 from conceptseg.backbones.encoders.tower import Weights
 from conceptseg.backbones.encoders.vit import ViTBackbone
 from conceptseg.errors import ConfigError
+from conceptseg.extractors.loading import load_extractor
 from conceptseg.targets import instantiate
 from conceptseg.types import Batch
 
@@ -77,12 +78,23 @@ def scene_batch(config):
 
 
 @cache
-def shown(sheet, *overrides):
+def shown(sheet, dtype="float64"):
     """(The method, the scenes that it is shown.)"""
-    config = plainly(
-        "dataset=scenes", "dataset.objects=[1,1]", "dataset.count=64", "protocol=scenes_single", f"extractor={sheet}", *overrides
-    )
-    return instantiate(config["extractor"], "extractor"), scene_batch(config)
+    method = load_extractor(sheet, dtype=dtype)
+    assert method.backbone.dtype == getattr(torch, dtype)
+    return method, scenes()
+
+
+@cache
+def scenes():
+    return scene_batch(plainly("dataset=scenes", "dataset.objects=[1,1]", "dataset.count=64", "protocol=scenes_single"))
+
+
+@cache
+def in_full_precision(sheet):
+    method, batch = shown(sheet, "float32")
+    with full_precision():
+        return method.saliency(batch)
 
 
 def difference(maps, wanted):
@@ -93,20 +105,19 @@ def difference(maps, wanted):
 @pytest.mark.parametrize("sheet", SHEETS)
 def test_maps_do_not_depend_on_how_matrix_products_are_rounded(sheet):
     """Measured: at most 5e-8 of a map's largest value; in float32 8e-6 (partial LRP) to 2 (LRP)."""
-    method, scenes = shown(sheet)
-    wanted = method.saliency(scenes)
+    method, batch = shown(sheet)
+    wanted = method.saliency(batch)
     with OtherRounding():
-        maps = method.saliency(scenes)
+        maps = method.saliency(batch)
     assert 0 < difference(maps, wanted) < 1e-6
 
 
 @pytest.mark.parametrize("sheet", SHEETS)
 def test_reduced_precision_that_is_allowed_elsewhere_changes_no_bit_in_float32(sheet, bfloat16_allowed):
-    method, scenes = shown(sheet, "extractor.backbone.dtype=float32")
-    with full_precision():
-        wanted = method.saliency(scenes)
+    method, batch = shown(sheet, "float32")
+    wanted = in_full_precision(sheet)
     with Bfloat16Units() as units:
-        assert torch.equal(method.saliency(scenes), wanted) and not units.reduced
+        assert torch.equal(method.saliency(batch), wanted) and not units.reduced
         torch.ones(2, 2) @ torch.ones(2, 2)
         assert units.reduced == 1, "outside it is allowed still"
 
@@ -142,8 +153,8 @@ def test_products_of_equal_sign_lose_few_digits_on_the_lab_s_models(monkeypatch)
 
     monkeypatch.setattr(relevance, "equal_signs", compared)
     for sheet in ("transinterp", "transinterp_clip"):
-        method, scenes = shown(sheet)
-        method.saliency(scenes)
+        method, batch = shown(sheet)
+        method.saliency(batch)
     assert len(off) > 20 and max(off) < 1e-12
 
 

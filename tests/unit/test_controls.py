@@ -3,12 +3,12 @@
 q is the share of background among pixels that are not void.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
 import torch
-from composing import GROUPS, plainly, sheet
+from composing import GROUPS, sheet
 
 from conceptseg.errors import ConfigError
 from conceptseg.extractors.controls import CentrePrior, ColourContrast, Constant, InvertedOracle, Oracle, RandomMap
@@ -27,7 +27,8 @@ EXACT = 1e-12  # ratios of whole numbers in float64
 
 @cache
 def built(name):
-    return instantiate(plainly(f"protocol={name}")["protocol"], "protocol")
+    """By its sheet alone; tests/unit/test_protocols.py composes each."""
+    return instantiate(SHEETS[name], "protocol")
 
 
 def samples(classes=1, void=True):
@@ -46,8 +47,13 @@ def samples(classes=1, void=True):
     return found
 
 
-def scored(extractor, protocol, void=True):
-    """Rows of every segmenter of a protocol, by its key, and the tasks they belong to."""
+@cache
+def scored(kind, name, void=True):
+    """Rows of every segmenter of a protocol, by its key, for maps of a control, and the tasks they belong to.
+
+    Read by many tests, changed by none.
+    """
+    extractor, protocol = kind(), built(name)
     tasks = [protocol.prepare(one) for one in samples(2 if protocol.task == "multi" else 1, void)]
     assert all(isinstance(task, Task) for task in tasks)
     rows = {segmenter.key: [] for segmenter in protocol.segmenters}
@@ -74,21 +80,21 @@ def honest(rows):
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("metric", ["accuracy", "miou_dataset", "miou_image", "foreground_iou", "ap_image"])
 def test_the_oracle_scores_one(name, metric):
-    rows, _ = scored(Oracle(), built(name))
+    rows, _ = scored(Oracle, name)
     for one in honest(rows).values():
         assert value(metric, one) == pytest.approx(1, abs=EXACT)
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_inverted_oracle_has_no_intersection(name):
-    rows, _ = scored(InvertedOracle(), built(name))
+    rows, _ = scored(InvertedOracle, name)
     assert {key: value("miou_dataset", one) for key, one in honest(rows).items()} == dict.fromkeys(honest(rows), 0.0)
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_inverted_oracle_is_the_worst_ranking(name):
     """All f foreground pixels come after the b others: the mean over i = 1..f, entering together, is f / (f + b)."""
-    rows, tasks = scored(InvertedOracle(), built(name))
+    rows, tasks = scored(InvertedOracle, name)
     shares = []
     for task in tasks:
         valid = task.truth != VOID
@@ -99,7 +105,7 @@ def test_the_inverted_oracle_is_the_worst_ranking(name):
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_the_constant_has_half_the_background_share_as_mean_iou(name):
-    rows, tasks = scored(Constant(), built(name))
+    rows, tasks = scored(Constant, name)
     q = background_share(tasks)
     for one in rows.values():
         assert value("accuracy", one) == pytest.approx(q, abs=EXACT)
@@ -109,7 +115,7 @@ def test_the_constant_has_half_the_background_share_as_mean_iou(name):
 
 @pytest.mark.parametrize("name", MULTI)
 def test_the_constant_has_its_share_over_the_number_of_classes(name):
-    rows, tasks = scored(Constant(), built(name))
+    rows, tasks = scored(Constant, name)
     q = background_share(tasks)
     for one in rows.values():
         assert value("accuracy", one) == pytest.approx(q, abs=EXACT)
@@ -119,7 +125,7 @@ def test_the_constant_has_its_share_over_the_number_of_classes(name):
 @pytest.mark.parametrize("name", SINGLE)
 def test_the_published_mean_iou_of_the_constant_is_far_above_the_true_one(name):
     """The released ImageNet script passes the oracle and fails this: q / (2 - q) where q / 2 is right."""
-    rows, tasks = scored(Constant(), built(name))
+    rows, tasks = scored(Constant, name)
     q = background_share(tasks)
     for one in rows.values():
         assert value("released_miou_from_accuracy", one) == pytest.approx(q / (2 - q), abs=EXACT)
@@ -128,13 +134,13 @@ def test_the_published_mean_iou_of_the_constant_is_far_above_the_true_one(name):
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_the_published_mean_iou_passes_the_oracle(name):
-    rows, _ = scored(Oracle(), built(name))
+    rows, _ = scored(Oracle, name)
     assert all(value("released_miou_from_accuracy", one) == pytest.approx(1, abs=EXACT) for one in rows.values())
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_average_precision_of_the_constant_is_the_share_of_foreground(name):
-    rows, tasks = scored(Constant(), built(name))
+    rows, tasks = scored(Constant, name)
     shares = []
     for task in tasks:
         valid = task.truth != VOID
@@ -144,8 +150,7 @@ def test_the_average_precision_of_the_constant_is_the_share_of_foreground(name):
 
 
 def test_the_average_precision_of_noise_is_the_share_of_foreground_in_the_long_run():
-    protocol = built("imagenet_standard")
-    rows, tasks = scored(RandomMap(grid=224), protocol)
+    rows, tasks = scored(partial(RandomMap, grid=224), "imagenet_standard")
     share = np.mean([(task.truth[task.truth != VOID] == 1).mean() for task in tasks])
     # 50,000 independent pixels an image, a few thousand of them foreground: the spread of the mean precision is near 0.002.
     assert all(value("ap_image", one) == pytest.approx(share, abs=0.01) for one in rows.values())
@@ -153,7 +158,7 @@ def test_the_average_precision_of_noise_is_the_share_of_foreground_in_the_long_r
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_without_void_the_void_variants_equal_the_plain_ones(name):
-    rows, _ = scored(CentrePrior(), built(name), void=False)
+    rows, _ = scored(CentrePrior, name, void=False)
     for one in rows.values():
         assert value("released_accuracy_void_half", one) == pytest.approx(value("accuracy", one), abs=EXACT)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import signal
@@ -271,58 +272,86 @@ def test_a_sample_that_can_not_be_read_fails_alone(run, tmp_path, monkeypatch):
 
 
 HANG = """
-import ctypes, os, signal, sys, threading, time
+import ctypes, json, os, signal, sys, threading, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_evaluate as test
 from conceptseg.evaluation import loop
 from conceptseg.evaluation.carry_out import ending_in_order
 from conceptseg.store.run import RunStore
-hangs, many = threading.Event(), test.KEYS[4]
+folder = Path({folder!r})
 
-def hang():
-    hangs.set()
-    while True:
-        time.sleep(60)
+def begin(case, what, numbers):
+    hangs, many = threading.Event(), test.KEYS[4]
 
-class Dots(test.Dots):
-    def read(self, key):
-        return hang() if key == many and {what!r} == "loader" else super().read(key)
-
-class Slow(test.SegmentationProtocol):
-    def score(self, task, maps, segmenters=None):
-        return hang() if task.key == many and {what!r} == "scorer" else super().score(task, maps, segmenters)
-
-def spoil(keys):
-    if many in keys and {what!r} == "model":  # as in a kernel that never ends: no handler runs in the main thread
-        signal.pthread_sigmask(signal.SIG_BLOCK, [2, 15])
+    def hang():
         hangs.set()
-        ctypes.CDLL(None).sleep(60)
+        while True:
+            time.sleep(60)
 
-def interrupt():
-    hangs.wait()
-    for number in {numbers}:
-        time.sleep(0.3)
-        os.kill(os.getpid(), number)
+    class Dots(test.Dots):
+        def read(self, key):
+            return hang() if key == many and what == "loader" else super().read(key)
 
-threading.Thread(target=interrupt, daemon=True).start()
-with ending_in_order(grace=0.5), RunStore(Path({folder!r})) as store:
-    test.evaluate(
-        store, Dots(), test.Random(spoil), Slow("dots", 1, "single", ["sky"], [test.Segmenter("argmax")]), test.VIEWS,
-        test.Shard(0, 1, 2),
-    )
+    class Slow(test.SegmentationProtocol):
+        def score(self, task, maps, segmenters=None):
+            return hang() if task.key == many and what == "scorer" else super().score(task, maps, segmenters)
+
+    def spoil(keys):
+        if many in keys and what == "model":  # as in a kernel that never ends: no handler runs in the main thread
+            signal.pthread_sigmask(signal.SIG_BLOCK, [2, 15])
+            hangs.set()
+            ctypes.CDLL(None).sleep(60)
+
+    def interrupt():
+        hangs.wait()
+        for number in numbers:
+            time.sleep(0.3)
+            os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with ending_in_order(grace=0.5), RunStore(folder / case) as store:
+        test.evaluate(
+            store, Dots(), test.Random(spoil), Slow("dots", 1, "single", ["sky"], [test.Segmenter("argmax")]), test.VIEWS,
+            test.Shard(0, 1, 2),
+        )
+
+children = {{}}
+for case, (what, numbers) in {cases!r}.items():
+    (folder / case).mkdir()
+    child = os.fork()
+    if not child:  # ends as any process ends, at the end of the script
+        signal.alarm(50)  # where nothing else ends it
+        os.dup2(os.open(folder / f"{{case}}.err", os.O_CREAT | os.O_WRONLY), 2)
+        begin(case, what, numbers)
+        break
+    children[case] = child
+else:
+    print(json.dumps({{case: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for case, child in children.items()}}))
 """
+HANGS = {
+    "loader": ("loader", (15,), 143), "model": ("model", (15,), 143), "model twice": ("model", (2, 2), 130),
+    "scorer twice": ("scorer", (2, 2), 130),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("what", "numbers", "code"), [("loader", (15,), 143), ("model", (15,), 143), ("model", (2, 2), 130), ("scorer", (2, 2), 130)]
-)
-def test_what_hangs_ends_at_the_second_interrupt_or_after_the_grace(tmp_path, what, numbers, code):
-    command = HANG.format(tests=str(Path(__file__).parent), what=what, numbers=numbers, folder=str(tmp_path / "run"))
-    (tmp_path / "run").mkdir()
+@pytest.fixture(scope="module")
+def hung(tmp_path_factory):
+    """(folder, exit status by case) of processes that hang: forked from one that has imported torch, two seconds each."""
+    folder = tmp_path_factory.mktemp("hung")
+    cases = {case: hang[:2] for case, hang in HANGS.items()}
+    command = HANG.format(tests=str(Path(__file__).parent), folder=str(folder), cases=cases)
     ended = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=60)
-    assert ended.returncode == code and "Every row written before is kept" in ended.stderr, ended.stderr
-    kept = {key.sample for key in RunStore(tmp_path / "run").rows()}
+    assert ended.returncode == 0, ended.stderr
+    return folder, json.loads(ended.stdout)
+
+
+@pytest.mark.parametrize("case", HANGS)
+def test_what_hangs_ends_at_the_second_interrupt_or_after_the_grace(hung, case):
+    folder, codes = hung
+    said = (folder / f"{case}.err").read_text()
+    assert codes[case] == HANGS[case][2] and "Every row written before is kept" in said, said
+    kept = {key.sample for key in RunStore(folder / case).rows()}
     assert {KEYS[0], KEYS[1]} <= kept and KEYS[4] not in kept
 
 
