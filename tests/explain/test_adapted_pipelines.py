@@ -1,5 +1,7 @@
 """Pipelines that were compiled, quantised, offloaded or adapted: the maps of the plain one, or a refusal by name."""
 
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,8 @@ def folder(tmp_path_factory):
     return tiny_flux(tmp_path_factory.mktemp("flux"), kl=True, clip=True)
 
 
-def made(read, folder):
+@cache
+def loaded(read, folder):
     if read is concepts:
         pipe = FluxPipeline(**{name: kind.from_pretrained(folder, subfolder=name) for name, kind in KINDS.items()})
     else:
@@ -46,6 +49,11 @@ def made(read, folder):
     for part in modules_of(pipe):
         part.eval()
     return pipe
+
+
+def made(read, folder):
+    """A pipeline of the test's own, to change: a copy of the one that was loaded."""
+    return deepcopy(loaded(read, folder))
 
 
 def concepts(pipe):
