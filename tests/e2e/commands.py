@@ -18,6 +18,26 @@ TESTS = Path(__file__).parents[1]
 FAST = ("report.resamples=50", "report.pictures=2", "runtime.progress=false")
 """Settings that change no row."""
 
+AS_PYTHON = """
+import os, runpy, sys
+try:
+    {run}
+except SystemExit as end:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(end.code if isinstance(end.code, int) else bool(end.code))
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def as_python(what: str) -> str:
+    """For `before`: does what `python what.py` or `python -m what` does, in a process that has the libraries already."""
+    run = f'runpy.run_path({what!r}, run_name="__main__")'
+    return AS_PYTHON.format(
+        run=run if what.endswith(".py") else f'runpy.run_module({what!r}, run_name="__main__", alter_sys=True)'
+    )
+
 
 @dataclass
 class Finished:
@@ -35,33 +55,44 @@ class Finished:
 
 @dataclass
 class Warm:
-    """Talks to warm.py; see there."""
+    """Talks to warm.py; see there. It is forked from `origin`, with the folders `tree` in front of its path, or begins anew."""
 
     environment: Mapping[str, str]
     scratch: Path
     options: tuple[str, ...] = ()
+    origin: Warm | None = None
+    tree: tuple[Path, ...] = ()
     count: int = 0
-    _parent: Any = None
+    _pid: int = 0
+    _asked: Any = None
+    _answered: Any = None
 
-    @property
-    def parent(self) -> subprocess.Popen[str]:
-        if self._parent is None:
-            self._parent = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("warm.py")), *self.options],
-                stdin=-1, stdout=-1, text=True, env=self.environment,
-            )  # fmt: skip
-            assert self._parent.stdout.readline() == "ready\n"
-        return self._parent
+    def _begin(self) -> None:
+        if self.origin is None:
+            command = [sys.executable, str(Path(__file__).with_name("warm.py")), *self.options]
+            self._process = subprocess.Popen(command, stdin=-1, stdout=-1, text=True, env=self.environment)
+            self._asked, self._answered = self._process.stdin, self._process.stdout
+        else:
+            pipes = {name: str(self.scratch / name) for name in ("asked", "answered")}
+            for pipe in pipes.values():
+                os.mkfifo(pipe)
+            self._pid = self.origin.ask(tree=list(map(str, self.tree)), **pipes)
+            self._asked = os.fdopen(os.open(pipes["asked"], os.O_WRONLY), "w")
+            self._answered = os.fdopen(os.open(pipes["answered"], os.O_RDONLY))
+        assert self._answered.readline() == "ready\n"
 
     def ask(self, **request: Any) -> int:
-        self.parent.stdin.write(json.dumps(request) + "\n")
-        self.parent.stdin.flush()
-        return int(self.parent.stdout.readline())
+        if self._asked is None:
+            self._begin()
+        self._asked.write(json.dumps(request) + "\n")
+        self._asked.flush()
+        return int(self._answered.readline())
 
     def stop(self) -> None:
-        if self._parent is not None:
-            self._parent.stdin.close()
-            self._parent.wait(timeout=30)
+        if self._asked is not None:
+            self._asked.close()
+            self.origin.ask(wait=self._pid) if self.origin else self._process.wait(timeout=30)
+            self._answered.close()
 
 
 @dataclass

@@ -37,8 +37,16 @@ def child_environment(tmp_path_factory, refused_sockets) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def warm(child_environment, tmp_path_factory) -> Iterator[Warm]:
+def libraries(child_environment, tmp_path_factory) -> Iterator[Warm]:
+    """A process that has imported the libraries, and nothing of this package."""
     parent = Warm(child_environment, tmp_path_factory.mktemp("said"))
+    yield parent
+    parent.stop()
+
+
+@pytest.fixture(scope="session")
+def warm(child_environment, tmp_path_factory, libraries) -> Iterator[Warm]:
+    parent = Warm(child_environment, tmp_path_factory.mktemp("said"), origin=libraries)
     yield parent
     parent.stop()
 

@@ -89,7 +89,7 @@ def main() -> None:
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
     scratch = Path(tempfile.mkdtemp())
-    warm = Warm(environment, scratch)
+    warm = Warm(environment, scratch, ("--package",))
     wrong = 0
     for number in range(first, last):
         folder = scratch / "here"

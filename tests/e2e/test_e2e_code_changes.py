@@ -28,10 +28,10 @@ def tree(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def warm_there(tree, child_environment, tmp_path_factory) -> Iterator[Warm]:
+def warm_there(tree, child_environment, tmp_path_factory, libraries) -> Iterator[Warm]:
     """Forks commands that import the second checkout."""
     path = os.pathsep.join((str(tree), child_environment["PYTHONPATH"]))
-    parent = Warm({**child_environment, "PYTHONPATH": path}, tmp_path_factory.mktemp("said"), ("--libraries",))
+    parent = Warm({**child_environment, "PYTHONPATH": path}, tmp_path_factory.mktemp("said"), origin=libraries, tree=(tree,))
     yield parent
     parent.stop()
 

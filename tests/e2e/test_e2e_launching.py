@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from commands import FAST, lines_of, rows_of, until
+from commands import FAST, as_python, lines_of, rows_of, until
 
 from conceptseg.errors import ConfigError, StoreError
 from conceptseg.evaluation.launchers import ShardCommand, SubmititLauncher, launch
@@ -36,17 +36,6 @@ controls.RandomMap.saliency = lambda self, batch: (time.sleep(0.2), saliency(sel
 """
 SLOW = f"{SLOWLY}from conceptseg.cli.evaluate import evaluate\nevaluate()\n"
 """The command with a method slow enough to be killed in the midst."""
-LAUNCHER = """
-import os, runpy, sys
-try:
-    runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
-except SystemExit as end:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(end.code if isinstance(end.code, int) else bool(end.code))
-os._exit(0)
-"""
-"""`python -m <module>` in a process that has its libraries; the processes that it starts begin from nothing."""
 
 
 def rank_of(pid: int) -> str | None:
@@ -69,16 +58,17 @@ def ranks_below(parent: int) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_torchrun_with_a_killed_process_is_resumed_by_accelerate_launch_to_the_same_rows(commands, alone):
+    """Both start their processes from nothing."""
     (commands.folder / "slow.py").write_text(SLOW)
     two = ("--standalone", "--nproc-per-node", "2", "slow.py")
-    started = commands.start(*two, *FAST, *SMALL, name="torchrun", before=LAUNCHER.format(module="torch.distributed.run"))
+    started = commands.start(*two, *FAST, *SMALL, name="torchrun", before=as_python("torch.distributed.run"))
     until(lambda: (commands.folder / "runs").exists() and len(rows_of_shard(commands, "1of2")) >= 2, started, seconds=280)
     os.kill(ranks_below(started.pid)["1"], signal.SIGKILL)
     assert started.wait().code != 0
     held = len(lines_of(commands.the_run()))
     assert 2 <= held < 23
     settings = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
-    launcher = LAUNCHER.format(module="accelerate.commands.launch")
+    launcher = as_python("accelerate.commands.launch")
     again = commands.run(*settings, "-m", "conceptseg", *FAST, *SMALL, name="accelerate", before=launcher)
     assert commands.rows() == alone
     assert again.said.count("samples computed") == 2

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+import shlex
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from commands import TESTS
+from commands import TESTS, Commands, Warm, as_python
 
 REPO = TESTS.parent
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # four processes, each of which imports every library anew
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 COPIED = ("benchmarks", "conceptseg", "conf", "scripts", "tests/contract", *(f"tests/{path.name}" for path in TESTS.glob("*.py")))
 
 
+def carry_out(commands: Commands, line: str) -> str:
+    """Run a command of the page in a process of its own, which imports the copy of the repository; returns what it printed."""
+    name, *words = shlex.split(line)
+    what, *arguments = words if name == "python" else (name, *words)
+    ended = commands.start(*arguments, name="python", before=as_python(what)).wait()
+    assert ended.code == 0, f"{line}\n{ended.out[-3000:]}\n{ended.err[-3000:]}"
+    return ended.out
+
+
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, child_environment, request):
+def done(tmp_path_factory, child_environment, libraries):
     """Every block carried out: (folder, what each command said)."""
     root = tmp_path_factory.mktemp("tutorial")
     for name in COPIED:
@@ -31,9 +37,8 @@ def done(tmp_path_factory, child_environment, request):
         else:
             shutil.copy(REPO / name, at)
     shutil.copy(REPO / "pyproject.toml", root)
-    site = child_environment["PYTHONPATH"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**child_environment, "PYTHONPATH": os.pathsep.join((str(root), str(root / "tests"), site)), "PATH": path}
+    warm = Warm(child_environment, tmp_path_factory.mktemp("said"), origin=libraries, tree=(root, root / "tests"))
+    commands = Commands(warm, root, child_environment)
     said = {}
     page = (REPO / "docs" / "add_a_method.md").read_text(encoding="utf-8").partition("\n## In the repository")[2]
     for kind, title, body in BLOCK.findall(page):
@@ -41,9 +46,8 @@ def done(tmp_path_factory, child_environment, request):
             (root / title).parent.mkdir(parents=True, exist_ok=True)
             (root / title).write_text(body, encoding="utf-8")
         elif kind == "sh":
-            ended = subprocess.run(body, shell=True, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
-            assert ended.returncode == 0, f"{body}\n{ended.stdout[-3000:]}\n{ended.stderr[-3000:]}"
-            said[body.strip()] = ended.stdout
+            said |= {line: carry_out(commands, line) for line in body.splitlines()}
+    warm.stop()
     return root, said
 
 

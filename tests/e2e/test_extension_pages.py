@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import TESTS, Commands
+from commands import TESTS, Commands, as_python
 
 DOCS = TESTS.parent / "docs"
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
@@ -24,17 +24,6 @@ sys.path[:] = [place for place in sys.path if place not in ({tests!r}, {cwd!r})]
 site.addsitedir({site!r})
 """
 WITH_FOLDER = "sys.path.insert(0, {cwd!r})\n"
-SCRIPT = """
-import runpy
-try:
-    runpy.run_path({script!r}, run_name="__main__")
-except BaseException:
-    import traceback
-    traceback.print_exc()
-    os._exit(1)
-sys.stdout.flush()
-os._exit(0)
-"""
 
 
 class Follower:
@@ -70,7 +59,7 @@ class Follower:
             if words[1] == "-m":
                 name, words = words[2], words[2:]
             else:
-                before += SCRIPT.format(script=words[1])
+                before += as_python(words[1])
         ended = self.commands.start(*words[1:], name=name, before=before).wait()
         assert ended.code == code, f"{line}\n{ended.out}\n{ended.err}"
         return ended.said

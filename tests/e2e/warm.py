@@ -1,8 +1,9 @@
 """A parent that has imported the libraries once and forks a process for every command: a second instead of a quarter minute.
 
 A child is a process of its own with its own folder, environment and output, and runs what `python -m conceptseg` runs.
-Requests and answers are lines of JSON on stdin and stdout. `warm.py --libraries` imports nothing of this package, so that each
-child imports it from the tree that PYTHONPATH names, as that tree is then.
+Requests and answers are lines of JSON on stdin and stdout. One kind of request forks another parent, which is asked through two
+named pipes: with this package imported, or for another tree of it, which each of its children imports as it is then.
+`warm.py --package` begins as the former.
 """
 
 from __future__ import annotations
@@ -102,9 +103,18 @@ def be_the_command(request: dict[str, Any]) -> None:
         os._exit(code if isinstance(code, int) else 1)
 
 
-def serve() -> None:
-    import_libraries()
-    if "--libraries" not in sys.argv:
+def be_another_parent(request: dict[str, Any]) -> None:
+    """In the child: answers through its own pipes until they are closed; never returns."""
+    for name, flag, stream in (("asked", os.O_RDONLY, 0), ("answered", os.O_WRONLY, 1)):
+        os.dup2(os.open(request[name], flag), stream)
+    sys.path[:0] = request["tree"]
+    os.environ["PYTHONPATH"] = os.pathsep.join([*request["tree"], os.environ["PYTHONPATH"]])
+    serve(package=not request["tree"])
+    os._exit(0)
+
+
+def serve(package: bool) -> None:
+    if package:
         import_package()
     gc.collect()
     gc.freeze()  # or every child would go through the libraries' million objects again and again
@@ -117,10 +127,11 @@ def serve() -> None:
             continue
         child = os.fork()
         if child == 0:
-            be_the_command(request)
+            be_another_parent(request) if "tree" in request else be_the_command(request)
         print(child, flush=True)
 
 
 if __name__ == "__main__":
-    serve()
+    import_libraries()
+    serve(package="--package" in sys.argv)
     os._exit(0)  # taking all libraries down takes seconds
