@@ -17,6 +17,9 @@ from torch import Tensor
 PAIRS_AT_ONCE = 1 << 24
 """Pairs of pixels whose likeness is held in memory: 64 MB in float32, all pairs of 64 x 64 pixels."""
 
+LEAST_EXPONENT = -87.0
+"""The least whole number whose exponential is a normal number in float32: 1.6e-38. A pixel's likeness to itself is 1."""
+
 
 @dataclass(frozen=True, slots=True)
 class DenseCRF:
@@ -80,4 +83,5 @@ def alike_in_place_and_colour(image: Float[Tensor, "3 h w"], deviation: float, r
 def _gaussian(some: Float[Tensor, "P f"], others: Float[Tensor, "N f"] | None = None) -> Float[Tensor, "P N"]:
     # By differences: |a|² + |b|² - 2ab rounds away what sets two like colours apart.
     apart = torch.cdist(some, some if others is None else others, compute_mode="donot_use_mm_for_euclid_dist")
-    return apart.square_().mul_(-0.5).exp_()
+    # Below LEAST_EXPONENT results are subnormal, which processors compute ten times slower, and too small to change any sum.
+    return apart.square_().mul_(-0.5).clamp_(min=LEAST_EXPONENT).exp_()
