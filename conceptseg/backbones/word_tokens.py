@@ -21,15 +21,20 @@ def occurrences(text: str, word: str) -> list[Span]:
     return [match.span() for match in re.finditer(before + pattern + after, text, re.IGNORECASE)] if pattern else []
 
 
+def token_spans(tokenizer: Any, text: str) -> list[Span]:
+    """The characters of each token of an encoded text; special tokens are counted, and have none."""
+    found: list[Span] = tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False).offset_mapping
+    return found
+
+
 def span_positions(
-    tokenizer: Any, text: str, spans: Sequence[Span], word: str, length: int | None = None
+    tokenizer: Any, text: str, offsets: Sequence[Span], spans: Sequence[Span], word: str, length: int | None = None
 ) -> tuple[tuple[int, ...], ...]:
     """Token positions of each of a word's spans in an encoded text; special tokens are counted.
 
-    length: tokens that the model is given, if fewer than the tokenizer's own limit. Raises DataError for a span without a token,
-    or past the tokens that the text encoder reads.
+    offsets: `token_spans` of the text. length: tokens that the model is given, if fewer than the tokenizer's own limit. Raises
+    DataError for a span without a token, or past the tokens that the text encoder reads.
     """
-    offsets = tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False).offset_mapping
     found = [
         tuple(place for place, (start, end) in enumerate(offsets) if start < last and end > first and end > start)
         for first, last in spans
@@ -53,7 +58,7 @@ def word_spans(tokenizer: Any, prompt: str, word: str, length: int | None = None
     found = occurrences(prompt, word)
     if not found:
         raise _not_there(prompt, word)
-    return span_positions(tokenizer, prompt, found, word, length)
+    return span_positions(tokenizer, prompt, token_spans(tokenizer, prompt), found, word, length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +150,10 @@ def positions_of(rule: str, tokenizer: Any, prompt: PlacedText) -> list[tuple[in
     """
     if rule == "reference":
         return [reference_positions(tokenizer, prompt.text, word) for word in prompt.words]
-    found = []
+    found, offsets = [], token_spans(tokenizer, prompt.text)
     for word, spans in zip(prompt.words, prompt.spans, strict=True):
         if not spans:
             raise _not_there(prompt.text, word)
-        found.append(tuple(sorted({place for span in span_positions(tokenizer, prompt.text, spans, word) for place in span})))
+        held = span_positions(tokenizer, prompt.text, offsets, spans, word)
+        found.append(tuple(sorted({place for span in held for place in span})))
     return found

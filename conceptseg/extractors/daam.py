@@ -183,19 +183,8 @@ class DAAM(UNetMaps):
 
     def reader(self, asked: Sequence[Asked], totals: bool) -> TokenShares:
         """Where each row's words are, and as the last map the sum over the prompt's tokens (left empty unless `totals`)."""
-        tokenizer, length = self.backbone.tokenizer, self.backbone.text_length
-        found: list[tuple[list[int], list[tuple[int, ...]]]] = []
-        for one in asked:
-            said = iter(positions_of(self.token_match, tokenizer, one.looked_up))
-            maps = [() if word is None else next(said) for word in one.words]
-            maps.append(tuple(range(1, prompt_length(tokenizer, one.indexed) + 1)) if totals else ())
-            tokens = sorted({position for places in maps for position in places})
-            if tokens and tokens[-1] >= length:
-                raise DataError(
-                    f'the prompt "{one.indexed[:120]}" has words past token {length - 1}, the last that is encoded. Ask for '
-                    f"fewer words, shorten extractor.prompt and extractor.concept, or use extractor.encode=separate."
-                )
-            found.append((tokens, maps))
+        held = {one: self._places(one, totals) for one in dict.fromkeys(asked)}  # images of a batch ask for the same words
+        found = [held[one] for one in asked]
         most = max(1, max(len(tokens) for tokens, _ in found))
         positions = torch.zeros(len(found), most, dtype=torch.long)
         shares = torch.zeros(len(found), len(found[0][1]), most)
@@ -205,6 +194,20 @@ class DAAM(UNetMaps):
                 at = [tokens.index(position) for position in places]
                 shares[row, number, at] = 1.0 if number == len(maps) - 1 else 1 / max(1, len(at))
         return TokenShares(positions.to(self.backbone.device), shares.to(self.backbone.device))
+
+    def _places(self, one: Asked, totals: bool) -> tuple[list[int], list[tuple[int, ...]]]:
+        """Every token position that some map of a prompt reads, and those that each map reads; the last map as in `reader`."""
+        tokenizer, length = self.backbone.tokenizer, self.backbone.text_length
+        said = iter(positions_of(self.token_match, tokenizer, one.looked_up))
+        maps = [() if word is None else next(said) for word in one.words]
+        maps.append(tuple(range(1, prompt_length(tokenizer, one.indexed) + 1)) if totals else ())
+        tokens = sorted({position for places in maps for position in places})
+        if tokens and tokens[-1] >= length:
+            raise DataError(
+                f'the prompt "{one.indexed[:120]}" has words past token {length - 1}, the last that is encoded. Ask for '
+                f"fewer words, shorten extractor.prompt and extractor.concept, or use extractor.encode=separate."
+            )
+        return tokens, maps
 
 
 def _with_complement(maps: Float[Tensor, "B C X Y"], concepts: Sequence[Concepts]) -> Float[Tensor, "B C X Y"]:

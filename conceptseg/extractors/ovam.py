@@ -182,7 +182,9 @@ class OVAM(UNetMaps):
 
     def reader(self, asked: Sequence[Asked], totals: bool) -> Attribution:
         """Attribution texts, encoded without padding; tokens that do not compete are dropped after encoding."""
-        rows = [[self._attribution(text) for text in self.attributions(one)] for one in asked]
+        texts = [self.attributions(one) for one in asked]
+        held = {text: self._attribution(text) for text in dict.fromkeys(text for row in texts for text in row)}
+        rows = [[held[text] for text in row] for row in texts]
         longest = max(len(states) for row in rows for states, _ in row)
 
         def padded(tensor: Tensor, axis: int) -> Tensor:
