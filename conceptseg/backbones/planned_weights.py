@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +133,17 @@ def _check_local(folder: Path, loader: Any) -> None:
     if "quantization_config" in config:  # several values are packed into one
         return
 
-    def build() -> Any:
-        if hasattr(loader, "load_config"):
-            return loader.from_config(config)
-        return loader(loader.config_class.from_dict(config))
-
+    build = partial(_without_weights, loader, json.dumps(config, sort_keys=True))
     check_plan(str(file), config, [*stored_shapes(files).values()], build)
+
+
+@lru_cache(maxsize=16)  # a table reads the same few models again for every row
+def _without_weights(loader: Any, config: str) -> Any:
+    """The model that a config.json describes. To be called on the meta device, where weights take no memory."""
+    described = json.loads(config)
+    if hasattr(loader, "load_config"):
+        return loader.from_config(described)
+    return loader(loader.config_class.from_dict(described))
 
 
 def _whole_numbers(held: Any, name: str = "") -> Iterator[tuple[str, int]]:
