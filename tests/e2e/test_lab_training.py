@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
@@ -251,8 +252,16 @@ def test_a_model_without_pictures_is_not_asked_for_any(written):
         generate(load_trained(card_of(folder), folder), ["a kite"])
 
 
+@pytest.fixture(scope="module")
+def drawn_once():
+    """Scenes of a check take hundredths of a second each to draw, and all models are shown the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checking, "one_object_scenes", cache(checking.one_object_scenes))
+        yield
+
+
 @pytest.mark.parametrize("name", ["vit", "dino"])
-def test_a_check_states_chance_beside_its_finding(name, written, monkeypatch):
+def test_a_check_states_chance_beside_its_finding(name, written, drawn_once, monkeypatch):
     """CLIP's is below, from the command."""
     monkeypatch.setattr(checking, "COUNT", 8)  # DINO compares eight times as many scenes, and drawing hundreds takes long
     folder = written[name][1]
@@ -295,7 +304,7 @@ def test_a_setting_that_is_none_is_refused_wherever_it_stands(monkeypatch, capsy
     assert capsys.readouterr().err.count("unrecognized arguments: dataset.count") == 2
 
 
-def test_a_check_lands_in_the_card(written, tmp_path, monkeypatch, capsys):
+def test_a_check_lands_in_the_card(written, drawn_once, tmp_path, monkeypatch, capsys):
     shutil.copytree(written["clip"][1], tmp_path / "clip")
     assert lab(monkeypatch, "check", "clip", "--model", tmp_path / "clip", "--write") == 0
     assert "chance 8.3 %" in capsys.readouterr().out
