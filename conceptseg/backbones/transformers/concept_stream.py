@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -221,11 +222,12 @@ class ConceptCarrier(ABC):
 
     def at_output(self, layer: int, block: Any) -> Callable[..., None]:
         """A tap before the image's output projection, where a block's attention is done and its outputs can be read."""
+        return partial(self._advance_at_output, layer, block)
 
-        def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.advance(layer, block, self.image_rows(args[0][self.stream.rows]))
-
-        return tap
+    def _advance_at_output(
+        self, layer: int, block: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.advance(layer, block, self.image_rows(args[0][self.stream.rows]))
 
     def embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A tap before the text's embedding, which embeds concepts too."""
@@ -250,11 +252,13 @@ class ConceptCarrier(ABC):
 
     def keep(self, name: str, change: Callable[[Tensor], Tensor] = lambda x: x) -> Callable[..., None]:
         """Return a tap that stores the concept rows of a module's output [B n ...] under `name`, after `change`."""
+        return partial(self._keep_output, name, change)
 
-        def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            self.state[name] = change(output[self.stream.rows])
-
-        return tap
+    def _keep_output(
+        self, name: str, change: Callable[[Tensor], Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+        output: Tensor,
+    ) -> None:  # fmt: skip
+        self.state[name] = change(output[self.stream.rows])
 
     def attend(
         self,
@@ -285,10 +289,7 @@ class ConceptCarrier(ABC):
         outputs = _attention(concepts.rotate(concepts.queries), seen) if seen else concepts.values
         outputs = outputs.flatten(2).to(image_outputs.dtype)
 
-        def beside_concepts() -> Tensor:
-            both = [(rotated_image_keys, image.values, None), own]
-            return _attention(image.rotate(image.queries), both).flatten(2).to(image_outputs.dtype)
-
+        both = [(rotated_image_keys, image.values, None), own]
         stream.on_block(
             layer,
             StreamActivations(
@@ -297,7 +298,8 @@ class ConceptCarrier(ABC):
                 image_outputs=image_outputs, rotated_image_keys=rotated_image_keys,
                 text_queries=text.queries, text_keys=text.keys, text_values=text.values,
                 rotated_image_queries=lambda: image.rotate(image.queries),
-                image_outputs_beside_concepts=beside_concepts, project_concepts=project_concepts, project_image=project_image,
+                image_outputs_beside_concepts=lambda: _attention(image.rotate(image.queries), both).flatten(2).to(outputs),
+                project_concepts=project_concepts, project_image=project_image,
             ),
         )  # fmt: skip
         if layer == stream.last_layer and stream.stop:
