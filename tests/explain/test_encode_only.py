@@ -157,6 +157,8 @@ def test_a_torn_file_is_written_anew(folder, tmp_path):
 
 def test_encoders_and_transformer_are_never_in_memory_together(folder, monkeypatch):
     alive = {}
+    gc.collect()
+    gc.freeze()  # what is there already need not be gone through before every reading
 
     def watched(name):
         original = next(kind.__dict__[name] for kind in FluxBackbone.__mro__ if name in kind.__dict__)

@@ -2,7 +2,9 @@
 
 import errno
 import logging
+import ssl
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,14 @@ def server():
     found = SmallHub()
     yield found
     found.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_store_of_certificates():
+    """Each of the many clients would read the authorities' certificates, and nothing here speaks TLS."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
+        yield
 
 
 @pytest.fixture
