@@ -212,12 +212,12 @@ def test_ovam_multiplies_by_the_attention_that_positions_receive_from_the_image(
 
 def test_ovam_cuts_a_word_out_above_a_share_of_its_maximum_by_a_dense_crf(backbone, task):
     """The maximum is the unrefined map's; the CRF's settings are those of arXiv:2403.14291, on the image shown."""
-    small = UNetBackbone(backbone.checkpoint.path, image_size=12)
+    small = UNetBackbone(backbone.checkpoint.path, image_size=8)
     floor, level = {"self_attention_floor": 0.85}, 0.9
     methods = [OVAM(small), OVAM(small, **floor), OVAM(small, **floor, crf_level=level)]
     (without,), (refined,), (got,) = (read(one, task, view(one, "token_softmax")) for one in methods)
-    image = stack_images([task.image], (12, 12), small.resize)[0].numpy()
-    wide = interpolate(refined[None], size=(12, 12), mode="bilinear")[0]
+    image = stack_images([task.image], (8, 8), small.resize)[0].numpy()
+    wide = interpolate(refined[None], size=(8, 8), mode="bilinear")[0]
     for number in range(3):
         mask = (wide[number] / without[number].max() > level).numpy()
         assert 0 < mask.sum() < mask.size

@@ -7,7 +7,7 @@ largest difference of each family.
 """
 
 import re
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -214,7 +214,8 @@ def reference_noise(evaluation):
 
 @pytest.fixture(scope="module")
 def read_maps(backbone, evaluation, reference_noise):
-    return partial(evaluation_maps, backbone, evaluation)
+    """Maps of a view, read once: its masks and winners are those of the maps that a test compares."""
+    return cache(partial(evaluation_maps, backbone, evaluation))
 
 
 def view_of(name, evaluation):
