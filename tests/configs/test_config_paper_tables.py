@@ -61,7 +61,7 @@ def check_row(sheet, block, row, kind):
 @EACH
 def test_every_row_composes_and_its_view_and_segmenter_exist(name):
     """With the paper's models. Of the second protocol only the first row, and rows that say something of their own about it:
-    tests/e2e/test_e2e_paper_tables.py computes every row of the table under both, with the lab's models.
+    tests/e2e/test_e2e_paper_tables.py computes every method and every protocol of the tables, with the lab's models.
     """
     sheet, wrong = sheet_of(name), {}
     rows = [(block, row) for block in sheet.blocks for row in block.rows if row.overrides is not None]

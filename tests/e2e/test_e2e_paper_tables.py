@@ -22,7 +22,7 @@ PAPER = sorted(
 LAB_MODELS = TESTS.parent / "conceptseg" / "lab" / "weights"
 WHOLE = ("conceptattention/ablation_attention", "conceptattention/layers")
 """Tables that tests of their own run whole."""
-FEW = 4
+FEW = 3
 """Rows that are computed under both protocols rather than by a command of their own under one."""
 ALIKE = {"lab_sdxl": "lab_sd", "lab_sd3": "lab_flux"}
 """Models of the lab that read texts and images as another one does."""
@@ -49,13 +49,20 @@ def latest(shared, name):
 
 
 @cache
+def read_yaml(path):
+    return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+@cache
 def sheet_on_the_lab(name):
     """The sheet of a paper's table and the one that it extends, read without Hydra, whose composition takes long."""
-    read = [yaml.safe_load((SHEETS / f"{name}.yaml").read_text(encoding="utf-8"))]
-    extended = [one.partition("@")[0] for one in read[0].pop("defaults", []) if one != "_self_"]
-    read[:0] = [yaml.safe_load((SHEETS.parent / f"{one.lstrip('/')}.yaml").read_text(encoding="utf-8")) for one in extended]
+    read = [read_yaml(SHEETS / f"{name}.yaml")]
+    extended = [one.partition("@")[0] for one in read[0].get("defaults", []) if one != "_self_"]
+    read[:0] = [read_yaml(SHEETS.parent / f"{one.lstrip('/')}.yaml") for one in extended]
     whole = OmegaConf.create({"table": OmegaConf.merge(*read, {"backbones": "lab"})})
-    return read_sheet(OmegaConf.to_container(whole, resolve=True)["table"])
+    settings = OmegaConf.to_container(whole, resolve=True)["table"]
+    settings.pop("defaults", None)
+    return read_sheet(settings)
 
 
 def with_models(overrides):
@@ -63,7 +70,7 @@ def with_models(overrides):
     found = {one.partition("=")[0]: one for one in overrides}
     if "extractor" in found:
         path = SHEETS.parent / "extractor" / f"{found['extractor'].partition('=')[2]}.yaml"
-        for part in yaml.safe_load(path.read_text(encoding="utf-8"))["defaults"]:
+        for part in read_yaml(path)["defaults"]:
             for place, option in part.items() if isinstance(part, dict) else ():
                 if place.startswith("/backbone@"):
                     key = place.lstrip("/").replace("@", "@extractor.")
@@ -73,7 +80,7 @@ def with_models(overrides):
 
 def methods_of_the_lab_table():
     """Settings of every method of its first block."""
-    block = yaml.safe_load((SHEETS / "lab.yaml").read_text(encoding="utf-8"))["blocks"][0]
+    block = read_yaml(SHEETS / "lab.yaml")["blocks"][0]
     return {with_models(row["overrides"]) for row in block["rows"]}
 
 
@@ -105,25 +112,33 @@ def chosen():
     Rows that read another view or cut of a row that is run join it, and rows that are not run cost nothing: all of them are
     there.
     """
-    methods, asked, found = methods_of_the_lab_table(), set(), {}
-    for name in PAPER:
-        every, run = tuple(sheet_on_the_lab(name).parts), {}
-        found[name] = {}
-        for row, settings in rows_on_the_lab(name):
-            new = []
-            for kind, (method, task, model) in settings.items():
-                if name in WHOLE or method not in methods or (task, model) not in asked:
-                    new.append(kind)
+    every_row = [(name, row, settings) for name in PAPER for row, settings in rows_on_the_lab(name)]
+    methods, tasks, wanted, found = methods_of_the_lab_table(), set(), set(), {name: {} for name in PAPER}
+    for name, row, settings in every_row:
+        for kind, (method, task, model) in settings.items():
+            if name in WHOLE or method not in methods:
                 methods.add(method)
-                asked.add((task, model))
-            held = str(sorted(settings.items(), key=str))
-            protocols = run.get(held) or tuple(new) or (() if run else every)
-            if protocols and settings:
-                run[held] = protocols
-            if protocols or not settings:
-                found[name].setdefault(protocols if settings else every, []).append(row)
-        for few in [protocols for protocols, rows in found[name].items() if protocols != every and len(rows) < FEW]:
-            found[name].setdefault(every, []).extend(found[name].pop(few))  # a command more would cost as much
+                tasks.add((task, model))
+                wanted.add((name, row, kind))
+    for name, row, settings in every_row:
+        for kind, (_, task, model) in settings.items():
+            if (task, model) not in tasks:
+                tasks.add((task, model))
+                wanted.add((name, row, kind))
+    some = {name for name, _, _ in wanted}
+    run = {name: {} for name in PAPER}
+    for name, row, settings in every_row:
+        every, same = tuple(sheet_on_the_lab(name).parts), str(sorted(settings.items(), key=str))
+        new = tuple(kind for kind in settings if (name, row, kind) in wanted)
+        if settings and (protocols := run[name].get(same) or new or (() if name in some or run[name] else every)):
+            run[name][same] = protocols
+            found[name].setdefault(protocols, []).append(row)
+    for name, groups in found.items():
+        every = tuple(sheet_on_the_lab(name).parts)
+        for few in [protocols for protocols, rows in groups.items() if protocols != every and len(rows) < FEW]:
+            groups.setdefault(every, []).extend(groups.pop(few))  # a command more would cost as much
+        largest = max(groups, key=lambda protocols: len(groups[protocols]), default=every)
+        groups.setdefault(largest, []).extend(row for row, settings in rows_on_the_lab(name) if not settings)
     return found
 
 
