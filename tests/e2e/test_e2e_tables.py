@@ -14,10 +14,10 @@ REPO = TESTS.parent
 
 
 def test_a_table_with_nothing_overridden_is_not_published_unless_asked(commands):
-    """Of this table nothing can be run here, so it is as fast as a table can be."""
-    said = commands.run("table=conceptattention/ablation_attention")
+    """No row of this table has settings to compose, so it is as fast as a table can be."""
+    said = commands.run("table=daam/visuosyntactic")
     assert sorted(p.name for p in commands.folder.iterdir()) == ["runs"] and "report.publish=yes" in said.out
-    assert (commands.folder / "runs" / "tables" / "conceptattention-ablation_attention" / "results.json").exists()
+    assert (commands.folder / "runs" / "tables" / "daam-visuosyntactic" / "results.json").exists()
     said = commands.run("table=lab", "report.publish=auto", code=1)
     assert "report.publish" in said.err
 
