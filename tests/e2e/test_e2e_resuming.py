@@ -198,7 +198,7 @@ def test_two_processes_with_the_same_shard_are_told_so(commands):
 
 def test_a_wider_list_of_layers_adds_only_the_rows_that_are_missing(commands):
     """And those that are added are what one wide run writes."""
-    sweep = ("backbone@extractor.backbone=lab_flux", "views=sweep/layers", "dataset.count=2")
+    sweep = ("backbone@extractor.backbone=lab_flux", "views=sweep/layers", "dataset.count=2", "report.columns=[accuracy]")
     commands.run(*sweep, "views.layer.layers=1-2")
     (file,) = commands.the_run().glob("rows-*")
     before = file.read_bytes()
