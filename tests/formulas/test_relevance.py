@@ -187,16 +187,16 @@ def test_new_rules_conserve_relevance_block_by_block_and_orig_rules_do_not(vit):
 
 @pytest.mark.parametrize("name", [*METHODS, "gradcam", "attention", "rollout"])
 @pytest.mark.parametrize("host", ["vit", "clip"])
-def test_a_batch_of_eight_is_eight_batches_of_one(request, name, host):
+def test_a_batch_of_four_is_four_batches_of_one(request, name, host):
     """Totals of the rule of addition are a sample's own ."""
     backbone = request.getfixturevalue("turned_clip" if (name, host) == ("gradcam", "clip") else host)
-    shown = batch(8, names=OBJECTS, labels=range(1, len(OBJECTS) + 1))
+    shown = batch(4, names=OBJECTS, labels=range(1, len(OBJECTS) + 1))
     others = {"gradcam": (AttentionGradCAM, {}), "attention": (SelfAttention, {}), "rollout": (Rollout, {})}
     kind, settings = {**METHODS, **others}[name]
     told = {} if name in ("attention", "rollout") else {"explained_class": "given" if name == "gradcam" else "predicted"}
     method = kind(backbone, **settings, **told)
     alone = one_by_one(method, shown)
-    assert int(alone.flatten(1).any(1).sum()) >= 6, "maps of most images are not empty"
+    assert int(alone.flatten(1).any(1).sum()) >= 3, "maps of most images are not empty"
     assert float((method.saliency(shown) - alone).abs().max()) <= 1e-9 * float(alone.abs().max())
 
 
