@@ -316,7 +316,7 @@ def test_the_conditional_half_alone_can_be_accompanied(case):
     """As in classifier-free guidance: rows 2 and 3 of four, beside two others."""
     prompts = case.prompts.after(Prompts(torch.randn(ROWS, TEXT, WIDTH), case.prompts.pooled))
     noisy = torch.cat([torch.randn_like(case.noisy), case.noisy])
-    _, half = case.run(rows=slice(ROWS, None), noisy=noisy, prompts=prompts)
+    _, half = case.run(rows=slice(ROWS, None), noisy=noisy, prompts=prompts, stop=True)
     for one, two in zip(half, case.beside[1], strict=True):
         torch.testing.assert_close(one.concept_outputs, two.concept_outputs, **CLOSE)
         torch.testing.assert_close(one.image_outputs, two.image_outputs, **CLOSE)
@@ -325,19 +325,19 @@ def test_the_conditional_half_alone_can_be_accompanied(case):
 
 def test_switches_leave_out_image_or_concepts(case):
     other = torch.cat([case.concepts[:, :1], torch.randn(ROWS, WORDS - 1, WIDTH)], 1)
-    image_only = [case.run(c, self_attention=False)[1][2].concept_outputs[:, 0] for c in (case.concepts, other)]
+    image_only = [case.run(c, self_attention=False, stop=True)[1][2].concept_outputs[:, 0] for c in (case.concepts, other)]
     torch.testing.assert_close(*image_only, **CLOSE)
     moved = torch.randn_like(case.noisy)
-    own_only = [case.run(cross_attention=False, noisy=x)[1][2].concept_outputs for x in (case.noisy, moved)]
+    own_only = [case.run(cross_attention=False, noisy=x, stop=True)[1][2].concept_outputs for x in (case.noisy, moved)]
     torch.testing.assert_close(*own_only, **CLOSE)
-    neither = case.run(self_attention=False, cross_attention=False)[1][0]
+    neither = case.run(self_attention=False, cross_attention=False, stop=True)[1][0]
     assert torch.equal(neither.concept_outputs, neither.concept_values.flatten(2))
 
 
 def test_padding_among_concepts_joins_no_attention(case):
     padded = torch.cat([case.concepts, torch.randn(ROWS, 2, WIDTH)], 1)
     present = torch.tensor([[True] * WORDS + [False] * 2] * ROWS)
-    for one, two in zip(case.run(padded, present=present)[1], case.beside[1], strict=True):
+    for one, two in zip(case.run(padded, present=present, stop=True)[1], case.beside[1], strict=True):
         torch.testing.assert_close(one.concept_outputs[:, :WORDS], two.concept_outputs, **CLOSE)
 
 
