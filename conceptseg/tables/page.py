@@ -329,7 +329,7 @@ def _sheets(keeper: _Thumbnails, name: str, side: int, pairs: Iterator[np.ndarra
             y, x = side * (place // across), 2 * side * (place % across)
             sheet[y : y + side, x : x + 2 * side] = pair
         buffer = io.BytesIO()
-        Image.fromarray(sheet, "RGBA").save(buffer, "WEBP", quality=50, method=4)
+        Image.fromarray(sheet, "RGBA").save(buffer, "WEBP", quality=50, method=3)
         addresses.append(keeper.keep(f"{name}-{len(addresses)}.webp", buffer.getvalue()))
     return tuple(addresses)
 
@@ -369,6 +369,7 @@ def _cover(inside: np.ndarray, side: int, colour: tuple[int, int, int]) -> np.nd
 def _runs(table: Results, runs: Path) -> list[RunBehind]:
     import yaml
 
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's, where it is there, writes the same text
     rows: dict[str, list[str]] = {}
     for block in table.blocks:
         for row in block.ordered_rows:
@@ -378,6 +379,6 @@ def _runs(table: Results, runs: Path) -> list[RunBehind]:
     for run_id, names in rows.items():
         store = RunStore(runs / run_id)
         manifest = dict(store.manifest()) if (store.folder / "manifest.json").exists() else None
-        config = yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True) if manifest else ""
+        config = yaml.dump(manifest["config"], None, dumper, sort_keys=False, allow_unicode=True) if manifest else ""
         found.append(RunBehind(run_id, tuple(names), manifest, config))
     return found
