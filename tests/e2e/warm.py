@@ -118,6 +118,7 @@ def serve(package: bool) -> None:
         import_package()
     gc.collect()
     gc.freeze()  # or every child would go through the libraries' million objects again and again
+    gc.set_threshold(50_000)
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
