@@ -1,5 +1,6 @@
 """Encoders of timm and open_clip: what they read, what they refuse and how, and text vectors."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -14,10 +15,18 @@ from conceptseg.backbones.encoders.clip import CLIPBackbone
 from conceptseg.backbones.encoders.tower import resized_positions
 from conceptseg.backbones.encoders.vit import ViTBackbone
 from conceptseg.errors import ConfigError, DataError, TapError
+from conceptseg.extractors.clearclip import ClearCLIP
+from conceptseg.extractors.gem import GEM
+from conceptseg.extractors.legrad import LeGrad
 from conceptseg.extractors.lrp import LRP
 from conceptseg.extractors.maskclip import MaskCLIP
+from conceptseg.extractors.naclip import NACLIP
 from conceptseg.extractors.object_discovery import LOST, TokenCut
+from conceptseg.extractors.osp import OSP
+from conceptseg.extractors.pearl import PEARL
+from conceptseg.extractors.resclip import ResCLIP
 from conceptseg.extractors.rollout import Rollout
+from conceptseg.extractors.sclip import SCLIP
 from conceptseg.extractors.self_attention import SelfAttention
 from conceptseg.extractors.textspan import TextSpan
 from conceptseg.extractors.transinterp import TransInterp
@@ -111,7 +120,18 @@ def test_a_grid_that_is_not_square_is_read_in_rows(tmp_path):
     for method in (SelfAttention(backbone), Rollout(backbone), TransInterp(backbone)):
         assert method.saliency(batch(2)).shape == (2, 3, 3, 5)
     assert LRP(backbone).saliency(batch(1)).shape == (1, 3, 24, 40)
-    assert MaskCLIP(tiny_clip(tmp_path / "clip", image_size=[40, 24])).saliency(batch(1)).shape == (1, 3, 5, 3)
+    clip = tiny_clip(tmp_path / "clip", image_size=[40, 24], dtype="float64")
+    methods = [kind(clip) for kind in (ClearCLIP, LeGrad, MaskCLIP, NACLIP, OSP, PEARL, SCLIP)]
+    methods += [GEM(clip, layers=2), ResCLIP(clip, middle=[1, 2]), TextSpan(clip, clip_at_zero=False)]
+    shapes = {type(method).__name__: tuple(method.saliency(batch(1)).shape[-2:]) for method in methods}
+    assert {name: shape for name, shape in shapes.items() if shape != (5, 3)} == {}
+
+
+def test_patches_that_are_not_square_tile_an_image_by_rows_and_columns(tmp_path):
+    config = json.loads((write_clip(tmp_path / "square") / "open_clip_config.json").read_text())["model_cfg"]
+    config["vision_cfg"]["patch_size"] = [4, 8]
+    clip = tiny_clip(tmp_path / "clip", image_size=[20, 24], config=config)
+    assert MaskCLIP(clip).saliency(batch(1)).shape == (1, 3, 5, 3)
 
 
 def test_an_image_size_that_patches_do_not_tile_is_refused(tmp_path):
