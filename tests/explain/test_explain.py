@@ -21,6 +21,7 @@ from conceptseg.backbones.transformers.prompts import pooled_tokens
 from conceptseg.cli.explain import SETTINGS, explain, parse
 from conceptseg.errors import ConfigError, DataError
 from conceptseg.extractors.concept_attention import ConceptAttention
+from conceptseg.extractors.proxyclip import ProxyCLIP
 from conceptseg.saliency.views import expand_views
 from conceptseg.types import Batch, Concepts, Task
 
@@ -173,6 +174,10 @@ def test_a_folder_is_known_by_its_transformer(folder, tmp_path):
     config.write_text(config.read_text().replace("SD3Transformer2DModel", "MochiTransformer3DModel"))
     with pytest.raises(ConfigError, match="its transformer is a MochiTransformer3DModel"):
         backbone_of(str(tmp_path))
+
+
+def test_a_method_on_two_models_brings_the_other_one_of_its_sheet():
+    assert ProxyCLIP.from_pretrained("lab:clip").proxy.checkpoint.path == "lab:vit"
 
 
 def test_settings_that_no_one_takes_are_refused(folder):

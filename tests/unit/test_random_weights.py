@@ -58,6 +58,9 @@ def test_a_wrong_setting_is_refused():
 
     with pytest.raises(ConfigError, match=r"from_block is 2, but Two has 2 blocks.*Choose -2 to 1"):
         RandomWeights(0, 2).draw(Two())
+    RandomWeights(0, -2).draw(Two())
+    with pytest.raises(ConfigError, match="from_block is -3"):
+        RandomWeights(0, -3).draw(Two())
     with pytest.raises(ConfigError, match="Set it to null"):
         RandomWeights(0, 0).draw(nn.Linear(2, 2))
     for wrong in (0, True, "0", {}, {"seed": -1}, {"seed": True}, {"seed": 0, "from_block": "last"}, {"seed": 0, "block": 1}):
