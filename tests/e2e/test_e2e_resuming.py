@@ -22,9 +22,9 @@ SLOWLY = """
 import time
 from conceptseg.extractors.controls import RandomMap
 sound = RandomMap.saliency
-RandomMap.saliency = lambda self, batch: (time.sleep(0.03), sound(self, batch))[1]
+RandomMap.saliency = lambda self, batch: (time.sleep({seconds}), sound(self, batch))[1]
 """
-"""For a command to be killed in the midst of its images: as long over each as a model is, without the processor's time."""
+"""For a command to be met in the midst of its images, on a slow and busy machine too: it waits before each."""
 
 
 # ------------------------------------------------------------ again
@@ -94,7 +94,7 @@ def uninterrupted(shared):
 def test_a_run_that_is_killed_again_and_again_ends_with_the_rows_of_one_that_was_not(commands, uninterrupted):
     rng = random.Random(0)
     for goal in sorted(rng.sample(range(1, 34), 4)):
-        started = commands.start(*LONG, before=SLOWLY)
+        started = commands.start(*LONG, before=SLOWLY.format(seconds=0.06))
         until(lambda goal=goal: bool(commands.runs()) and len(lines_of(commands.the_run())) >= goal, started)
         time.sleep(rng.uniform(0, 0.03))
         started.kill()
@@ -186,7 +186,7 @@ def test_a_shard_outside_the_count_is_refused_by_its_key(index, count):
 
 
 def test_two_processes_with_the_same_shard_are_told_so(commands):
-    first = commands.start(*LONG, before=SLOWLY)
+    first = commands.start(*LONG, before=SLOWLY.format(seconds=1))
     until(lambda: bool(commands.runs()) and bool(lines_of(commands.the_run())), first)
     said = commands.run(*LONG, code=1)
     assert "another process" in said.err and "runtime.shard_index" in said.err
